@@ -1,0 +1,51 @@
+"""fp8gemm: one line makes the Linears of any PyTorch model run on FP8 weights."""
+
+from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
+from .errors import CheckpointError, UnsupportedError
+from .linear import FP8Linear
+from .patch import disable_fp8_gemm, enable_fp8_gemm, plan
+from .quantize import dequantize, quantize
+from .report import Report, report
+from .scaled import (
+    BLOCK_128,
+    GROUP_128,
+    MX,
+    ROW,
+    SCHEMES,
+    TENSOR,
+    FP8GemmOptions,
+    Granularity,
+    ScaledTensor,
+    Scheme,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BLOCK_128",
+    "ENGINES",
+    "GROUP_128",
+    "MX",
+    "ROW",
+    "SCHEMES",
+    "TENSOR",
+    "CheckpointError",
+    "Choice",
+    "FP8GemmOptions",
+    "FP8Linear",
+    "Granularity",
+    "Machine",
+    "MatmulSpec",
+    "Report",
+    "ScaledTensor",
+    "Scheme",
+    "UnsupportedError",
+    "choose",
+    "dequantize",
+    "disable_fp8_gemm",
+    "enable_fp8_gemm",
+    "plan",
+    "probe",
+    "quantize",
+    "report",
+]

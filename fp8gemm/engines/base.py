@@ -1,0 +1,133 @@
+"""The contract that every engine fulfils, and the values that a choice between engines is made from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulSpec:
+    """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``."""
+
+    scheme: Scheme
+    n: int
+    k: int
+    compute_dtype: torch.dtype = torch.bfloat16
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
+
+    ``capability`` is CUDA's (major, minor); ``features`` names what else a device can do (``"amx"``,
+    ``"avx512_bf16"``, ``"fnuz"``); ``vllm_ops`` are those of vLLM's raw ops that can run on this device, with
+    their number of arguments; ``vllm_note`` says why there are none.
+    """
+
+    device: str
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    torch_version: tuple[int, int] = (2, 10)
+    cuda_version: tuple[int, int] | None = None
+    features: frozenset[str] = frozenset()
+    vllm_version: str | None = None
+    vllm_ops: Mapping[str, int] = field(default_factory=dict)
+    vllm_note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A weight ``[n, k]`` in the layout of one engine.
+
+    ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
+    tensors derived from them that the kernel takes (views, padded or expanded scales). ``scheme`` is what the engine
+    really does: its ``activation`` is None where activations stay as they are.
+    """
+
+    engine: str
+    scheme: Scheme
+    n: int
+    k: int
+    data: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor | None = None
+    extra: tuple[torch.Tensor, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+class Engine(ABC):
+    """A stateless way to multiply by an FP8 weight.
+
+    ``name`` is what users type, ``tolerance`` the largest relative Frobenius error against the float32 product of
+    the dequantized operands, for bfloat16 output, ``traceable`` whether torch.compile may look inside.
+    """
+
+    name: ClassVar[str]
+    tolerance: ClassVar[float] = 4e-3
+    traceable: ClassVar[bool] = False
+
+    @abstractmethod
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can."""
+
+    @abstractmethod
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """``y [M, n] = x [M, k] @ w.T + bias [n]`` in ``out_dtype``; ``x`` has unit stride along k, M may be 0."""
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        """What the engine makes of ``scheme``: the same, or activations left as they are."""
+        return scheme
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+        """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.
+
+        Raises:
+            UnsupportedError: the engine would misread these very bytes; ``auto`` then goes on to the next engine.
+        """
+        n, k = weight.shape
+        return Prepared(
+            engine=self.name,
+            scheme=self.effective(scheme),
+            n=n,
+            k=k,
+            data=weight.data,
+            scale=weight.scale,
+            input_scale=input_scale,
+        )
+
+    def restore(self, prepared: Prepared) -> ScaledTensor:
+        """The plain weight that ``prepare`` was given, bit for bit."""
+        return ScaledTensor(prepared.data, prepared.scale, prepared.scheme.weight)
+
+    def kernel(self, m: int, weight: Prepared) -> str:
+        """The name of the kernel that ``linear`` runs for ``m`` tokens, for the report."""
+        return self.name
+
+
+class WeightOnlyEngine(Engine):
+    """An engine that multiplies activations as they are."""
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        return scheme.weight_only()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine runs, and why each of the others that were asked does not."""
+
+    winner: str
+    rejected: Mapping[str, list[str]]

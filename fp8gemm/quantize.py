@@ -1,0 +1,165 @@
+"""Pure functions between floating tensors and scaled tensors: the definition that every kernel is held to."""
+
+from __future__ import annotations
+
+import torch
+
+from .scaled import ROW, Granularity, ScaledTensor, ScaleFormat
+
+# The smallest normal float32. As a floor for scales it keeps x / scale finite for every finite x, makes rows of
+# zeros give zeros, and loses nothing: a row whose true scale lies below it has no normal float32 product to lose.
+SCALE_FLOOR = 2.0**-126
+
+_PART_ELEMENTS = 2**21  # of one step of quantize_weight: 8 MiB of float32, a few times over
+
+
+def quantize(
+    x: torch.Tensor,
+    granularity: Granularity = ROW,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale: torch.Tensor | None = None,
+    upper_bound: float | None = None,
+    scale_format: ScaleFormat = "float32",
+) -> ScaledTensor:
+    """Round ``x [..., N, K]`` to FP8 so that ``x ≈ data * scale``, all in float32, by division, ties to even.
+
+    ``scale = max(amax, 2**-126) / fp8_max`` over the *finite* elements of each block, at least ``2**-126``.
+    Values beyond the FP8 range (possible with ``scale`` or ``upper_bound`` given) saturate. What is not finite in
+    ``x`` becomes NaN in ``data`` and hurts no other element.
+
+    Args:
+        granularity: how many elements share a scale.
+        dtype: ``torch.float8_e4m3fn`` (largest value 448) or ``torch.float8_e5m2`` (57344).
+        scale: static scales, float32, any shape that broadcasts to ``granularity.scale_shape(x.shape)``.
+        upper_bound: a cap on amax, as FBGEMM's and vLLM's ``scale_ub``.
+        scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), from 2**-126.
+    """
+    x32 = x.to(torch.float32)
+    if scale is None:
+        scale = block_scale(x32, granularity, dtype=dtype, upper_bound=upper_bound, scale_format=scale_format)
+    else:
+        scale = scale.to(torch.float32).broadcast_to(granularity.scale_shape(x.shape)).contiguous()
+    largest = torch.finfo(dtype).max
+    scaled = (x32 / expand_scale(scale, granularity, x.shape)).clamp_(-largest, largest)
+    # Explicitly: casting infinity gives 448 in torch 2.13 and NaN in 2.11, and clamp_ has made it 448 already.
+    data = torch.where(torch.isfinite(x32), scaled, torch.nan).to(dtype)
+    return ScaledTensor(data, scale, granularity)
+
+
+def quantize_weight(
+    w: torch.Tensor,
+    granularity: Granularity,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "float32",
+    device: torch.device | str | None = None,
+) -> ScaledTensor:
+    """``quantize(w [N, K])`` bit for bit, on ``device``, in parts of rows: never much more memory than the result."""
+    device = w.device if device is None else torch.device(device)
+    n, k = w.shape
+    if n == 0:
+        return quantize(w.to(device), granularity, dtype=dtype, scale_format=scale_format)
+    rows, _ = granularity.block(w.shape)
+    part = rows if granularity.rows is None else max(1, _PART_ELEMENTS // (rows * max(k, 1))) * rows
+    scale = None
+    if granularity.rows is None:
+        # One scale spans all rows: find it in parts too.
+        part = max(1, _PART_ELEMENTS // max(k, 1))
+        parts = [block_scale(p.to(device), granularity, dtype=dtype, scale_format=scale_format) for p in w.split(part)]
+        scale = torch.stack(parts).amax(dim=0)
+    data = torch.empty(n, k, dtype=dtype, device=device)
+    scales = []
+    for start in range(0, n, part):
+        piece = w[start : start + part].to(device)
+        scaled = quantize(piece, granularity, dtype=dtype, scale=scale, scale_format=scale_format)
+        data[start : start + part] = scaled.data
+        scales.append(scaled.scale)
+    return ScaledTensor(data, scale if scale is not None else torch.cat(scales), granularity)
+
+
+def block_scale(
+    x: torch.Tensor,
+    granularity: Granularity,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    upper_bound: float | None = None,
+    scale_format: ScaleFormat = "float32",
+) -> torch.Tensor:
+    """The scales, float32 ``granularity.scale_shape(x.shape)``, with which ``quantize`` rounds ``x [..., N, K]``."""
+    magnitude = x.to(torch.float32).abs().nan_to_num_(nan=0.0, posinf=0.0)
+    amax = _block_amax(magnitude, granularity)
+    if upper_bound is not None:
+        amax = amax.clamp(max=upper_bound)
+    scale = (amax / torch.finfo(dtype).max).clamp(min=SCALE_FLOOR)
+    return round_up_to_power_of_two(scale) if scale_format == "ue8m0" else scale
+
+
+def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``data * scale`` of shape ``[..., N, K]``, computed in float32 and rounded once to ``dtype``."""
+    values = scaled.data.to(torch.float32)
+    return values.mul_(expand_scale(scaled.scale, scaled.granularity, scaled.shape)).to(dtype)
+
+
+def expand_scale(scale: torch.Tensor, granularity: Granularity, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+    """Scales repeated until they broadcast against a tensor of ``shape [..., N, K]``."""
+    rows, cols = granularity.block(shape)
+    n, k = shape[-2:]
+    if scale.shape[-2] > 1 and rows > 1:
+        scale = scale.repeat_interleave(rows, dim=-2)[..., :n, :]
+    if scale.shape[-1] > 1 and cols > 1:
+        scale = scale.repeat_interleave(cols, dim=-1)[..., :k]
+    return scale
+
+
+def round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is not below each positive, normal float32."""
+    bits = scale.view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def encode_ue8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two as the bytes ``b`` of OCP MX's E8M0: ``scale = 2**(b - 127)``; uint8 of the same shape.
+
+    Raises:
+        ValueError: where a scale is not a power of two that E8M0 can hold.
+    """
+    mantissa, exponent = torch.frexp(scale.to(torch.float32))
+    byte = exponent + 126
+    if not bool(((mantissa == 0.5) & (byte >= 0) & (byte <= 254)).all()):
+        raise ValueError("UE8M0 holds powers of two from 2**-127 to 2**127 only; found other scales")
+    return byte.to(torch.uint8)
+
+
+def decode_ue8m0(byte: torch.Tensor) -> torch.Tensor:
+    """``2**(b - 127)`` as float32 for E8M0 bytes given as uint8 or float8_e8m0fnu; 255 is NaN."""
+    if byte.dtype == torch.float8_e8m0fnu:
+        byte = byte.view(torch.uint8)
+    one = torch.ones_like(byte, dtype=torch.float32)
+    value = torch.ldexp(one, byte.to(torch.int32) - 127)
+    return torch.where(byte == 255, torch.nan, value)
+
+
+def nan_rows(data: torch.Tensor) -> torch.Tensor:
+    """Which rows ``[N]`` of FP8 ``data [N, K]`` hold a NaN; in parts, so that no mask of the whole weight is made."""
+    if data.dtype == torch.float8_e5m2:
+        return data.to(torch.float16).isnan().any(dim=-1)
+    code = data.view(torch.uint8)
+    rows = max(1, 2**20 // max(code.shape[-1], 1))
+    return torch.cat([((part & 0x7F) == 0x7F).any(dim=-1) for part in code.split(rows)])
+
+
+def _block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    """The largest element of each block of a non-negative tensor ``[..., N, K]``."""
+    if magnitude.numel() == 0:
+        return magnitude.new_zeros(granularity.scale_shape(magnitude.shape))
+    rows, cols = granularity.block(magnitude.shape)
+    n, k = magnitude.shape[-2:]
+    if cols == k and rows == 1:
+        return magnitude.amax(dim=-1, keepdim=True)
+    ragged_rows, ragged_cols = -n % rows, -k % cols
+    if ragged_rows or ragged_cols:
+        magnitude = torch.nn.functional.pad(magnitude, (0, ragged_cols, 0, ragged_rows))
+    n, k = magnitude.shape[-2:]
+    blocks = magnitude.reshape(*magnitude.shape[:-2], n // rows, rows, k // cols, cols)
+    return blocks.amax(dim=(-3, -1))

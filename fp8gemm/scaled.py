@@ -1,0 +1,187 @@
+"""The nouns of fp8gemm: granularity, scaled tensor, scheme, options. Imports torch and nothing else of weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+ScaleFormat = Literal["float32", "ue8m0"]
+SchemeName = Literal["row", "tensor", "block", "weight_only"]
+WeightStorage = Literal["keep", "cpu_offload", "discard"]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How many elements share one scale, along the last two dimensions; ``None`` means all of them.
+
+    ``Granularity(1, None)`` is one scale a row, ``Granularity(128, 128)`` one scale a 128 x 128 block. The last
+    block of a dimension may be ragged.
+    """
+
+    rows: int | None
+    cols: int | None
+
+    def __post_init__(self) -> None:
+        for name, size in (("rows", self.rows), ("cols", self.cols)):
+            if size is not None and size < 1:
+                raise ValueError(f"Granularity.{name} must be None or at least 1, found {size}")
+
+    def block(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """The (rows, cols) of one block of a tensor of this ``shape``; never 0, so that empty tensors divide."""
+        n, k = shape[-2:]
+        return (max(n, 1) if self.rows is None else self.rows, max(k, 1) if self.cols is None else self.cols)
+
+    def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a tensor of this ``shape``: leading dimensions, then the grid of blocks."""
+        rows, cols = self.block(shape)
+        n, k = shape[-2:]
+        return (*shape[:-2], _ceil_div(max(n, 1), rows), _ceil_div(max(k, 1), cols))
+
+    def __str__(self) -> str:
+        return _GRANULARITY_NAMES.get(self, f"{self.rows or 'all'}x{self.cols or 'all'}")
+
+
+TENSOR = Granularity(None, None)
+ROW = Granularity(1, None)
+GROUP_128 = Granularity(1, 128)
+BLOCK_128 = Granularity(128, 128)
+MX = Granularity(1, 32)
+_GRANULARITY_NAMES = {TENSOR: "tensor", ROW: "row", GROUP_128: "1x128", BLOCK_128: "128x128", MX: "1x32"}
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """``x[..., i, j] ≈ data[..., i, j] * scale[..., i // rows, j // cols]``: FP8 data and the scales that multiply it.
+
+    ``data`` is ``[..., N, K]`` in an FP8 dtype; ``scale`` is float32 of shape
+    ``granularity.scale_shape(data.shape)`` on the same device. Leading dimensions are experts.
+
+    Raises:
+        ValueError: where dtype, shape or device contradict this equation.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if self.data.dtype not in FP8_DTYPES:
+            raise ValueError(f"ScaledTensor.data must be one of {_names(FP8_DTYPES)}, found {self.data.dtype}")
+        if self.data.dim() < 2:
+            raise ValueError(f"ScaledTensor.data must have at least 2 dimensions, found shape {tuple(self.data.shape)}")
+        if self.scale.dtype != torch.float32:
+            raise ValueError(f"ScaledTensor.scale must be torch.float32, found {self.scale.dtype}")
+        expected = self.granularity.scale_shape(self.data.shape)
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(
+                f"scales of granularity {self.granularity} for data of shape {tuple(self.data.shape)} have shape "
+                f"{expected}, found {tuple(self.scale.shape)}"
+            )
+        if self.scale.device != self.data.device:
+            raise ValueError(f"data is on {self.data.device} but scale is on {self.scale.device}")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes
+
+    def to(self, device: torch.device | str) -> ScaledTensor:
+        return ScaledTensor(self.data.to(device), self.scale.to(device), self.granularity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What is stored and what may be done to activations.
+
+    ``activation=None`` means weight-only. Otherwise it is the coarsest rounding of activations that is allowed:
+    an engine may round them more finely or not at all, never more coarsely. ``static`` activations are scaled by a
+    calibrated constant instead of their own largest value.
+    """
+
+    weight: Granularity
+    activation: Granularity | None
+    static: bool = False
+    scale_format: ScaleFormat = "float32"
+
+    def weight_only(self) -> Scheme:
+        """The same weights, with activations left as they are."""
+        return replace(self, activation=None, static=False)
+
+    def __str__(self) -> str:
+        how = "kept" if self.activation is None else f"{'static ' if self.static else ''}{self.activation}"
+        ue8m0 = ", ue8m0" if self.scale_format == "ue8m0" else ""
+        return f"weight {self.weight}, activation {how}{ue8m0}"
+
+
+SCHEMES: dict[SchemeName, Scheme] = {
+    "row": Scheme(weight=ROW, activation=ROW),
+    "tensor": Scheme(weight=TENSOR, activation=TENSOR),
+    "block": Scheme(weight=BLOCK_128, activation=GROUP_128),
+    "weight_only": Scheme(weight=ROW, activation=None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8GemmOptions:
+    """How ``enable_fp8_gemm`` treats each layer.
+
+    Attributes:
+        cast_inputs: cast an input of another floating dtype to the layer's compute dtype; if False such an input
+            raises, as it does in ``nn.Linear``.
+        cast_output_back: give the output the dtype that the input had before it was cast.
+        fp16_weight_storage: what becomes of the original weight: ``"keep"`` beside the FP8 one (undo is exact),
+            ``"cpu_offload"`` (the same, in CPU memory) or ``"discard"``.
+        materialize_fp8_on_wrap: quantize while wrapping, where the weight is on a real device; otherwise at the first
+            call, on the device of the input.
+        scheme: ``"row"``, ``"tensor"``, ``"block"`` (128 x 128) or ``"weight_only"``, or a ``Scheme``.
+        engine: ``"auto"`` or the name of an engine, which then runs or raises with its reasons.
+        strict: nothing to convert, or a pattern that matches nothing, is an error (True) or a warning (False).
+        weight_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+
+    Raises:
+        ValueError: for a value that is none of these, naming those that are.
+    """
+
+    cast_inputs: bool = True
+    cast_output_back: bool = True
+    fp16_weight_storage: WeightStorage = "keep"
+    materialize_fp8_on_wrap: bool = True
+    scheme: SchemeName | Scheme = "row"
+    engine: str = "auto"
+    strict: bool = True
+    weight_dtype: torch.dtype = field(default=torch.float8_e4m3fn)
+
+    def __post_init__(self) -> None:
+        if self.fp16_weight_storage not in get_args(WeightStorage):
+            raise ValueError(
+                f"fp16_weight_storage must be one of {', '.join(get_args(WeightStorage))}, "
+                f"found {self.fp16_weight_storage!r}"
+            )
+        if not isinstance(self.scheme, Scheme) and self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be a Scheme or one of {', '.join(SCHEMES)}, found {self.scheme!r}")
+        if self.weight_dtype not in FP8_DTYPES:
+            raise ValueError(f"weight_dtype must be one of {_names(FP8_DTYPES)}, found {self.weight_dtype}")
+
+    @property
+    def resolved_scheme(self) -> Scheme:
+        return self.scheme if isinstance(self.scheme, Scheme) else SCHEMES[self.scheme]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,204 @@
+"""What every engine must do. Each check takes an engine and a device, and fails by assertion; none knows a name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, quantize
+from fp8gemm.engines import Engine, Machine, Prepared
+from fp8gemm.engines.reference import ReferenceEngine
+
+SCHEMES = [
+    Scheme(weight=TENSOR, activation=TENSOR),
+    Scheme(weight=ROW, activation=ROW),
+    Scheme(weight=TENSOR, activation=ROW),
+    Scheme(weight=BLOCK_128, activation=GROUP_128),
+    Scheme(weight=TENSOR, activation=None),
+    Scheme(weight=ROW, activation=None),
+    Scheme(weight=BLOCK_128, activation=None),
+    Scheme(weight=GROUP_128, activation=None),
+    Scheme(weight=MX, activation=None, scale_format="ue8m0"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# Multiples of everything; ragged in both; narrower than any tile; one output.
+SHAPES = [(256, 384), (130, 200), (17, 33), (1, 7)]
+TOKENS = [0, 1, 2, 3, 5, 17, 70]
+
+
+def accepted_specs(engine: Engine, machine: Machine) -> Iterator[MatmulSpec]:
+    """Every problem of this suite that the engine does not reject."""
+    for scheme, dtype, (n, k) in itertools.product(SCHEMES, DTYPES, SHAPES):
+        spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype)
+        if not engine.rejects(spec, machine):
+            yield spec
+
+
+def check(engine: Engine, machine: Machine, device: torch.device) -> int:
+    """All checks on all problems that the engine accepts; how many problems those were."""
+    specs = list(accepted_specs(engine, machine))
+    for spec in specs:
+        for part in CHECKS:
+            part(engine, spec, device)
+    return len(specs)
+
+
+def exact_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Small integers times powers of two have products that every rounding leaves alone: bitwise equality."""
+    weight, prepared = _prepared(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
+    for m, with_bias in itertools.product(TOKENS, (True, False)):
+        x = _integer_tokens(m, spec, prepared.scheme, device)
+        bias = torch.randint(-3, 4, (spec.n,), device=device).to(spec.compute_dtype) if with_bias else None
+        y = engine.linear(x, prepared, bias, spec.compute_dtype)
+        expected = x.double() @ _dense(weight).t()
+        if bias is not None:
+            expected = expected + bias.double()
+        assert y.shape == (m, spec.n), f"{spec}, M={m}: shape {tuple(y.shape)}"
+        assert y.dtype == spec.compute_dtype, f"{spec}: {y.dtype}"
+        assert y.double().equal(expected), f"{spec}, M={m}, bias={with_bias}: not the exact product"
+
+
+def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Random operands: the error of the whole, of each token and of each output is that of rounding the output."""
+    weight = quantize(
+        torch.randn(spec.n, spec.k, device=device) * torch.rand(spec.n, 1, device=device),
+        spec.scheme.weight,
+        scale_format=spec.scheme.scale_format,
+    )
+    prepared = engine.prepare(weight, spec.scheme)
+    bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
+    x = torch.randn(33, spec.k, device=device).to(spec.compute_dtype)
+    rounded = _rounded(x, prepared, weight)
+    expected = rounded @ _dense(weight).t() + bias.double()
+    # What a sum of random signs comes to, which unlike the sum itself cannot cancel to nothing; and the sum if larger.
+    typical = (rounded.square() @ _dense(weight).square().t() + bias.double().square()).sqrt().maximum(expected.abs())
+    error = engine.linear(x, prepared, bias, spec.compute_dtype).double() - expected
+    for dim, what in (((0, 1), "the whole"), (1, "a token"), (0, "an output")):
+        relative = (error.norm(dim=dim) / typical.norm(dim=dim)).max()
+        allowed = engine.tolerance * (1 if dim == (0, 1) else 2)
+        assert relative <= allowed, f"{spec}: {what} is off by {relative:.2e}"
+
+
+def wide_accumulation(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Partial sums that need 13 bits and cancel: an accumulator of bfloat16 or float16 loses what is left."""
+    k = 4096
+    half = torch.ones(1, k // 2, device=device)
+    odd = torch.cat([3 * half, -3 * half], dim=1)
+    odd[:, k // 2 - 1] = 1
+    scheme = spec.scheme
+    weight = ScaledTensor(
+        odd.expand(16, k).to(torch.float8_e4m3fn).contiguous(),
+        torch.ones(scheme.weight.scale_shape((16, k)), device=device),
+        scheme.weight,
+    )
+    x = torch.full((3, k), 448.0, device=device) if scheme.activation else torch.ones(3, k, device=device)
+    y = engine.linear(x.to(spec.compute_dtype), engine.prepare(weight, scheme), None, spec.compute_dtype)
+    expected = x.double() @ _dense(weight).t()
+    assert y.double().equal(expected), f"{spec}: partial sums were rounded, {y[0, 0]} for {expected[0, 0]}"
+
+
+def special_values(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Tokens of zeros give the bias; NaN and infinity spoil their own token or output; outliers spoil no other."""
+    weight = quantize(torch.randn(spec.n, spec.k, device=device), spec.scheme.weight)
+    bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
+    x = torch.randn(5, spec.k, device=device).to(spec.compute_dtype)
+    x[0], x[1, 0], x[2, 0], x[3, 0] = 0, float("nan"), float("inf"), 6.5e4
+    prepared = engine.prepare(weight, spec.scheme)
+    y = engine.linear(x, prepared, bias, spec.compute_dtype)
+    assert y[0].equal(bias), f"{spec}: a token of zeros does not give the bias"
+    assert y[1].isnan().all(), f"{spec}: NaN in a token was lost"
+    assert not y[2].isfinite().any(), f"{spec}: infinity in a token was lost"
+    if spec.scheme.activation != TENSOR:
+        clean = engine.linear(x[4:], prepared, bias, spec.compute_dtype)
+        change = (y[4:].double() - clean.double()).norm() / (clean.double() - bias.double()).norm().maximum(bias.norm())
+        assert change <= engine.tolerance, f"{spec}: a token is hurt by its neighbours, {change:.2e}"
+    code = weight.data.view(torch.uint8).clone()
+    code[0, spec.k - 1] = 0xFF
+    spoiled = ScaledTensor(code.view(weight.data.dtype), weight.scale, weight.granularity)
+    y = engine.linear(x[4:], engine.prepare(spoiled, spec.scheme), bias, spec.compute_dtype)
+    assert y[:, 0].isnan().all(), f"{spec}: NaN in a weight was lost"
+    assert y[:, 1:].isfinite().all(), f"{spec}: NaN in a weight spoils other outputs"
+
+
+def exact_restoration(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """restore gives back what prepare was given, every byte of it: all 256 codes, NaN included."""
+
+    def codes(zeros: bool) -> ScaledTensor:
+        code = torch.randint(0, 256, (spec.n, spec.k), dtype=torch.uint8, device=device)
+        code = code if zeros else code | 8
+        scale = torch.rand(spec.scheme.weight.scale_shape(code.shape), device=device)
+        return ScaledTensor(code.view(torch.float8_e4m3fn), scale, spec.scheme.weight)
+
+    weight, prepared = _prepared(engine, spec, codes)
+    restored = engine.restore(prepared)
+    assert restored.data.view(torch.uint8).equal(weight.data.view(torch.uint8)), f"{spec}: bytes changed"
+    assert restored.scale.equal(weight.scale), f"{spec}: scales changed"
+    assert restored.granularity == spec.scheme.weight
+
+
+def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Tokens cut out of a wider tensor; and the same answer twice."""
+    weight = quantize(torch.randn(spec.n, spec.k, device=device), spec.scheme.weight)
+    prepared = engine.prepare(weight, spec.scheme)
+    wide = torch.randn(6, spec.k + 5, device=device).to(spec.compute_dtype)
+    strided = engine.linear(wide[:, : spec.k], prepared, None, spec.compute_dtype)
+    packed = engine.linear(wide[:, : spec.k].contiguous(), prepared, None, spec.compute_dtype)
+    assert strided.equal(packed), f"{spec}: the row stride changes the answer"
+
+
+CHECKS: list[Callable[[Engine, MatmulSpec, torch.device], None]] = [
+    exact_products,
+    accurate_products,
+    wide_accumulation,
+    special_values,
+    exact_restoration,
+    any_row_stride,
+]
+
+
+def _prepared(
+    engine: Engine, spec: MatmulSpec, weight: Callable[[bool], ScaledTensor]
+) -> tuple[ScaledTensor, Prepared]:
+    """A weight with zeros and subnormals among its codes, or, for an engine that refuses those, one without."""
+    with_zeros = weight(True)
+    try:
+        return with_zeros, engine.prepare(with_zeros, spec.scheme)
+    except UnsupportedError:
+        without = weight(False)
+        return without, engine.prepare(without, spec.scheme)
+
+
+def _integer_weight(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> ScaledTensor:
+    """Codes of -1, 1 and perhaps 0 with scales of 1 and 2; zero where ``_integer_tokens`` pins activation scales."""
+    data = 2 * torch.randint(0, 2, (spec.n, spec.k), device=device).float() - 1
+    if zeros:
+        data *= torch.randint(0, 2, data.shape, device=device)
+        data[:, ::32] = 0
+    grid = spec.scheme.weight.scale_shape(data.shape)
+    scale = 2.0 ** torch.randint(0, 2, grid, device=device).float()
+    return ScaledTensor(data.to(torch.float8_e4m3fn), scale, spec.scheme.weight)
+
+
+def _integer_tokens(m: int, spec: MatmulSpec, effective: Scheme, device: torch.device) -> torch.Tensor:
+    """-1, 0 and 1; for engines that round activations also a 448 in every group, so that the scales are exactly 1."""
+    x = torch.randint(-1, 2, (m, spec.k), device=device)
+    if effective.activation is not None:
+        x[:, ::32] = 448
+    return x.to(spec.compute_dtype)
+
+
+def _dense(weight: ScaledTensor) -> torch.Tensor:
+    """The dequantized weight, float64, computed apart from fp8gemm's own dequantize."""
+    rows, cols = weight.granularity.block(weight.shape)
+    n, k = weight.shape
+    i = torch.arange(n, device=weight.device)[:, None] // rows
+    j = torch.arange(k, device=weight.device)[None, :] // cols
+    return weight.data.to(torch.float64) * weight.scale.double()[i, j]
+
+
+def _rounded(x: torch.Tensor, prepared: Prepared, weight: ScaledTensor) -> torch.Tensor:
+    """The tokens as the engine says it rounds them, float64."""
+    return ReferenceEngine().rounded(x, replace(prepared, data=weight.data, scale=weight.scale, extra=())).double()

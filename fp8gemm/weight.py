@@ -21,6 +21,9 @@ class WeightSource(Protocol):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[N, K]`` dequantized; counted in the report."""
 
+    def writable_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight ``[N, K]`` that an in-place operation may write to, before ``replace_weight`` takes it."""
+
     def replace_weight(self, w: torch.Tensor) -> None:
         """Takes a new dense weight ``[N, K]``."""
 
@@ -41,7 +44,7 @@ class FP8Weight(torch.Tensor):
     ) -> FP8Weight:
         n, k = shape
         size, stride = ((k, n), (1, k)) if transposed else ((n, k), (k, 1))
-        weight: FP8Weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight: FP8Weight = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, dtype=dtype, device=device, requires_grad=False
         )
         weight.source = source
@@ -54,19 +57,24 @@ class FP8Weight(torch.Tensor):
         turned = self.transposed if transposed is None else transposed
         return FP8Weight(self.source, shape, dtype or self.dtype, self.device, turned)
 
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             w = self.source.dense_weight(self.dtype)
             return w.t() if self.transposed else w
+
+    def writable(self) -> torch.Tensor:
+        w = self.source.writable_weight(self.dtype)
+        return w.t() if self.transposed else w
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FP8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return memo.setdefault(id(self), self.dequantize())
+        dense: torch.Tensor = memo.setdefault(id(self), self.dequantize())
+        return dense
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dequantize().__reduce_ex__(protocol)
+        return self.dequantize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(
@@ -82,7 +90,7 @@ class FP8Weight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -96,24 +104,25 @@ class FP8Weight(torch.Tensor):
 
 def _dequantized_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an op on dense weights; what the op writes to is handed back to its owner."""
-    dense: dict[int, tuple[FP8Weight, torch.Tensor]] = {}
-
-    def densify(weight: FP8Weight) -> torch.Tensor:
-        return dense.setdefault(id(weight), (weight, weight.dequantize()))[1]
-
-    result = func(*tree_map_only(FP8Weight, densify, args), **tree_map_only(FP8Weight, densify, kwargs))
-    if not func._schema.is_mutable:
-        return result
     written = [
         value
         for argument, value in zip(func._schema.arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if isinstance(value, FP8Weight) and argument.alias_info is not None and argument.alias_info.is_write
     ]
-    for weight, w in dense.values():
-        if any(weight is value for value in written):
-            weight.source.replace_weight(w.t() if weight.transposed else w)
-            if result is w:
-                result = weight
+    dense: dict[int, tuple[FP8Weight, torch.Tensor]] = {}
+
+    def densify(weight: FP8Weight) -> torch.Tensor:
+        if id(weight) not in dense:
+            writes = any(weight is value for value in written)
+            dense[id(weight)] = (weight, weight.writable() if writes else weight.dequantize())
+        return dense[id(weight)][1]
+
+    result = func(*tree_map_only(FP8Weight, densify, args), **tree_map_only(FP8Weight, densify, kwargs))
+    for weight in written:
+        w = dense[id(weight)][1]
+        weight.source.replace_weight(w.t() if weight.transposed else w)
+        if result is w:
+            result = weight
     return result
 
 

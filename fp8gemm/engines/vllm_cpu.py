@@ -86,7 +86,7 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dty
     blocks, column_scale = weight.extra
     # The op adds a float32 bias after its block scales; a row scale comes later still, and takes the bias along.
     fused = None if bias is None or column_scale.numel() else F.pad(bias.to(torch.float32), (0, padded_n - weight.n))
-    y = torch.ops._C.fp8_scaled_mm_cpu(x, weight.data, blocks, _BLOCK, fused, x.dtype, True)
+    y: torch.Tensor = torch.ops._C.fp8_scaled_mm_cpu(x, weight.data, blocks, _BLOCK, fused, x.dtype, True)
     if padded_n != weight.n:
         y = y[:, : weight.n].contiguous()
     if column_scale.numel():

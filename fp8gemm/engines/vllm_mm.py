@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -28,6 +28,20 @@ class Vllm:
     note: str = ""
 
 
+class _Ops(Protocol):
+    """What ``vllm_cpu`` and ``vllm_cuda``, the modules, have in common."""
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]: ...
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared: ...
+
+    def restore(self, prepared: Prepared) -> ScaledTensor: ...
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+
 class VllmEngine(Engine):
     """CUTLASS products on CUDA (tensor, row, block), AMX products on a CPU (weight-only: tensor, row, block)."""
 
@@ -37,29 +51,28 @@ class VllmEngine(Engine):
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         if machine.vllm_note:
             return [machine.vllm_note]
-        device = {"cpu": vllm_cpu, "cuda": vllm_cuda}.get(machine.device)
-        if device is None:
+        if machine.device not in ("cpu", "cuda"):
             return [f"its raw ops run on cuda and cpu, found {machine.device}"]
-        return device.rejects(spec, machine)
+        return _ops(machine.device).rejects(spec, machine)
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         find(weight.device.type)  # loads the library where nobody asked for it yet
-        return _device(weight.device).prepare(weight, scheme, input_scale)
+        return _ops(weight.device.type).prepare(weight, scheme, input_scale)
 
     def restore(self, prepared: Prepared) -> ScaledTensor:
-        return _device(prepared.device).restore(prepared)
+        return _ops(prepared.device.type).restore(prepared)
 
     def linear(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        return _device(weight.device).linear(x, weight, bias, out_dtype)
+        return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
 
     def kernel(self, m: int, weight: Prepared) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 
 
-def _device(device: torch.device) -> ModuleType:
-    return vllm_cpu if device.type == "cpu" else vllm_cuda
+def _ops(device: str) -> _Ops:
+    return vllm_cpu if device == "cpu" else vllm_cuda
 
 
 @cache
@@ -104,7 +117,7 @@ def _load(library: Path) -> str:
     if not library.is_file():
         return f"no {library.name}"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:  # built for another torch, or a CUDA library is missing
         return f"{library.name}: {str(error).splitlines()[0]}"
     return ""

@@ -1,0 +1,123 @@
+"""The floors and doors of the package hold: imports go down, and each third party has one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fp8gemm
+
+PACKAGE = Path(fp8gemm.__file__).parent
+
+# From the ground up; a room imports rooms on floors below its own, never beside or above. Folders are one room.
+FLOORS = [
+    {"errors", "scaled", "progress"},
+    {"quantize", "native"},
+    {"engines", "formats"},
+    {"product", "original", "state", "weight"},
+    {"holder"},
+    {"linear"},
+    {"report"},
+    {"patch"},
+    {"checkpoint"},
+    {"__init__"},
+    {"cli"},
+]
+DOORS = {
+    "tqdm": {"progress"},
+    "safetensors": {"checkpoint"},
+    "huggingface_hub": {"checkpoint"},
+    "triton": {"engines"},
+    "vllm": set(),
+    "transformers": set(),
+    "diffusers": set(),
+    "accelerate": set(),
+    "peft": set(),
+    "numpy": set(),
+}
+
+
+def imports(source: str, package: list[str]) -> set[str]:
+    """The modules that a source imports, absolute; ``package`` is where relative imports start."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            if node.module:
+                found.add(".".join(module))
+            else:
+                found |= {".".join([*module, alias.name]) for alias in node.names}
+    return found
+
+
+def problems(room: str, source: str, package: list[str]) -> list[str]:
+    """What a room of the package imports that it may not."""
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    found = []
+    for module in sorted(imports(source, package)):
+        top, *rest = module.split(".")
+        if top == "fp8gemm":
+            other = rest[0] if rest else "__init__"
+            if other != room and floor[other] >= floor[room]:
+                found.append(f"{room} imports {other}, which is not below it")
+        elif room not in DOORS.get(top, {room}):
+            found.append(f"{room} imports {top}, whose door is {' or '.join(DOORS[top]) or 'closed'}")
+    return found
+
+
+def rooms() -> list[tuple[str, Path]]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file) for file in files]
+
+
+@pytest.mark.parametrize(("room", "file"), rooms(), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_floors_and_doors(room: str, file: Path) -> None:
+    package = ["fp8gemm", *file.relative_to(PACKAGE).parent.parts]
+    assert problems(room, file.read_text(), package) == []
+
+
+def test_the_test_bites() -> None:
+    assert problems("quantize", "from .linear import FP8Linear", ["fp8gemm"]) == [
+        "quantize imports linear, which is not below it"
+    ]
+    assert problems("engines", "from ..formats import base", ["fp8gemm", "engines"]) == [
+        "engines imports formats, which is not below it"
+    ]
+    assert problems("linear", "import vllm._custom_ops", ["fp8gemm"]) == ["linear imports vllm, whose door is closed"]
+    assert problems("patch", "from tqdm import tqdm", ["fp8gemm"]) == ["patch imports tqdm, whose door is progress"]
+    assert problems("linear", "from .engines import probe\nimport torch", ["fp8gemm"]) == []
+
+
+def test_rooms_are_small() -> None:
+    sizes = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for _, file in rooms()}
+    assert {name: size for name, size in sizes.items() if size > 350} == {}
+
+
+def test_only_the_street_prints() -> None:
+    for room, file in rooms():
+        if room != "cli":
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
+
+
+def test_importing_touches_nothing() -> None:
+    """No driver, no vLLM, no Triton, no compiler, no environment variable."""
+    script = """
+import os, sys, torch
+before, modules = dict(os.environ), set(sys.modules)
+torch.cuda.init = torch.cuda.is_available = torch.cuda.device_count = None  # calling any would raise
+import fp8gemm
+assert dict(os.environ) == before
+new = {name.split(".")[0] for name in set(sys.modules) - modules}
+assert not new & {"vllm", "triton", "transformers", "numpy"}, new
+assert fp8gemm.engines.vllm_mm.find.cache_info().currsize == 0
+assert fp8gemm.engines._probe.cache_info().currsize == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

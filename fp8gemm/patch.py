@@ -165,10 +165,21 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[Step]:
-    """Projections that are parameters without a Linear around them: seen and reported, not converted."""
+    """Matrices that are parameters without an nn.Linear around them: seen and reported, not converted."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None:
-            yield Step(name, module, "in_proj_weight is a bare parameter, not a Linear")
+        if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
+            continue  # Linears have their own steps; embeddings, norms and convolutions are no matrix products
+        names = [key for key, parameter in module._parameters.items() if parameter is not None and _matrix(parameter)]
+        if names and not isinstance(module, nn.Linear):
+            yield Step(name, module, f"not an nn.Linear: {', '.join(names)} of {type(module).__name__}")
+
+
+def _matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or a stack of them, of a size worth a product."""
+    if isinstance(parameter, nn.UninitializedParameter) or not parameter.dtype.is_floating_point:
+        return False
+    stacked = parameter.dim() == 3 and parameter.shape[0] > 1
+    return (parameter.dim() == 2 or stacked) and min(parameter.shape[-2:]) >= 16
 
 
 def _weight_holders(model: nn.Module) -> dict[int, list[str]]:

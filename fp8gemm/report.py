@@ -79,7 +79,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of every Linear of ``model`` that ``enable_fp8_gemm`` has seen, and what has run since."""
+    """What became of every Linear of ``model``, and of every other matrix, that ``enable_fp8_gemm`` has seen, and what has run since."""
     return Report(tuple(_rows(model)))
 
 
@@ -117,15 +117,16 @@ def _converted_row(name: str, layer: FP8Linear) -> Row:
 
 
 def _kept_row(name: str, module: nn.Module, reason: str) -> Row:
-    weight = module._parameters.get("weight")
-    if weight is None:
-        weight = module._parameters.get("in_proj_weight")
-    size = 0 if weight is None or isinstance(weight, nn.UninitializedParameter) else weight.nbytes
-    shape = () if weight is None or isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape)
+    matrices = [
+        parameter
+        for parameter in module._parameters.values()
+        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() > 1
+    ]
+    size = sum(matrix.nbytes for matrix in matrices)
     return Row(
         name=name or "(the model itself)",
         status="kept",
-        shape=shape,
+        shape=tuple(matrices[0].shape) if matrices else (),
         reason=reason,
         bytes_before=size,
         bytes_after=size,

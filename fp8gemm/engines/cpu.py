@@ -40,10 +40,7 @@ class CpuEngine(WeightOnlyEngine):
     def linear(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        y = x.new_empty(x.shape[0], weight.n)
-        if y.numel():
-            for start, panel in _panels(weight, x.dtype):
-                _multiply(x, panel, out=y[:, start : start + panel.shape[0]])
+        y = torch.cat([_multiply(x, panel) for panel in _panels(weight, x.dtype)], dim=1)
         return scale_columns(y, weight.extra[0], bias).to(out_dtype)
 
     def kernel(self, m: int, weight: Prepared) -> str:
@@ -63,8 +60,8 @@ def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
     return torch.where(poison, torch.nan, scale.expand(n))
 
 
-def _panels(weight: Prepared, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """``(first row, panel)`` of the weight in ``dtype``, scaled only where scales vary along K; reuses one buffer."""
+def _panels(weight: Prepared, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The weight in ``dtype``, panel by panel, scaled only where scales vary along K; reuses one buffer."""
     rows_per_scale, _ = weight.scheme.weight.block((weight.n, weight.k))
     rows = max(1, PANEL_ELEMENTS // max(weight.k, 1))
     varies = weight.scale.shape[-1] > 1
@@ -78,7 +75,7 @@ def _panels(weight: Prepared, dtype: torch.dtype) -> Iterator[tuple[int, torch.T
             first, last = start // rows_per_scale, -(-(start + data.shape[0]) // rows_per_scale)
             scale = expand_scale(weight.scale[first:last], weight.scheme.weight, data.shape)
             panel = (panel.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
-        yield start, panel
+        yield panel
 
 
 def _decoded_bits(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -107,9 +104,6 @@ def decode_panel(data: torch.Tensor, dtype: torch.dtype, buffer: torch.Tensor) -
     return panel.to(dtype)
 
 
-def _multiply(x: torch.Tensor, panel: torch.Tensor, out: torch.Tensor) -> None:
-    """``out [M, P] = x [M, K] @ panel.T``; a single token goes through the matrix-vector product, twice as fast."""
-    if x.shape[0] == 1:
-        out.copy_(torch.mv(panel, x[0]).unsqueeze(0))
-    else:
-        out.copy_(F.linear(x, panel))
+def _multiply(x: torch.Tensor, panel: torch.Tensor) -> torch.Tensor:
+    """``x [M, K] @ panel.T``; a single token goes through the matrix-vector product, twice as fast."""
+    return torch.mv(panel, x[0]).unsqueeze(0) if x.shape[0] == 1 else F.linear(x, panel)

@@ -1,0 +1,92 @@
+"""Real transformers architectures, tiny and random: patched in every storage mode, compared with themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm, report
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TOKENS = torch.arange(2 * 11).view(2, 11) % 99
+
+
+def t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return transformers.T5Model(config), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+
+
+def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return transformers.BertModel(transformers.BertConfig(vocab_size=99, **SMALL)), {"input_ids": TOKENS}
+
+
+def llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, **SMALL)
+    return transformers.LlamaModel(config), {"input_ids": TOKENS}
+
+
+def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, tie_word_embeddings=False)
+    return transformers.GPT2LMHeadModel(config), {"input_ids": TOKENS}
+
+
+def vit() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)
+    return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.WhisperConfig(
+        vocab_size=99,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_mel_bins=16,
+        max_source_positions=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return transformers.WhisperModel(config), {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": TOKENS}
+
+
+@pytest.mark.parametrize("storage", ["keep", "cpu_offload", "discard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [t5, bert, llama, gpt2, vit, whisper])
+def test_architecture(make: Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]], dtype, storage: str) -> None:
+    plain, inputs = make()
+    plain = plain.to(dtype).eval()
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    model = enable_fp8_gemm(copy.deepcopy(plain), options=FP8GemmOptions(fp16_weight_storage=storage))
+    with torch.no_grad():
+        expected, found = plain(**inputs)[0], model(**inputs)[0]
+    assert found.dtype == expected.dtype
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error <= 0.08
+    rows = report(model)
+    linears = sum(isinstance(module, nn.Linear) for module in plain.modules())
+    assert len([row for row in rows.rows if not row.reason.startswith("not an nn.Linear")]) == linears
+    assert rows.converted
+    for row in rows.converted:
+        assert row.calls >= 1 or "pooler" in row.name, f"{row.name} did not run"
+        assert row.dequantizations == 0, f"{row.name} was dequantized"
+
+
+def test_what_is_not_a_linear_is_reported() -> None:
+    """GPT-2's projections are Conv1D: left alone, and said so."""
+    model, _ = gpt2()
+    enable_fp8_gemm(model)
+    kept = {row.name: row for row in report(model).kept}
+    assert kept["transformer.h.0.attn.c_attn"].reason == "not an nn.Linear: weight of Conv1D"
+    assert kept["transformer.h.0.attn.c_attn"].bytes_before == 64 * 192 * 4
+    assert [row.name for row in report(model).converted] == ["lm_head"]

@@ -66,10 +66,9 @@ def quantize_weight(
     if granularity.rows is None:
         # One scale spans all rows: find it in parts too.
         part = max(1, _PART_ELEMENTS // max(k, 1))
-        parts = [
-            block_scale(p.to(device), granularity, dtype=dtype, scale_format=scale_format) for p in torch.split(w, part)
-        ]
-        scale = torch.stack(parts).amax(dim=0)
+        pieces = (piece.to(device) for piece in torch.split(w, part))
+        amounts = [block_scale(piece, granularity, dtype=dtype, scale_format=scale_format) for piece in pieces]
+        scale = torch.stack(amounts).amax(dim=0)
     data = torch.empty(n, k, dtype=dtype, device=device)
     scales = []
     for start in range(0, n, part):

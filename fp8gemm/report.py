@@ -79,7 +79,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of every Linear of ``model``, and of every other matrix, that ``enable_fp8_gemm`` has seen, and what has run since."""
+    """What became of every Linear of ``model`` and every other matrix that was seen, and what has run since."""
     return Report(tuple(_rows(model)))
 
 

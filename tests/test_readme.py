@@ -27,7 +27,7 @@ def test_files_that_it_names_exist() -> None:
 
 
 def test_quickstart_gives_the_same_neighbours() -> None:
-    """Real weights, real sentences: the example itself checks cosine similarity and ranking, and exits with 1 if not."""
+    """Real weights, real sentences: the example checks cosine similarity and ranking, and exits with 1 if not."""
     done = subprocess.run(
         [sys.executable, "examples/quickstart.py", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -14,13 +14,17 @@ from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulSpec:
-    """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``."""
+    """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.
+
+    ``experts`` > 0 is a stack ``w [experts, n, k]``, asked of ``grouped``.
+    """
 
     scheme: Scheme
     n: int
     k: int
     compute_dtype: torch.dtype = torch.bfloat16
     weight_dtype: torch.dtype = torch.float8_e4m3fn
+    experts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A weight ``[n, k]`` in the layout of one engine.
+    """A weight ``[n, k]``, or a stack of ``experts`` of them, in the layout of one engine.
 
     ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
     tensors derived from them that the kernel takes (views, padded or expanded scales). ``scheme`` is what the engine
@@ -61,6 +65,7 @@ class Prepared:
     input_scale: torch.Tensor | None = None
     extra: tuple[torch.Tensor, ...] = ()
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
+    experts: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +117,28 @@ class Engine(ABC):
     def restore(self, prepared: Prepared) -> ScaledTensor:
         """The plain weight that ``prepare`` was given, bit for bit."""
         return ScaledTensor(prepared.data, prepared.scale, prepared.scheme.weight)
+
+    def grouped(
+        self,
+        x: torch.Tensor,
+        weight: Prepared,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """``y [T, n]``: the tokens of expert e, ``x[ends[e - 1]:ends[e]]``, times ``w[e].T`` plus ``bias[e]``.
+
+        Args:
+            x: ``[T, k]``, sorted by expert, unit stride along k.
+            weight: a stack of E experts, prepared.
+            ends: int32 ``[E]`` on the device of ``x``: one past the last token of each expert; never decreasing, so an
+                expert without tokens repeats the end before it. Tokens past the last end belong to experts that are
+                not here: their rows of ``y`` are zeros.
+            bias: ``[E, n]`` or None.
+
+        No padding and no host synchronisation on a GPU.
+        """
+        raise NotImplementedError(f"engine {self.name} has no grouped product; its rejects() says so")
 
     def kernel(self, m: int, weight: Prepared) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens, for the report."""

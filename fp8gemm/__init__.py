@@ -2,8 +2,10 @@
 
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
+from .experts import FP8Experts
 from .linear import FP8Linear
-from .patch import disable_fp8_gemm, enable_fp8_gemm, plan
+from .patch import disable_fp8_gemm, enable_fp8_gemm
+from .plan import plan
 from .quantize import dequantize, quantize
 from .report import Report, report
 from .scaled import (
@@ -31,6 +33,7 @@ __all__ = [
     "TENSOR",
     "CheckpointError",
     "Choice",
+    "FP8Experts",
     "FP8GemmOptions",
     "FP8Linear",
     "Granularity",

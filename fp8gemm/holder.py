@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engines import ENGINES, MatmulSpec, Prepared, prepare, probe
+from .engines import ENGINES, Prepared, restore
 from .errors import UnsupportedError
 from .original import Activity, Original, tensor_version
+from .prepared import prepare_for, quantized
 from .product import dense
-from .quantize import quantize_weight
 from .scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .state import load_weight, save_weight
 from .weight import FP8Weight
@@ -22,8 +22,8 @@ _LOCK = threading.RLock()  # of quantization, which two threads may ask for at o
 OURS = ("weight", "weight_scale", "input_scale")
 
 
-class FP8Holder(nn.Linear):
-    """The storage side of ``FP8Linear``.
+class FP8Holder(nn.Module):
+    """The storage side of ``FP8Linear`` and ``FP8Experts``.
 
     The buffers ``weight`` (FP8) and ``weight_scale`` (float32) hold the bytes in the layout of the engine that runs
     them; they are made when wrapping or at the first call, and again when a kept original changes.
@@ -37,6 +37,11 @@ class FP8Holder(nn.Linear):
     _layout: str | None  # the engine in whose layout the FP8 buffer is; None: plain
     _published: Prepared | None  # of the buffers' own device
     _elsewhere: dict[torch.device, Prepared]  # of other devices that inputs came from
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``[N, K]``, or ``[E, N, K]`` of a stack of experts."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +67,7 @@ class FP8Holder(nn.Linear):
         return None if self._published is None else self._published.engine
 
     def scaled(self) -> ScaledTensor:
-        """The plain FP8 bytes ``[N, K]`` and float32 scales, bit for bit; quantizes first if that is still due."""
+        """The plain FP8 bytes and float32 scales, bit for bit; quantizes first if that is still due."""
         if not self.materialized:
             self.materialize_fp8_weight(self.device)
         data, scale = self._buffers["weight"], self._buffers["weight_scale"]
@@ -70,9 +75,10 @@ class FP8Holder(nn.Linear):
         assert scale is not None
         if self._layout is None:
             return ScaledTensor(data, scale, self.scheme.weight)
-        n, k = self.out_features, self.in_features
-        held = Prepared(engine=self._layout, scheme=self.scheme, n=n, k=k, data=data, scale=scale)
-        return ENGINES[self._layout].restore(held)
+        *stack, n, k = self.weight_shape
+        experts = stack[0] if stack else 0
+        held = Prepared(engine=self._layout, scheme=self.scheme, n=n, k=k, data=data, scale=scale, experts=experts)
+        return restore(held)
 
     def _current(self, device: torch.device) -> Prepared:
         """The weight as the engine of ``device`` takes it; makes it where that is still due."""
@@ -83,6 +89,37 @@ class FP8Holder(nn.Linear):
             if (copied := self._elsewhere.get(device)) is not None:
                 return copied
         return self._materialize(device)
+
+    def _rows(
+        self, x: torch.Tensor, compute: Callable[[torch.Tensor, torch.dtype], torch.Tensor], prepared: Prepared
+    ) -> torch.Tensor:
+        """``compute(rows [M, K], dtype)`` for ``x [..., K]`` in the dtype that the engine takes; ``y [..., N]``."""
+        out_dtype, given = self._dtypes(x)
+        run_dtype = out_dtype if out_dtype in prepared.dtypes else prepared.dtypes[0]
+        rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
+        if not rows.is_contiguous():
+            rows = rows.contiguous()
+        y = compute(rows, run_dtype)
+        if not torch.compiler.is_compiling():
+            self.activity.calls += 1
+            self.activity.kernels[ENGINES[prepared.engine].kernel(rows.shape[0], prepared)] += 1
+        return y.reshape(*x.shape[:-1], prepared.n).to(given)
+
+    def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
+        kind = x.device.type
+        # torch does not autocast float64, nor do we.
+        if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+            autocast = torch.get_autocast_dtype(kind)
+            return autocast, autocast
+        if x.dtype == self.compute_dtype:
+            return x.dtype, x.dtype
+        if not self.options.cast_inputs or not x.dtype.is_floating_point:
+            raise RuntimeError(
+                f"expected input of dtype {self.compute_dtype}, found {x.dtype}"
+                + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
+            )
+        return self.compute_dtype, x.dtype if self.options.cast_output_back else self.compute_dtype
 
     def _traced(self) -> Prepared:
         """The weight inside a torch.compile trace, where it must exist already."""
@@ -114,10 +151,10 @@ class FP8Holder(nn.Linear):
             self._elsewhere = {}
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight ``[N, K]`` dequantized in ``dtype``; counted."""
+        """The weight dequantized in ``dtype``; counted."""
         self.activity.dequantizations += 1
         if self.device.type == "meta":
-            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+            return torch.empty(self.weight_shape, dtype=dtype, device="meta")
         return dense(self._current(self.device), dtype)
 
     def writable_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -126,14 +163,14 @@ class FP8Holder(nn.Linear):
         return self.dense_weight(dtype) if original is None else original.detach()
 
     def replace_weight(self, w: torch.Tensor) -> None:
-        """Takes a new dense weight ``[N, K]``, quantizes it, and keeps it if originals are kept.
+        """Takes a new dense weight, quantizes it, and keeps it if originals are kept.
 
         Raises:
             ValueError: for another shape.
         """
-        if not isinstance(w, torch.Tensor) or tuple(w.shape) != (self.out_features, self.in_features):
+        if not isinstance(w, torch.Tensor) or tuple(w.shape) != self.weight_shape:
             found = tuple(w.shape) if isinstance(w, torch.Tensor) else type(w).__name__
-            raise ValueError(f"the layer's weight has shape {(self.out_features, self.in_features)}, found {found}")
+            raise ValueError(f"the layer's weight has shape {self.weight_shape}, found {found}")
         if isinstance(w, FP8Weight):
             w = w.dequantize()
         original = self._original.weight
@@ -156,7 +193,7 @@ class FP8Holder(nn.Linear):
             original = self._original
             if original.weight is not None and (not self.materialized or original.changed):
                 version = tensor_version(original.weight)
-                self._hold(quantized(original.weight, self.options, device))
+                self._hold(quantized(self._plain(original.weight), self.options, device))
                 original.version = version
                 self._keep_original(original.weight, quantized=True)
             home = self.device
@@ -173,16 +210,11 @@ class FP8Holder(nn.Linear):
         if input_scale is not None:
             input_scale = input_scale.to(device)
         weight = self.scaled().to(device)
-        if device.type == "meta":
-            return Prepared(
-                engine="reference",
-                scheme=self.scheme,
-                n=self.out_features,
-                k=self.in_features,
-                data=weight.data,
-                scale=weight.scale,
-            )
         return prepare_for(weight, self.options, self.compute_dtype, input_scale, self.scheme)
+
+    def _plain(self, original: torch.Tensor) -> torch.Tensor:
+        """A kept original as ``[..., N, K]``."""
+        return original
 
     def _hold(self, weight: ScaledTensor) -> None:
         """Holds plain bytes and scales; the engine's form of them is made at the next call."""
@@ -219,6 +251,9 @@ class FP8Holder(nn.Linear):
             probe_after = fn(torch.empty(0, dtype=self.compute_dtype, device=home))
             if self.materialized:
                 self._apply_bytes(fn, moved=probe_after.device != home)
+            published = self._published
+            if published is not None and probe_after.dtype not in published.dtypes:
+                self._hold(self.scaled())  # another engine may be the one for the new dtype
             original = self._original
             if original.weight is not None:
                 original.apply(fn, probe_after.dtype, self.options.fp16_weight_storage)
@@ -259,9 +294,9 @@ class FP8Holder(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         plain = self.scaled()
         save_weight(destination, prefix, plain, self._buffers["input_scale"])
-        bias = self._parameters.get("bias")
-        if bias is not None:
-            destination[prefix + "bias"] = bias if keep_vars else bias.detach()
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(
         self,
@@ -290,24 +325,3 @@ class FP8Holder(nn.Linear):
                 self._original.weight = None
             elif loaded is not None:
                 self.replace_weight(loaded)
-
-
-def quantized(weight: torch.Tensor, options: FP8GemmOptions, device: torch.device) -> ScaledTensor:
-    scheme = options.resolved_scheme
-    return quantize_weight(
-        weight.detach(), scheme.weight, dtype=options.weight_dtype, scale_format=scheme.scale_format, device=device
-    )
-
-
-def prepare_for(
-    weight: ScaledTensor,
-    options: FP8GemmOptions,
-    compute_dtype: torch.dtype,
-    input_scale: torch.Tensor | None,
-    scheme: Scheme | None = None,
-) -> Prepared:
-    """The weight in the layout of the engine that is chosen for it on its device."""
-    scheme = options.resolved_scheme if scheme is None else scheme
-    n, k = weight.shape
-    spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=compute_dtype, weight_dtype=weight.data.dtype)
-    return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

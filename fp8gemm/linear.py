@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .engines import ENGINES
-from .holder import OURS, FP8Holder, prepare_for, quantized
+from .holder import OURS, FP8Holder
 from .original import Activity, Original
+from .prepared import prepare_for, quantized
 from .product import dense, multiply
 from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .weight import FP8Weight
 
 
-class FP8Linear(FP8Holder):
+class FP8Linear(FP8Holder, nn.Linear):
     """``y = x @ w.T + bias`` with ``w [N, K]`` in FP8; ``bias`` stays a Parameter.
 
     Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``state_dict``
@@ -105,9 +105,13 @@ class FP8Linear(FP8Holder):
             self._buffers.pop(name, None)
         for name in FP8Holder.__annotations__:
             self.__dict__.pop(name, None)
-        self.__class__ = original.kind  # type: ignore[assignment]
+        self.__class__ = original.kind
         self.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         return exact
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -134,38 +138,12 @@ class FP8Linear(FP8Holder):
         return self._run(x, bias)
 
     def _run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        prepared = self._traced() if torch.compiler.is_compiling() else self._current(x.device)
         k = self.in_features
         if x.dim() == 0 or x.shape[-1] != k:
             return F.linear(x, x.new_zeros(()).expand(self.out_features, k))  # raises what nn.Linear raises
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        out_dtype, given = self._dtypes(x)
-        rows = x.reshape(-1, k)
-        run_dtype = out_dtype if out_dtype in prepared.dtypes else prepared.dtypes[0]
-        rows = rows.to(run_dtype)
-        if not rows.is_contiguous():
-            rows = rows.contiguous()
-        if bias is not None and bias.device != rows.device:
-            bias = bias.to(rows.device)
-        y = multiply(rows, prepared, bias, run_dtype)
-        if not torch.compiler.is_compiling():
-            self.activity.calls += 1
-            self.activity.kernels[ENGINES[prepared.engine].kernel(rows.shape[0], prepared)] += 1
-        return y.reshape(*x.shape[:-1], self.out_features).to(given)
-
-    def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
-        kind = x.device.type
-        # torch does not autocast float64, nor do we.
-        if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
-            autocast = torch.get_autocast_dtype(kind)
-            return autocast, autocast
-        if x.dtype == self.compute_dtype:
-            return x.dtype, x.dtype
-        if not self.options.cast_inputs or not x.dtype.is_floating_point:
-            raise RuntimeError(
-                f"expected input of dtype {self.compute_dtype}, found {x.dtype}"
-                + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
-            )
-        return self.compute_dtype, x.dtype if self.options.cast_output_back else self.compute_dtype
+        prepared = self._traced() if torch.compiler.is_compiling() else self._current(x.device)
+        if bias is not None and bias.device != x.device:
+            bias = bias.to(x.device)
+        return self._rows(x, lambda rows, dtype: multiply(rows, prepared, bias, dtype), prepared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from .scaled import WeightStorage
 class Original:
     """The layer as it was: its class, and its weight where that is kept."""
 
-    kind: type[nn.Linear]
+    kind: type[Any]
     nbytes: int
     requires_grad: bool
     weight: nn.Parameter | None = None

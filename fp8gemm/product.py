@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .engines import ENGINES, Prepared
+from .engines import ENGINES, Prepared, restore
 from .quantize import dequantize
 from .scaled import Granularity, Scheme
 
@@ -21,8 +21,8 @@ def multiply(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
 
 
 def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:
-    """The weight ``[N, K]`` dequantized in float32 and rounded once to ``dtype``."""
-    return dequantize(ENGINES[weight.engine].restore(weight), dtype)
+    """The weight ``[N, K]``, or stack, dequantized in float32 and rounded once to ``dtype``."""
+    return dequantize(restore(weight), dtype)
 
 
 class _Product(torch.autograd.Function):

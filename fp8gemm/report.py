@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .linear import FP8Linear
+from .holder import FP8Holder
 
-KEPT = "_fp8gemm_kept"  # attribute of a layer that was left as it is: the reason
+KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the stack that was left as it is, "" for the module itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,32 +84,25 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(_rows(model)))
 
 
-def kept_reason(module: nn.Module) -> str | None:
-    """Why a layer was left as it is; None if it never was considered."""
-    reason: str | None = module.__dict__.get(KEPT)
-    return reason
-
-
 def _rows(model: nn.Module) -> Iterator[Row]:
     for name, module in model.named_modules():
-        reason = kept_reason(module)
-        if isinstance(module, FP8Linear):
+        if isinstance(module, FP8Holder):
             yield _converted_row(name, module)
-        elif reason is not None:
-            yield _kept_row(name, module, reason)
+        for stack, reason in module.__dict__.get(KEPT, {}).items():
+            yield _kept_row(f"{name}.{stack}".strip(".") if stack else name, module, stack, reason)
 
 
-def _converted_row(name: str, layer: FP8Linear) -> Row:
+def _converted_row(name: str, layer: FP8Holder) -> Row:
     fp8 = layer.scaled().nbytes if layer.materialized else 0
     original = layer.original_weight
     activity = layer.activity
     return Row(
         name=name or "(the model itself)",
         status="fp8",
-        shape=(layer.out_features, layer.in_features),
+        shape=layer.weight_shape,
         engine=layer.engine or "",
         scheme=str(layer.scheme),
-        bytes_before=layer.out_features * layer.in_features * layer.compute_dtype.itemsize,
+        bytes_before=math.prod(layer.weight_shape) * layer.compute_dtype.itemsize,
         bytes_after=fp8 + (0 if original is None else original.nbytes),
         calls=activity.calls,
         kernels=tuple(Counter(activity.kernels).most_common()),
@@ -116,11 +110,15 @@ def _converted_row(name: str, layer: FP8Linear) -> Row:
     )
 
 
-def _kept_row(name: str, module: nn.Module, reason: str) -> Row:
+def _kept_row(name: str, module: nn.Module, stack: str, reason: str) -> Row:
+    """A layer's row counts its matrices, a stack's row that stack."""
+    own = module._parameters
     matrices = [
         parameter
-        for parameter in module._parameters.values()
-        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() > 1
+        for parameter in ([own.get(stack)] if stack else own.values())
+        if parameter is not None
+        and not isinstance(parameter, nn.UninitializedParameter)
+        and (stack or parameter.dim() == 2)
     ]
     size = sum(matrix.nbytes for matrix in matrices)
     return Row(

@@ -13,9 +13,10 @@ from .scaled import FP8_DTYPES, ScaledTensor, Scheme
 class Loadable(Protocol):
     """The layer that a weight is loaded into."""
 
-    in_features: int
-    out_features: int
     scheme: Scheme
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -64,7 +65,7 @@ def load_weight(
 
 
 def _problem(layer: Loadable, name: str, data: torch.Tensor, scale: torch.Tensor | None, assign: bool) -> str:
-    shape = (layer.out_features, layer.in_features)
+    shape = layer.weight_shape
     if tuple(data.shape) != shape:
         return f"size mismatch for {name}: the layer has {shape}, the state dict {tuple(data.shape)}."
     if data.dtype in FP8_DTYPES and scale is not None:

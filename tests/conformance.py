@@ -29,10 +29,10 @@ SHAPES = [(256, 384), (130, 200), (17, 33), (1, 7)]
 TOKENS = [0, 1, 2, 3, 5, 17, 70]
 
 
-def accepted_specs(engine: Engine, machine: Machine) -> Iterator[MatmulSpec]:
+def accepted_specs(engine: Engine, machine: Machine, *, experts: int = 0) -> Iterator[MatmulSpec]:
     """Every problem of this suite that the engine does not reject."""
     for scheme, dtype, (n, k) in itertools.product(SCHEMES, DTYPES, SHAPES):
-        spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype)
+        spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype, experts=experts)
         if not engine.rejects(spec, machine):
             yield spec
 
@@ -40,10 +40,13 @@ def accepted_specs(engine: Engine, machine: Machine) -> Iterator[MatmulSpec]:
 def check(engine: Engine, machine: Machine, device: torch.device) -> int:
     """All checks on all problems that the engine accepts; how many problems those were."""
     specs = list(accepted_specs(engine, machine))
+    stacks = [stack for stack in accepted_specs(engine, machine, experts=EXPERTS) if stack.n > 1]
     for spec in specs:
         for part in CHECKS:
             part(engine, spec, device)
-    return len(specs)
+    for spec in stacks:
+        grouped_products(engine, spec, device)
+    return len(specs) + len(stacks)
 
 
 def exact_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
@@ -149,6 +152,32 @@ def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> No
     assert strided.equal(packed), f"{spec}: the row stride changes the answer"
 
 
+def grouped_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Tokens sorted by expert: no tokens, all to one, one, uneven, and some of absent experts; bitwise on integers."""
+    stack, prepared = _prepared(engine, spec, lambda zeros: _integer_stack(spec, device, zeros=zeros))
+    bias = torch.randint(-3, 4, (EXPERTS, spec.n), device=device).to(spec.compute_dtype)
+    for counts in ROUTINGS:
+        ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+        absent = 3
+        x = _integer_tokens(sum(counts) + absent, spec, prepared.scheme, device)
+        for own in (bias, None):
+            y = engine.grouped(x, prepared, ends, own, spec.compute_dtype)
+            expected = torch.zeros(x.shape[0], spec.n, dtype=torch.float64, device=device)
+            start = 0
+            for expert, count in enumerate(counts):
+                w = _dense(ScaledTensor(stack.data[expert], stack.scale[expert], stack.granularity))
+                product = x[start : start + count].double() @ w.t()
+                expected[start : start + count] = product if own is None else product + own[expert].double()
+                start += count
+            assert y.dtype == spec.compute_dtype
+            assert y.double().equal(expected), f"{spec}, tokens {counts}, bias={own is not None}: not the exact product"
+    restored = engine.restore_stack(prepared)
+    assert restored.data.view(torch.uint8).equal(stack.data.view(torch.uint8)), f"{spec}: bytes of the stack changed"
+    assert restored.scale.equal(stack.scale), f"{spec}: scales of the stack changed"
+
+
+EXPERTS = 5
+ROUTINGS = [(2, 3, 1, 4, 2), (0, 0, 7, 0, 0), (0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (5, 0, 0, 0, 1), (1, 0, 40, 3, 0)]
 CHECKS: list[Callable[[Engine, MatmulSpec, torch.device], None]] = [
     exact_products,
     accurate_products,
@@ -163,12 +192,19 @@ def _prepared(
     engine: Engine, spec: MatmulSpec, weight: Callable[[bool], ScaledTensor]
 ) -> tuple[ScaledTensor, Prepared]:
     """A weight with zeros and subnormals among its codes, or, for an engine that refuses those, one without."""
+    prepare = engine.prepare_stack if spec.experts else engine.prepare
     with_zeros = weight(True)
     try:
-        return with_zeros, engine.prepare(with_zeros, spec.scheme)
+        return with_zeros, prepare(with_zeros, spec.scheme)
     except UnsupportedError:
         without = weight(False)
-        return without, engine.prepare(without, spec.scheme)
+        return without, prepare(without, spec.scheme)
+
+
+def _integer_stack(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> ScaledTensor:
+    weights = [_integer_weight(spec, device, zeros=zeros) for _ in range(EXPERTS)]
+    data, scale = (torch.stack(tensors) for tensors in zip(*((w.data, w.scale) for w in weights), strict=True))
+    return ScaledTensor(data, scale, spec.scheme.weight)
 
 
 def _integer_weight(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> ScaledTensor:

@@ -107,6 +107,41 @@ def test_suite_catches(broken: type[ReferenceEngine]) -> None:
         conformance.check(broken(), probe("cpu"), torch.device("cpu"))
 
 
+class GroupedUnwrittenTail(ReferenceEngine):
+    """Leaves rows past the last end as they came, as torch's kernel does."""
+
+    def grouped(self, x, weight, ends, bias, out_dtype):
+        y = super().grouped(x, weight, ends, bias, out_dtype)
+        y[int(ends[-1]) :] = 7
+        return y
+
+
+class GroupedNeighbour(ReferenceEngine):
+    """Gives the first token of each expert to the expert before it."""
+
+    def grouped(self, x, weight, ends, bias, out_dtype):
+        return super().grouped(x, weight, (ends + 1).clamp(max=int(ends[-1])), bias, out_dtype)
+
+
+class GroupedBiasOfFirst(ReferenceEngine):
+    def grouped(self, x, weight, ends, bias, out_dtype):
+        bias = None if bias is None else bias[:1].expand_as(bias)
+        return super().grouped(x, weight, ends, bias, out_dtype)
+
+
+class GroupedScaleOfFirst(ReferenceEngine):
+    def prepare_stack(self, weight, scheme):
+        return replace(super().prepare_stack(weight, scheme), scale=weight.scale[:1].expand_as(weight.scale)).split()
+
+
+@pytest.mark.parametrize("broken", [GroupedUnwrittenTail, GroupedNeighbour, GroupedBiasOfFirst, GroupedScaleOfFirst])
+def test_suite_catches_grouped(broken: type[ReferenceEngine]) -> None:
+    engine = broken()
+    with pytest.raises(AssertionError):
+        for spec in conformance.accepted_specs(engine, probe("cpu"), experts=conformance.EXPERTS):
+            conformance.grouped_products(engine, spec, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("check", conformance.CHECKS)
 def test_no_check_is_idle(check) -> None:
     """Each check catches some defect by itself."""

@@ -16,12 +16,12 @@ PACKAGE = Path(fp8gemm.__file__).parent
 # From the ground up; a room imports rooms on floors below its own, never beside or above. Folders are one room.
 FLOORS = [
     {"errors", "scaled", "progress"},
-    {"quantize", "native"},
+    {"quantize", "native", "moe", "einsum"},
     {"engines", "formats"},
-    {"product", "original", "state", "weight"},
-    {"holder"},
-    {"linear"},
-    {"report"},
+    {"product", "original", "state", "weight", "prepared"},
+    {"holder", "stack"},
+    {"linear", "experts"},
+    {"report", "plan"},
     {"patch"},
     {"checkpoint"},
     {"__init__"},

@@ -17,7 +17,19 @@ from .reference import ReferenceEngine
 from .torch_mm import TorchEngine
 from .vllm_mm import VllmEngine
 
-__all__ = ["AUTO", "ENGINES", "Choice", "Engine", "Machine", "MatmulSpec", "Prepared", "choose", "prepare", "probe"]
+__all__ = [
+    "AUTO",
+    "ENGINES",
+    "Choice",
+    "Engine",
+    "Machine",
+    "MatmulSpec",
+    "Prepared",
+    "choose",
+    "prepare",
+    "probe",
+    "restore",
+]
 
 ENGINES: MappingProxyType[str, Engine] = MappingProxyType(
     {engine.name: engine for engine in (VllmEngine(), TorchEngine(), CpuEngine(), ReferenceEngine())}
@@ -45,11 +57,19 @@ def prepare(
     while True:
         winner = choose(spec, machine, engine, refused=refused).winner
         try:
+            if spec.experts:
+                return ENGINES[winner].prepare_stack(weight, spec.scheme)
             return ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
         except UnsupportedError as error:
             if engine != "auto":
                 raise
             refused[winner] = [str(error)]
+
+
+def restore(prepared: Prepared) -> ScaledTensor:
+    """The plain weight, or stack, that an engine's layout was made of, bit for bit."""
+    engine = ENGINES[prepared.engine]
+    return engine.restore_stack(prepared) if prepared.experts else engine.restore(prepared)
 
 
 def choose(
@@ -76,7 +96,8 @@ def choose(
 
 
 def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str, list[str]]) -> str:
-    asked = f"[{spec.n}, {spec.k}] in {spec.compute_dtype}, {spec.scheme}"
+    stack = f"{spec.experts} x " if spec.experts else ""
+    asked = f"{stack}[{spec.n}, {spec.k}] in {spec.compute_dtype}, {spec.scheme}"
     where = f"{machine.device} {machine.name}".strip()
     lines = [f"no engine can multiply {asked} on {where}" if engine == "auto" else f"engine {engine!r} cannot: {asked}"]
     lines += [f"  {name}: {reason}" for name, reasons in rejected.items() for reason in reasons]

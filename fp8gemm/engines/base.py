@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -66,10 +66,26 @@ class Prepared:
     extra: tuple[torch.Tensor, ...] = ()
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
     experts: int = 0
+    parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
 
     @property
     def device(self) -> torch.device:
         return self.data.device
+
+    def split(self) -> Prepared:
+        """This stack with its ``parts``, which are views made once."""
+        parts = (
+            replace(
+                self,
+                data=self.data[expert],
+                scale=self.scale[expert],
+                extra=tuple(tensor[expert] for tensor in self.extra),
+                experts=0,
+                parts=(),
+            )
+            for expert in range(self.experts)
+        )
+        return replace(self, parts=tuple(parts))
 
 
 class Engine(ABC):
@@ -139,6 +155,46 @@ class Engine(ABC):
         No padding and no host synchronisation on a GPU.
         """
         raise NotImplementedError(f"engine {self.name} has no grouped product; its rejects() says so")
+
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+        """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
+        pairs = zip(weight.data, weight.scale, strict=True)
+        parts = [self.prepare(ScaledTensor(data, scale, weight.granularity), scheme) for data, scale in pairs]
+        shared = all(part.data.data_ptr() == data.data_ptr() for part, data in zip(parts, weight.data, strict=True))
+        stack = replace(
+            parts[0],
+            data=weight.data if shared else torch.stack([part.data for part in parts]),
+            scale=weight.scale,
+            extra=tuple(torch.stack(tensors) for tensors in zip(*(part.extra for part in parts), strict=True)),
+            experts=len(parts),
+        )
+        return stack.split()
+
+    def restore_stack(self, prepared: Prepared) -> ScaledTensor:
+        """The plain stack that ``prepare_stack`` was given, bit for bit."""
+        if type(self).restore is Engine.restore:
+            return self.restore(prepared)
+        parts = [self.restore(part) for part in (prepared.parts or prepared.split().parts)]
+        return ScaledTensor(torch.stack([part.data for part in parts]), prepared.scale, prepared.scheme.weight)
+
+    def _grouped_by_expert(
+        self,
+        x: torch.Tensor,
+        weight: Prepared,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """``grouped`` as one ``linear`` for each expert that has tokens; where ``ends`` is in CPU memory anyway."""
+        y = x.new_zeros(x.shape[0], weight.n, dtype=out_dtype)
+        parts = weight.parts or weight.split().parts
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                own = None if bias is None else bias[expert]
+                y[start:end] = self.linear(x[start:end], parts[expert], own, out_dtype)
+            start = end
+        return y
 
     def kernel(self, m: int, weight: Prepared) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens, for the report."""

@@ -43,6 +43,16 @@ class CpuEngine(WeightOnlyEngine):
         y = torch.cat([_multiply(x, panel) for panel in _panels(weight, x.dtype)], dim=1)
         return scale_columns(y, weight.extra[0], bias).to(out_dtype)
 
+    def grouped(
+        self,
+        x: torch.Tensor,
+        weight: Prepared,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
+
     def kernel(self, m: int, weight: Prepared) -> str:
         return "torch panels"
 

@@ -26,6 +26,8 @@ class TorchEngine(Engine):
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         reasons = [*_rejects_scheme(spec.scheme, machine), *_rejects_machine(machine)]
+        if spec.experts:
+            reasons += _rejects_grouped(spec, machine)
         if spec.compute_dtype == torch.float64:
             reasons.append("gives bfloat16, float16 or float32, not float64")
         if spec.weight_dtype != torch.float8_e4m3fn:
@@ -71,6 +73,45 @@ class TorchEngine(Engine):
             y = self._row(x, weight, out_dtype)
         y = y[: x.shape[0], : weight.n]
         return y if bias is None else y + bias.to(out_dtype)
+
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+        experts, n, k = weight.shape
+        data = F.pad(weight.data.view(torch.uint8), (0, -k % ALIGNMENT, 0, -n % ALIGNMENT)).view(weight.data.dtype)
+        scale = F.pad(weight.scale.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
+        return Prepared(
+            engine=self.name,
+            scheme=scheme,
+            n=n,
+            k=k,
+            data=data,
+            scale=weight.scale,
+            extra=(data.transpose(-2, -1), scale),
+            experts=experts,
+        )
+
+    def restore_stack(self, prepared: Prepared) -> ScaledTensor:
+        data = prepared.data[:, : prepared.n, : prepared.k].contiguous()
+        return ScaledTensor(data, prepared.scale, prepared.scheme.weight)
+
+    def grouped(
+        self,
+        x: torch.Tensor,
+        weight: Prepared,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        w, w_scale = weight.extra
+        xq = quantize(F.pad(x, (0, -weight.k % ALIGNMENT)), ROW)
+        y = torch._scaled_grouped_mm(
+            xq.data, w, xq.scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )[:, : weight.n]
+        token = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
+        if bias is not None:
+            expert = torch.searchsorted(ends, token, right=True).clamp_(max=weight.experts - 1)
+            y = y + bias[expert].to(y.dtype)
+        # torch leaves rows past the last end unwritten.
+        return torch.where((token < ends[-1]).unsqueeze(1), y, 0).to(out_dtype)
 
     def _row(self, x: torch.Tensor, weight: Prepared, out_dtype: torch.dtype) -> torch.Tensor:
         scheme = weight.scheme
@@ -135,6 +176,16 @@ def _rejects_machine(machine: Machine) -> list[str]:
         reasons.append("gfx942 multiplies e4m3fnuz only, and weights are e4m3fn")
     if machine.device == "mps" and machine.torch_version < (2, 15):
         reasons.append(f"needs torch 2.15 on mps, found {'.'.join(map(str, machine.torch_version))}")
+    return reasons
+
+
+def _rejects_grouped(spec: MatmulSpec, machine: Machine) -> list[str]:
+    """``scaled_grouped_mm`` of torch 2.11: row-wise CUTLASS kernels, bfloat16 out (torch's GroupedBlas.cpp)."""
+    reasons = []
+    if machine.device != "cuda" or (machine.capability or (0, 0)) < (9, 0):
+        reasons.append(f"grouped products need compute capability 9.0 or newer, found {machine.device} {machine.name}")
+    if (spec.scheme.weight, spec.scheme.activation) != (ROW, ROW):
+        reasons.append(f"grouped products scale per row, found {spec.scheme}")
     return reasons
 
 

@@ -38,6 +38,8 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
             reasons.append(
                 f"vLLM {machine.vllm_version} has no op {op} with {' or '.join(map(str, OPS[op]))} arguments"
             )
+    if spec.experts:
+        reasons.append("its grouped kernels on CUDA are reached through vLLM's model classes only")
     if spec.compute_dtype == torch.float64:
         reasons.append("gives bfloat16 or float16, not float64")
     if spec.weight_dtype != torch.float8_e4m3fn:

@@ -1,0 +1,57 @@
+"""Which einsums are a product of tokens by a stack of experts, and how to lay their tokens out for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class BatchedEinsum:
+    """The tokens of an einsum as ``[E, M, K]``, and ``[E, M, N]`` back as the einsum's output."""
+
+    x_letters: str
+    y_letters: str
+    expert: str
+    contracted: str
+    made: str
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def rest(self) -> str:
+        return "".join(letter for letter in self.x_letters if letter not in (self.expert, self.contracted))
+
+    def input(self, x: torch.Tensor, *, experts: int) -> torch.Tensor:
+        if self.expert not in self.x_letters:  # every expert sees every token
+            x = x.expand(experts, *x.shape)
+            letters = self.expert + self.x_letters
+        else:
+            letters = self.x_letters
+        x = x.permute([letters.index(letter) for letter in self.expert + self.rest + self.contracted])
+        self.sizes = tuple(x.shape[1:-1])
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        y = y.reshape(y.shape[0], *self.sizes, y.shape[-1])
+        letters = self.expert + self.rest + self.made
+        return y.permute([letters.index(letter) for letter in self.y_letters])
+
+
+def batched_operands(equation: str, stack_position: int, *, stack_is_transposed: bool) -> BatchedEinsum | None:
+    """The plan for an equation of two operands, of which one is a stack; None if it is no such product.
+
+    It is one where the stack's letters are expert, made and contracted (``enk``, or ``ekn`` for a transposed stack),
+    x has the contracted letter and not the made one, and y has expert, made and every other letter of x.
+    """
+    inputs, arrow, y = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if not arrow or len(operands) != 2 or "." in equation:
+        return None
+    w, x = operands[stack_position], operands[1 - stack_position]
+    if len(w) != 3 or len(set(w)) != 3 or len(set(x)) != len(x):
+        return None
+    expert, made, contracted = (w[0], w[2], w[1]) if stack_is_transposed else (w[0], w[1], w[2])
+    plan = BatchedEinsum(x_letters=x, y_letters=y, expert=expert, contracted=contracted, made=made)
+    fits = contracted in x and made not in x and sorted(y) == sorted(expert + made + plan.rest)
+    return plan if fits else None

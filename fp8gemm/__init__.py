@@ -1,5 +1,13 @@
 """fp8gemm: one line makes the Linears of any PyTorch model run on FP8 weights."""
 
+from .checkpoint import (
+    Checkpoint,
+    convert_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    quantize_checkpoint,
+    save_checkpoint,
+)
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
 from .experts import FP8Experts
@@ -31,6 +39,7 @@ __all__ = [
     "ROW",
     "SCHEMES",
     "TENSOR",
+    "Checkpoint",
     "CheckpointError",
     "Choice",
     "FP8Experts",
@@ -44,11 +53,16 @@ __all__ = [
     "Scheme",
     "UnsupportedError",
     "choose",
+    "convert_checkpoint",
     "dequantize",
     "disable_fp8_gemm",
     "enable_fp8_gemm",
+    "load_checkpoint",
+    "open_checkpoint",
     "plan",
     "probe",
     "quantize",
+    "quantize_checkpoint",
     "report",
+    "save_checkpoint",
 ]

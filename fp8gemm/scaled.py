@@ -35,6 +35,11 @@ class Granularity:
             if size is not None and size < 1:
                 raise ValueError(f"Granularity.{name} must be None or at least 1, found {size}")
 
+    @property
+    def by_row(self) -> bool:
+        """Whether scales change from row to row only, so that they can multiply the output columns."""
+        return self.cols is None and self.rows is not None
+
     def block(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
         """The (rows, cols) of one block of a tensor of this ``shape``; never 0, so that empty tensors divide."""
         n, k = shape[-2:]

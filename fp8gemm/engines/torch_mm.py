@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..quantize import quantize
+from ..quantize import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from .base import Engine, Machine, MatmulSpec, Prepared
 
@@ -45,7 +45,10 @@ class TorchEngine(Engine):
         if scheme.weight == BLOCK_128:
             extra = (data.t(), _block_scales(scale))
         else:
-            row_scale = scale if scheme.weight == TENSOR else F.pad(scale, (0, 0, 0, -n % ALIGNMENT), value=1.0)
+            row_scale = scale
+            if scheme.weight.by_row:
+                rows = expand_scale(scale, scheme.weight, weight.shape)
+                row_scale = F.pad(rows, (0, 0, 0, -n % ALIGNMENT), value=1.0)
             extra = (data.t(), row_scale.t().contiguous())
         return Prepared(
             engine=self.name,
@@ -77,7 +80,8 @@ class TorchEngine(Engine):
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
         experts, n, k = weight.shape
         data = F.pad(weight.data.view(torch.uint8), (0, -k % ALIGNMENT, 0, -n % ALIGNMENT)).view(weight.data.dtype)
-        scale = F.pad(weight.scale.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
+        rows = expand_scale(weight.scale, scheme.weight, weight.shape)
+        scale = F.pad(rows.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
         return Prepared(
             engine=self.name,
             scheme=scheme,
@@ -145,7 +149,7 @@ class TorchEngine(Engine):
             output_dtype=torch.bfloat16,
         ).to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared) -> str:
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
 
 
@@ -156,7 +160,7 @@ def _block_scales(scale: torch.Tensor) -> torch.Tensor:
 
 def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:
     pair = (scheme.weight, scheme.activation)
-    if pair in ((TENSOR, TENSOR), (ROW, ROW), (TENSOR, ROW), (ROW, TENSOR)):
+    if (scheme.weight == TENSOR or scheme.weight.by_row) and scheme.activation in (TENSOR, ROW):
         return []
     if pair != (BLOCK_128, GROUP_128):
         return [f"scales per tensor, per row, or 128x128 with 1x128 activations; found {scheme}"]
@@ -184,8 +188,8 @@ def _rejects_grouped(spec: MatmulSpec, machine: Machine) -> list[str]:
     reasons = []
     if machine.device != "cuda" or (machine.capability or (0, 0)) < (9, 0):
         reasons.append(f"grouped products need compute capability 9.0 or newer, found {machine.device} {machine.name}")
-    if (spec.scheme.weight, spec.scheme.activation) != (ROW, ROW):
-        reasons.append(f"grouped products scale per row, found {spec.scheme}")
+    if not spec.scheme.weight.by_row or spec.scheme.activation != ROW:
+        reasons.append(f"grouped products scale rows and tokens, found {spec.scheme}")
     return reasons
 
 

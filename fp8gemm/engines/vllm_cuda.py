@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..quantize import block_scale
+from ..quantize import block_scale, expand_scale
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, Prepared
 
@@ -18,14 +18,14 @@ OPS = {
 }
 _ROW_OPS = ("cutlass_scaled_mm", "dynamic_per_token_scaled_fp8_quant", "static_scaled_fp8_quant")
 _BLOCK_OPS = ("cutlass_scaled_mm", "per_token_group_fp8_quant")
-_PAIRS = ((TENSOR, TENSOR), (ROW, ROW), (TENSOR, ROW), (ROW, TENSOR), (BLOCK_128, GROUP_128))
 
 
 def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
     reasons = []
     scheme, capability = spec.scheme, machine.capability or (0, 0)
     block = scheme.weight == BLOCK_128
-    if (scheme.weight, scheme.activation) not in _PAIRS:
+    rows = (scheme.weight == TENSOR or scheme.weight.by_row) and scheme.activation in (TENSOR, ROW)
+    if not rows and (scheme.weight, scheme.activation) != (BLOCK_128, GROUP_128):
         reasons.append(f"scales per tensor, per row, or 128x128 with 1x128 activations; found {scheme}")
     if capability < ((9, 0) if block else (8, 9)):
         needed = "9.0 for block scales" if block else "8.9"
@@ -54,8 +54,9 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     data = weight.data.contiguous()
     if -n % multiple or -k % multiple:
         data = F.pad(data.view(torch.uint8), (0, -k % multiple, 0, -n % multiple)).view(weight.data.dtype)
-    if scheme.weight == ROW:
-        kernel_scale = F.pad(weight.scale, (0, 0, 0, -n % multiple), value=1.0)
+    if scheme.weight.by_row:
+        rows = expand_scale(weight.scale, scheme.weight, weight.shape)
+        kernel_scale = F.pad(rows, (0, 0, 0, -n % multiple), value=1.0)
     else:
         kernel_scale = weight.scale.t() if scheme.weight == BLOCK_128 else weight.scale
     return Prepared(

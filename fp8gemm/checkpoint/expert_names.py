@@ -1,0 +1,56 @@
+"""Stacked experts under the names that files have for them: one matrix an expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+_EXPERTS = re.compile(r"^(?P<block>.*\bexperts)\.gate_up_proj$")
+# Models whose files have Mixtral's names: w1 gates, w3 goes up, w2 comes down.
+_MIXTRAL = ("mixtral", "minimax", "minimax_m2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows ``start`` to ``stop`` of one expert of the stacked tensor ``name``."""
+
+    name: str
+    expert: int
+    start: int
+    stop: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[self.expert, self.start : self.stop]
+
+
+def expert_slices(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Slice]:
+    """Name in a file -> its slice, for the blocks ``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]`` in ``shapes``.
+
+    Transposed ones, ``[E, H, 2I]`` and ``[E, I, H]``, are stored stacked by their makers and stay so. ``kind`` is the
+    config's ``model_type``.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        match = _EXPERTS.match(name)
+        down_name = f"{match['block']}.down_proj" if match else ""
+        down = shapes.get(down_name, ())
+        if match is None or not (len(shape) == len(down) == 3 and shape[2] == down[1] and shape[1] == 2 * down[2]):
+            continue
+        gate, up, out = ("w1", "w3", "w2") if kind in _MIXTRAL else ("gate_proj", "up_proj", "down_proj")
+        block, half = file_name(match["block"] + ".", kind), shape[1] // 2
+        for index in range(shape[0]):
+            found[f"{block}{index}.{gate}.weight"] = Slice(name=name, expert=index, start=0, stop=half)
+            found[f"{block}{index}.{up}.weight"] = Slice(name=name, expert=index, start=half, stop=2 * half)
+            found[f"{block}{index}.{out}.weight"] = Slice(name=down_name, expert=index, start=0, stop=down[1])
+    return found
+
+
+def file_name(name: str, kind: str) -> str:
+    """The name in a file of a tensor of a model; only the blocks of Mixtral's kin are called otherwise there."""
+    if kind not in _MIXTRAL:
+        return name
+    match = re.match(r"^((?:.*\.)?)\w+(\.(experts|gate|e_score_correction_bias)\b.*)$", name)
+    return name if match is None else f"{match[1]}block_sparse_moe{match[2]}"

@@ -1,0 +1,227 @@
+"""Loading a checkpoint into any model: FP8 stays FP8, the rest takes the model's dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engines import MatmulSpec, choose, probe
+from ..errors import UnsupportedError
+from ..experts import FP8Experts
+from ..holder import FP8Holder
+from ..linear import FP8Linear
+from ..progress import byte_progress
+from ..report import KEPT, Report, report
+from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
+from .fill import fill, scheme_of, take
+from .places import Place, initialise_transient, places, transient
+from .plan import Step, holds_fp8, nbytes, plan_load, some
+from .read import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadReport(Report):
+    """What was loaded: the rows of every Linear, and what of the file or the model was left over.
+
+    Attributes:
+        format: the checkpoint's.
+        missing: names of the model that the checkpoint does not hold; they are as they were.
+        unexpected: names of the checkpoint that have no place in the model.
+        unused_keys: keys that mean nothing, with the reason.
+        dequantized: FP8 on disk and dense in the model: embeddings, or all with ``dequantize=True``.
+        suspicious: where the config says something else than the tensors.
+        kv_scales: names of the scales of a key-value cache; ``Checkpoint.kv_scales`` reads them.
+    """
+
+    format: str = ""
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    unused_keys: Mapping[str, str] = field(default_factory=dict)
+    dequantized: tuple[str, ...] = ()
+    suspicious: tuple[str, ...] = ()
+    kv_scales: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {key: value for key, value in asdict(self).items() if key != "rows"}
+        return {**super().to_dict(), **facts}
+
+    def __str__(self) -> str:
+        notes = [f"checkpoint format {self.format}"]
+        for what in ("missing", "unexpected", "dequantized", "suspicious", "kv_scales"):
+            if found := getattr(self, what):
+                notes.append(f"{what}: {some(found)}")
+        notes += [f"unused {key}: {reason}" for key, reason in self.unused_keys.items()]
+        return "\n".join([super().__str__(), *notes])
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    options: FP8GemmOptions | None = None,
+    dequantize: bool = False,
+    device: torch.device | str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> LoadReport:
+    """Fills ``model``, on meta or real, with a checkpoint: Linears whose weight is FP8 on disk become ``FP8Linear``,
+    and stacks of experts ``FP8Experts``.
+
+    They hold the file's bytes and scales; everything else is copied in the model's own dtype. Never saved buffers on
+    meta (rotary frequencies) are computed as transformers models can.
+
+    Args:
+        source: what ``open_checkpoint`` takes, or its result.
+        options: for the new layers: the engine and the casts; of its scheme only whether activations are quantized
+            at all, since the file gives the rest. Nothing dense is kept.
+        dequantize: leave plain layers instead, each computed in float32 and rounded once to the model's dtype.
+        device: where to put the tensors; by default where they are, and on the CPU those that are on meta.
+        key_mapping: regex -> replacement for the checkpoint's canonical names, where the model has others. Several
+            names that become one are joined by rows, in the order of their patterns.
+        strict: names that one side lacks, and unknown keys that look like scales, are an error.
+
+    Raises:
+        CheckpointError: the file is broken, or does not fit the model; then all reasons at once.
+        UnsupportedError: no engine, or not the named one, runs such a layer on the device.
+        ValueError: the model holds FP8Linears already, or buffers on meta that nobody can compute.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    target = None if device is None else torch.device(device)
+    _refuse_fp8(model)
+    steps, left = plan_load(model, checkpoint, key_mapping, dequantize, strict)
+    chosen = options or FP8GemmOptions()
+    steps = _checked(steps, checkpoint, chosen, target)
+    uncomputed = initialise_transient(model, target or torch.device("cpu"))
+    if uncomputed:
+        raise ValueError(
+            f"the model has buffers on meta that no checkpoint holds and that it cannot compute: {some(uncomputed)}; "
+            "build it on the CPU, or put only its parameters on meta"
+        )
+    total = sum(nbytes(checkpoint, name) for step in steps for name in step.sources)
+    with torch.no_grad(), byte_progress(total, what="Loading") as counter:
+        for step in steps:
+            _fill(step, checkpoint, chosen, target)
+            counter.update(sum(nbytes(checkpoint, name) for name in step.sources))
+        if target is not None:
+            for place in (*places(model).values(), *transient(model).values()):
+                _move(place, target)
+    _note_kept(steps, checkpoint)
+    return LoadReport(
+        report(model).rows,
+        format=checkpoint.format.name,
+        missing=tuple(left.missing),
+        unexpected=tuple(left.unexpected),
+        unused_keys=checkpoint.unused_keys,
+        dequantized=tuple(step.places[0].name for step in steps if not step.fp8 and holds_fp8(checkpoint, step)),
+        suspicious=tuple(checkpoint.layout.suspicious),
+        kv_scales=tuple(checkpoint.layout.kv_scales),
+    )
+
+
+def _checked(
+    steps: Sequence[Step], checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None
+) -> list[Step]:
+    """The steps, of which each FP8 one has an engine; experts that ``auto`` finds none for become dense ones.
+
+    Raises:
+        UnsupportedError: no engine, or not the one that was named, runs one of the FP8 layers.
+    """
+    known: dict[tuple[MatmulSpec, torch.device], str] = {}
+    checked = []
+    for step in steps:
+        if step.fp8:
+            place = step.places[0]
+            asked = (_spec(step, checkpoint, options), home_of(place, device))
+            if asked not in known:
+                try:
+                    choose(asked[0], probe(asked[1]), options.engine)
+                    known[asked] = ""
+                except UnsupportedError as error:
+                    known[asked] = str(error)
+            if known[asked]:
+                if not asked[0].experts or options.engine != "auto":
+                    raise UnsupportedError(f"{place.name}: {known[asked]}")
+                step = replace(step, fp8=False)
+        checked.append(step)
+    return checked
+
+
+def _spec(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions) -> MatmulSpec:
+    """What is asked of an engine for a step, as far as the headers tell."""
+    place, source = step.places[0], step.sources[0]
+    stack = checkpoint.stacks.get(source)
+    layer = checkpoint.layers[source if stack is None else stack.parts[0][0]]
+    scheme = layer.scheme
+    *experts, n, k = place.tensor.shape
+    if stack is not None:
+        joined = Granularity(n // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
+        scheme = replace(scheme, weight=joined, static=False, activation=scheme.activation and ROW)
+    if options.resolved_scheme.activation is None:
+        scheme = scheme.weight_only()
+    return MatmulSpec(
+        scheme=scheme,
+        n=n,
+        k=k,
+        compute_dtype=place.tensor.dtype,
+        weight_dtype=layer.dtype,
+        experts=experts[0] if experts else 0,
+    )
+
+
+def home_of(place: Place, device: torch.device | None) -> torch.device:
+    """Where a tensor is to be: on ``device`` if one was asked for, else where it is, or on the CPU."""
+    return device or (torch.device("cpu") if place.tensor.is_meta else place.tensor.device)
+
+
+def _fill(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None) -> None:
+    place = step.places[0]
+    home = home_of(place, device)
+    if not step.fp8:
+        fill(step.places, step.sources, checkpoint, home)
+        return
+    weight = take(checkpoint, step.sources)
+    assert isinstance(weight, ScaledTensor)
+    scheme, input_scale = scheme_of(checkpoint, step.sources, weight)
+    if options.resolved_scheme.activation is None:
+        scheme, input_scale = scheme.weight_only(), None
+    own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
+    if step.sources[0] in checkpoint.stacks:  # stacked just now: nobody else's memory
+        FP8Experts.convert(place.module, place.attribute, own, weight=weight.to(home))
+        return
+    assert isinstance(place.module, nn.Linear)
+    held = ScaledTensor(weight.data.to(home, copy=True), weight.scale.to(home, copy=True), weight.granularity)
+    FP8Linear.convert(place.module, own, weight=held, input_scale=None if input_scale is None else input_scale.to(home))
+
+
+def _move(place: Place, device: torch.device) -> None:
+    """Takes along to ``device`` what the checkpoint did not hold."""
+    tensor = place.tensor
+    if tensor.device == device or tensor.is_meta or isinstance(place.module, FP8Holder):
+        return
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.to(device)
+    else:
+        place.put(tensor.to(device))
+
+
+def _note_kept(steps: Sequence[Step], checkpoint: Checkpoint) -> None:
+    for step in steps:
+        for place in step.places:
+            if place.is_linear_weight and not step.fp8:
+                reasons = place.module.__dict__.setdefault(KEPT, {})
+                reasons[""] = (
+                    "FP8 in the checkpoint, dequantized" if holds_fp8(checkpoint, step) else "dense in the checkpoint"
+                )
+
+
+def _refuse_fp8(model: nn.Module) -> None:
+    held = [name or "(the model itself)" for name, module in model.named_modules() if isinstance(module, FP8Holder)]
+    if held:
+        raise ValueError(
+            f"the model holds FP8 weights already: {some(held)}; load into a plain model, or disable_fp8_gemm first"
+        )

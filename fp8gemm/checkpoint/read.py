@@ -1,0 +1,246 @@
+"""An open checkpoint: canonical names to tensors and scaled tensors, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats import Contents, Format, Layer, Layout, Stack, detect, join_rows, scan, stacks
+from ..quantize import dequantize
+from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
+from .hub import Hub
+from .source import Source, Tensors, locate
+
+# Bytes that are looked through at once for NaN: what torch gives one thread, as in fill.py, and stays in its cache.
+_PART = 1 << 15
+
+
+class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
+    """Canonical name -> ``torch.Tensor``, or ``ScaledTensor`` where the file holds FP8 with a scale.
+
+    Names are those of a module's parameters (``model.layers.0.mlp.up_proj.weight``). Per-expert weights appear a
+    second time, stacked as ``...experts.gate_up_proj [E, 2I, H]`` and ``...experts.down_proj [E, H, I]``. Nothing is
+    read before it is asked for; tensors are views of the memory-mapped files: do not write to them.
+
+    Attributes:
+        source: the files.
+        format: what recognised it; ``recognised_by`` says how.
+        config: the quantization config, empty where there is none; ``model_config`` the whole config.json.
+        metadata: the files' own.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        contents = tensors.contents()
+        self._tensors = tensors
+        self._contents = contents
+        self.source: Source = tensors.source
+        found, self.recognised_by = detect(contents)
+        self.format: Format = found
+        self.layout: Layout = scan(contents, found)
+
+    @property
+    def contents(self) -> Contents:
+        return self._contents
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._contents.config
+
+    @property
+    def model_config(self) -> Mapping[str, Any] | None:
+        return self._contents.model_config
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._contents.metadata
+
+    @property
+    def unused_keys(self) -> Mapping[str, str]:
+        """Keys of the files that nothing reads, each with its reason; those that look like stray scales too."""
+        unknown = dict.fromkeys(self.layout.unknown, "looks like a scale, but belongs to no weight")
+        return {**self.layout.unused, **unknown}
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """How each FP8 weight is stored, by canonical name; stacked names are not among them."""
+        return self.layout.layers
+
+    @cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The stacked names that per-expert weights make, where the files do not use those names themselves."""
+        names = [*self.layout.layers, *self.layout.plain]
+        return {name: stack for name, stack in stacks(names).items() if name not in self.layout.layers}
+
+    @cached_property
+    def kv_scales(self) -> Mapping[str, torch.Tensor]:
+        """Scales of a key-value cache, float32, by canonical name: kept as metadata, no layer uses them."""
+        return {name: self.read(key).to(torch.float32) for name, key in self.layout.kv_scales.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return self._tensors.nbytes
+
+    def file_of(self, key: str) -> str:
+        """The name of the file that holds ``key``."""
+        return self._tensors.file_of[key]
+
+    def __getitem__(self, name: str) -> torch.Tensor | ScaledTensor:
+        """One tensor, as it is on disk.
+
+        Raises:
+            KeyError: there is no such name.
+            CheckpointError: NaN in an FP8 weight, a scale that is not finite, or a quantization other than FP8.
+        """
+        if (layer := self.layout.layers.get(name)) is not None:
+            return layer.read(self.read)
+        if (key := self.layout.plain.get(name)) is not None:
+            return self.read(key)
+        if (stack := self.stacks.get(name)) is not None:
+            return self._stacked(stack)
+        if (reason := self.layout.unsupported.get(name)) is not None:
+            raise CheckpointError(f"{name} cannot be read: {reason}")
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.layout.layers
+        yield from self.layout.plain
+        yield from self.layout.unsupported
+        yield from self.stacks
+
+    def __len__(self) -> int:
+        layout = self.layout
+        return len(layout.layers) + len(layout.plain) + len(layout.unsupported) + len(self.stacks)
+
+    def __contains__(self, name: object) -> bool:
+        layout = self.layout
+        return any(name in part for part in (layout.layers, layout.plain, layout.unsupported, self.stacks))
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.source.path)!r}, format={self.format.name}, {len(self.layers)} FP8 weights)"
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether ``name`` lies outside of the prefix of the model that the file is read for: another model in it."""
+        key = self.layout.plain.get(name) or (self.layers[name].weight if name in self.layers else name)
+        return self._has_prefix and self.format.canonical(key) == key
+
+    @cached_property
+    def _has_prefix(self) -> bool:
+        keys = [layer.weight for layer in self.layers.values()]
+        return self.format.strips and any(self.format.canonical(key) != key for key in keys)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what ``name`` holds, from the headers.
+
+        Raises:
+            KeyError: there is no such name.
+        """
+        if (layer := self.layout.layers.get(name)) is not None:
+            return layer.shape
+        if (key := self.layout.plain.get(name)) is not None:
+            return self._contents.tensors[key].shape
+        stack = self.stacks[name]
+        first = [self.shape(part) for part in stack.parts[0]]
+        return (len(stack.parts), sum(shape[0] for shape in first), *first[0][1:])
+
+    def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values of ``name``, computed in float32 and rounded once to ``dtype``."""
+        value = self[name]
+        return dequantize(value, dtype) if isinstance(value, ScaledTensor) else value.to(dtype)
+
+    def input_scale(self, name: str) -> torch.Tensor | None:
+        """The static scale of the activations of the weight ``name``, float32; None where they are dynamic."""
+        layer = self.layout.layers.get(name)
+        return None if layer is None else layer.read_input_scale(self.read)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor ``key`` of the files, a view of them.
+
+        Raises:
+            CheckpointError: it is FP8 and holds NaN.
+        """
+        tensor = self._tensors.read(key)
+        if tensor.dtype in FP8_DTYPES and not self.format.is_marker(key) and (count := count_nan(tensor)):
+            raise CheckpointError(f"{key} holds {count} NaN bytes ({self.file_of(key)}); the file is damaged")
+        return tensor
+
+    def _stacked(self, stack: Stack) -> torch.Tensor | ScaledTensor:
+        """All experts in one tensor; one of them at a time beside it."""
+        first = self._expert(stack, 0)
+        kind = _kind(first)
+        data = torch.empty(len(stack.parts), *first.shape, dtype=kind[0])
+        scale = torch.empty(len(stack.parts), *first.scale.shape) if isinstance(first, ScaledTensor) else None
+        for index in range(len(stack.parts)):
+            expert = self._expert(stack, index)
+            if _kind(expert) != kind:
+                found = f"expert 0 is {_told(kind)}, expert {index} is {_told(_kind(expert))}"
+                raise CheckpointError(f"{stack.name} cannot be stacked: {found}")
+            if isinstance(expert, ScaledTensor) and scale is not None:
+                data.view(torch.uint8)[index] = expert.data.view(torch.uint8)
+                scale[index] = expert.scale
+            elif isinstance(expert, torch.Tensor):
+                data[index] = expert
+        return data if scale is None or not isinstance(first, ScaledTensor) else ScaledTensor(data, scale, kind[2])
+
+    def _expert(self, stack: Stack, index: int) -> torch.Tensor | ScaledTensor:
+        names = stack.parts[index]
+        parts = [self[name] for name in names]
+        scaled = [part for part in parts if isinstance(part, ScaledTensor)]
+        if len(scaled) == len(parts):
+            return join_rows(scaled)
+        if scaled:
+            raise CheckpointError(f"{stack.name} cannot be stacked: of {', '.join(names)} only some are FP8")
+        return torch.cat([part for part in parts if isinstance(part, torch.Tensor)], dim=0)
+
+
+def _kind(expert: torch.Tensor | ScaledTensor) -> tuple[torch.dtype, tuple[int, ...], Granularity]:
+    """What experts of one stack have in common; of a dense one the granularity says nothing."""
+    if isinstance(expert, ScaledTensor):
+        return expert.data.dtype, tuple(expert.shape), expert.granularity
+    return expert.dtype, tuple(expert.shape), TENSOR
+
+
+def _told(kind: tuple[torch.dtype, tuple[int, ...], Granularity]) -> str:
+    dtype, shape, granularity = kind
+    return f"{dtype} {list(shape)}" + (f", scales {granularity}" if dtype in FP8_DTYPES else "")
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> Checkpoint:
+    """Opens a folder, one ``.safetensors`` file, an index of shards, or a repository on the Hub; reads headers only.
+
+    Args:
+        revision: of a repository: a branch, a tag or a commit.
+        token: for private and gated repositories; True takes the one stored on this machine.
+        cache_dir: where downloads are kept.
+        offline: use only what was downloaded before.
+
+    Raises:
+        CheckpointError: nothing is there, or a file is broken, ambiguous or contradicts itself.
+    """
+    hub = Hub(revision=revision, token=token, cache_dir=cache_dir, offline=offline)
+    return Checkpoint(Tensors(locate(source, hub)))
+
+
+def count_nan(data: torch.Tensor) -> int:
+    """How many elements of FP8 ``data`` are NaN."""
+    flat = data.contiguous().view(torch.uint8).flatten()
+    # float8_e4m3fn has one NaN of either sign, 0x7F; float8_e5m2 has infinity at 0x7C and NaN above.
+    limit = 0x7E if data.dtype == torch.float8_e4m3fn else 0x7C
+    count = 0
+    for start in range(0, flat.numel(), _PART):
+        masked = flat[start : start + _PART] & 0x7F
+        if int(masked.max()) > limit:
+            count += int((masked > limit).sum())
+    return count

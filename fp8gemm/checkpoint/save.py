@@ -1,0 +1,176 @@
+"""Saving a model with FP8 layers as a checkpoint that others read, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..experts import FP8Experts
+from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
+from ..holder import OURS, FP8Holder
+from ..linear import FP8Linear
+from ..scaled import ScaledTensor
+from .expert_names import Slice, expert_slices, file_name
+from .write import Piece, write_checkpoint
+
+# Who holds an FP8 matrix, and how to get it.
+_Held = tuple[FP8Holder, Callable[[], ScaledTensor]]
+
+
+def save_checkpoint(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    format: str = "compressed-tensors",
+    max_shard_size: int | str = "5GB",
+) -> list[Path]:
+    """Writes ``model`` with its FP8 layers' bytes and scales as they are; returns the files.
+
+    Tensors that the model shares are written once, stacked experts under per-expert names, and ``config.json`` is the
+    model's own with a ``quantization_config``.
+
+    Args:
+        format: ``"compressed-tensors"`` (one scale a tensor, row, block or group) or ``"fine-grained"`` (blocks, or
+            one scale a tensor).
+        max_shard_size: bytes, or text such as ``"5GB"``.
+
+    Raises:
+        UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
+        ValueError: the model holds tensors on meta.
+        CheckpointError: writing failed; nothing incomplete is left.
+    """
+    target = writer(format)
+    own = model_config(model)
+    kind = str((own or {}).get("model_type", ""))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, FP8Experts)}
+    dense = _dense(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
+    slices = expert_slices({**shapes, **{name: stack.weight_shape for name, stack in stacks.items()}}, kind)
+    _refuse_stacks(stacks, slices, target)
+    held: dict[str, _Held] = {name: (layer, layer.scaled) for name, layer in layers.items()}
+    for name, part in slices.items():
+        if part.name in stacks:
+            held[name.removesuffix(".weight")] = (stacks[part.name], partial(_expert, stacks[part.name], part))
+    written = {name: _written(owner, weight()) for name, (owner, weight) in held.items()}
+    refuse(target, written, "save")
+    pieces = [_layer_piece(target, name, *held[name], written[name]) for name in held]
+    stacked = {part.name for part in slices.values()}
+    pieces += [plain_piece(file_name(name, kind), tensor) for name, tensor in dense.items() if name not in stacked]
+    pieces += [plain_piece(name, part.of(dense[part.name])) for name, part in slices.items() if part.name in dense]
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    config = merged_config(own, target, written, plain)
+    return write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what="Saving")
+
+
+def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
+    """Raises UnsupportedError with all reasons for which ``target`` cannot hold these layers."""
+    reasons = target.refuses(written) if written else []
+    if reasons:
+        more = f"\nand {len(reasons) - 20} more" if len(reasons) > 20 else ""
+        raise UnsupportedError(f"cannot {what} as {target.name}:\n" + "\n".join(reasons[:20]) + more)
+
+
+def merged_config(
+    own: Mapping[str, Any] | None, target: Format, written: Mapping[str, Written], plain: list[str]
+) -> dict[str, Any] | None:
+    """A model's config with the description of its FP8 layers; None where there is nothing to say."""
+    config = {
+        key: value for key, value in (own or {}).items() if key not in ("quantization_config", "compression_config")
+    }
+    if written:
+        config["quantization_config"] = target.write_config(written, plain)
+    return config if written or own is not None else None
+
+
+def model_config(model: nn.Module) -> dict[str, Any] | None:
+    """The model's own config as it would be in config.json: transformers' and diffusers' models have one."""
+    config = getattr(model, "config", None)
+    for owner in (config, model):
+        if callable(as_text := getattr(owner, "to_json_string", None)):
+            found: dict[str, Any] = json.loads(as_text())
+            if owner is config and not found.get("architectures"):
+                found["architectures"] = [type(model).__name__]
+            return found
+    return dict(config) if isinstance(config, Mapping) else None
+
+
+def plain_piece(name: str, tensor: torch.Tensor) -> Piece:
+    """A tensor that is written as it is."""
+    info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
+    return Piece(tensors={name: info}, make=lambda: {name: tensor})
+
+
+def narrowest_exact(scale: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` where it holds float32 ``scale`` exactly, else float32: llm-compressor's scales have the model's."""
+    exact = dtype in (torch.bfloat16, torch.float16) and torch.equal(scale.to(dtype).to(torch.float32), scale)
+    return dtype if exact else torch.float32
+
+
+def _refuse_stacks(stacks: Mapping[str, FP8Experts], slices: Mapping[str, Slice], target: Format) -> None:
+    """Raises UnsupportedError for FP8 stacks that have no per-expert names."""
+    known = {part.name for part in slices.values()}
+    reasons = [
+        f"{name}: experts {list(stack.weight_shape)}{', transposed,' if stack.transposed else ''} have no names apart"
+        for name, stack in stacks.items()
+        if stack.transposed or name not in known
+    ]
+    if reasons:
+        raise UnsupportedError(f"cannot save as {target.name}:\n" + "\n".join(reasons))
+
+
+def _expert(stack: FP8Experts, part: Slice) -> ScaledTensor:
+    whole = stack.scaled()
+    matrix = ScaledTensor(whole.data[part.expert], whole.scale[part.expert], whole.granularity)
+    return coarsened(slice_rows(matrix, part.start, part.stop))
+
+
+def _written(layer: FP8Holder, weight: ScaledTensor) -> Written:
+    if weight.device.type == "meta":
+        raise ValueError("the model holds FP8 weights on meta; load or materialize them before saving")
+    input_scale = layer._buffers["input_scale"]
+    static = layer.scheme.static and input_scale is not None
+    scales = [weight.scale.flatten(), *([input_scale.flatten()] if static and input_scale is not None else [])]
+    return Written(
+        scheme=replace(layer.scheme, weight=weight.granularity, static=static),
+        shape=tuple(weight.shape),
+        dtype=weight.data.dtype,
+        scale_dtype=narrowest_exact(torch.cat(scales), layer.compute_dtype),
+    )
+
+
+def _layer_piece(
+    target: Format, name: str, layer: FP8Holder, weight: Callable[[], ScaledTensor], written: Written
+) -> Piece:
+    return Piece(
+        tensors=target.stored(name, written),
+        make=lambda: target.write(name, written, weight(), layer._buffers["input_scale"]),
+    )
+
+
+def _dense(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is not an FP8 weight: each tensor once, under its first name."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    holders = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, FP8Holder)]
+    ours = {f"{name}.{own}".strip(".") for name in holders for own in OURS}
+    for name, tensor in model.state_dict().items():
+        if name in ours or not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on meta; load the model before saving it")
+        identity = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        found[name] = tensor
+    return found

@@ -1,0 +1,208 @@
+"""The command line: one function for each subcommand, and the only room that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from . import doctor
+from .checkpoint import Checkpoint, convert_checkpoint, open_checkpoint, quantize_checkpoint
+from .errors import CheckpointError, UnsupportedError
+from .scaled import SchemeName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: its arguments, what it finds out or does, and how that is told to a person.
+
+    ``failed`` says whether the facts are a failure: the exit status is 1 then.
+    """
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+    tell: Callable[[Mapping[str, Any]], str]
+    failed: Callable[[Mapping[str, Any]], bool] = lambda facts: False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; 0 if it succeeded, 1 if it could not do what was asked, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(prog="fp8gemm", description=__doc__.split(":")[0] if __doc__ else None)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        subparser.add_argument("--json", action="store_true", help="print facts for a program instead of a text")
+        command.arguments(subparser)
+    arguments = parser.parse_args(argv)
+    command = COMMANDS[arguments.command]
+    try:
+        facts = command.run(arguments)
+    except (CheckpointError, UnsupportedError, ValueError) as error:
+        if arguments.json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        print(f"fp8gemm {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(facts, indent=2) if arguments.json else command.tell(facts))
+    return int(command.failed(facts))
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a folder, a .safetensors file, an index, or an id on the Hub (owner/name)")
+    parser.add_argument("--revision", help="of a repository on the Hub: a branch, a tag or a commit")
+    parser.add_argument("--cache-dir", help="where downloads are kept")
+    parser.add_argument("--offline", action="store_true", help="use only what was downloaded before")
+
+
+def _opened(arguments: argparse.Namespace) -> Checkpoint:
+    return open_checkpoint(
+        arguments.source, revision=arguments.revision, cache_dir=arguments.cache_dir, offline=arguments.offline
+    )
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="read every weight too, and look for NaN")
+
+
+def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = _opened(arguments)
+    layers = {}
+    problems = []
+    for name, layer in checkpoint.layers.items():
+        scale = checkpoint.contents.tensors.get(layer.scale or "")
+        layers[name] = {
+            "shape": list(layer.shape),
+            "dtype": str(layer.dtype).removeprefix("torch."),
+            "scheme": str(layer.scheme),
+            "scale": layer.scale,
+            "scale_shape": None if scale is None else list(scale.shape),
+            "scale_dtype": None if scale is None else str(scale.dtype).removeprefix("torch."),
+            "input_scale": layer.input_scale,
+        }
+        try:
+            if arguments.check:
+                layer.read(checkpoint.read)
+            else:
+                layer.read_scale(checkpoint.read)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return {
+        "source": str(checkpoint.source.path),
+        "format": checkpoint.format.name,
+        "recognised_by": checkpoint.recognised_by,
+        "files": [path.name for path in checkpoint.source.files],
+        "bytes": checkpoint.nbytes,
+        "fp8_bytes": sum(layer.nbytes for layer in checkpoint.layers.values()),
+        "layers": layers,
+        "dense": len(checkpoint.layout.plain),
+        "stacked": {name: list(checkpoint.shape(name)) for name in checkpoint.stacks},
+        "kv_scales": list(checkpoint.layout.kv_scales),
+        "unused_keys": dict(checkpoint.unused_keys),
+        "suspicious": list(checkpoint.layout.suspicious),
+        "problems": problems,
+    }
+
+
+def _tell_inspected(facts: Mapping[str, Any]) -> str:
+    layers = facts["layers"]
+    lines = [
+        f"{facts['source']}: {facts['format']} ({facts['recognised_by']})",
+        f"{len(facts['files'])} files, {_size(facts['bytes'])}, of which FP8 {_size(facts['fp8_bytes'])}",
+        f"{len(layers)} FP8 weights, {facts['dense']} dense tensors",
+    ]
+    kinds = Counter(
+        f"{layer['dtype']}, {layer['scheme']}, scales {layer['scale_dtype'] or 'none, taken as 1'}"
+        for layer in layers.values()
+    )
+    lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
+    if facts["stacked"]:
+        lines.append(f"{len(facts['stacked'])} stacks of experts, such as {next(iter(facts['stacked'].items()))}")
+    if facts["kv_scales"]:
+        lines.append(f"{len(facts['kv_scales'])} scales of a key-value cache")
+    lines += [f"unused: {key}: {reason}" for key, reason in facts["unused_keys"].items()]
+    lines += [f"suspicious: {sentence}" for sentence in facts["suspicious"]]
+    lines += [f"broken: {problem}" for problem in facts["problems"]]
+    return "\n".join(lines)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("directory", help="where to write")
+    parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors or fine-grained")
+    parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MiB")
+
+
+def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
+    return convert_checkpoint(
+        _opened(arguments), arguments.directory, format=arguments.format, max_shard_size=arguments.max_shard_size
+    ).to_dict()
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    _convert_arguments(parser)
+    parser.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="of weights and activations")
+    parser.add_argument("--ignore", action="append", default=[], help="a module to leave: a name, * and ?, or re:regex")
+    parser.add_argument("--device", help="where to compute, such as cuda; by default the CPU")
+
+
+def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+    return quantize_checkpoint(
+        _opened(arguments),
+        arguments.directory,
+        scheme=arguments.scheme,
+        ignore=arguments.ignore,
+        format=arguments.format,
+        max_shard_size=arguments.max_shard_size,
+        device=arguments.device,
+    ).to_dict()
+
+
+def _tell_written(facts: Mapping[str, Any]) -> str:
+    lines = [
+        f"{len(facts['layers'])} FP8 weights as {facts['format']}, "
+        f"{_size(facts['bytes_before'])} -> {_size(facts['bytes_after'])}",
+        *(f"dense: {module} ({reason})" for module, reason in facts["kept"].items()),
+        *(f"wrote {path}" for path in facts["files"]),
+    ]
+    return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": Command(
+        help="what a checkpoint holds, and everything suspicious about it",
+        arguments=_inspect_arguments,
+        run=_inspect,
+        tell=_tell_inspected,
+        failed=lambda facts: bool(facts["problems"]),
+    ),
+    "convert": Command(
+        help="write an FP8 checkpoint in another format, the same bytes and scales",
+        arguments=_convert_arguments,
+        run=_convert,
+        tell=_tell_written,
+    ),
+    "doctor": Command(
+        help="what this machine can run, by which engine, and why not by others",
+        arguments=lambda parser: None,
+        run=lambda arguments: doctor.examine(),
+        tell=doctor.tell,
+    ),
+    "quantize": Command(
+        help="make an FP8 checkpoint of a bfloat16 one",
+        arguments=_quantize_arguments,
+        run=_quantize,
+        tell=_tell_written,
+    ),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""The table of checkpoint formats: one file a family, one row a format."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointError, UnsupportedError
+from .base import Contents, Format, Layer, Layout, Read, TensorInfo, Written
+from .comfy import Comfy
+from .compressed_tensors import CompressedTensors
+from .experts import Stack, coarsened, join_rows, slice_rows, stacks
+from .fine_grained import Fbgemm, FineGrained, Plain
+from .modelopt import ModelOpt
+from .scan import scan
+from .torchao import TorchAO
+
+
+class Unquantized(Format):
+    """A checkpoint without FP8."""
+
+    name = "unquantized"
+
+    def recognises(self, contents: Contents) -> str:
+        return "" if contents.holds_fp8 else "no tensor is FP8"
+
+
+# The first that recognises a checkpoint reads it: those told by their config before those told by names of tensors.
+FORMATS: tuple[Format, ...] = (
+    CompressedTensors(),
+    ModelOpt(),
+    TorchAO(),
+    Fbgemm(),
+    FineGrained(),
+    Comfy(),
+    Plain(),
+    Unquantized(),
+)
+
+
+def detect(contents: Contents) -> tuple[Format, str]:
+    """The format of a checkpoint, and by what it was recognised.
+
+    Raises:
+        CheckpointError: FP8 tensors that no format explains.
+    """
+    for format in FORMATS:
+        if reason := format.recognises(contents):
+            return format, reason
+    key = next(key for key, info in contents.tensors.items() if str(info.dtype).startswith("torch.float8"))
+    raise CheckpointError(
+        f"{key} is FP8 but has no scale, and nothing in the config or the names of tensors says what it is; formats "
+        f"that can be read: {', '.join(format.name for format in FORMATS)}"
+    )
+
+
+def writer(name: str) -> Format:
+    """The format called ``name``, which can be written.
+
+    Raises:
+        UnsupportedError: where there is none, naming those there are.
+    """
+    names = [format.name for format in FORMATS if format.writable]
+    for format in FORMATS:
+        if format.name == name and format.writable:
+            return format
+    raise UnsupportedError(f"checkpoints are written as {' or '.join(names)}, asked for {name!r}")
+
+
+__all__ = [
+    "FORMATS",
+    "Contents",
+    "Format",
+    "Layer",
+    "Layout",
+    "Read",
+    "Stack",
+    "TensorInfo",
+    "Written",
+    "coarsened",
+    "detect",
+    "join_rows",
+    "scan",
+    "slice_rows",
+    "stacks",
+    "writer",
+]

@@ -1,0 +1,274 @@
+"""What a checkpoint format is: key names, shapes of scales, and a config; no files and no models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import CheckpointError
+from ..quantize import decode_ue8m0
+from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
+
+Read = Callable[[str], torch.Tensor]
+UE8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *UE8M0_DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a file's header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All that can be known of a checkpoint without reading a tensor.
+
+    ``tensors`` by key, ``metadata`` the files' own, ``config`` the quantization config (empty where there is none),
+    ``model_config`` the whole config.json (None where there is none). ``read`` fetches a tensor, for formats that
+    describe themselves in small ones.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model_config: Mapping[str, Any] | None = None
+    read: Read | None = None
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("quant_method") or "")
+
+    @property
+    def holds_fp8(self) -> bool:
+        return any(info.dtype in FP8_DTYPES for info in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """How the tensors of one layer are called: suffixes that follow the layer's own name."""
+
+    weight: str
+    scales: tuple[str, ...]
+    input_scales: tuple[str, ...] = ()
+    zero_points: tuple[str, ...] = ()
+
+
+LINEAR = Names(
+    weight=".weight",
+    scales=(".weight_scale", ".weight_scale_inv", ".scale_weight", ".qscale_weight", ".scale"),
+    input_scales=(".input_scale", ".activation_scale", ".scale_input", ".qscale_act"),
+    zero_points=(".weight_zero_point", ".input_zero_point"),
+)
+# A stacked parameter of experts has no ".weight": its scales are parameters of the same module.
+STACKED = Names(
+    weight="",
+    scales=("_scale", "_scale_inv", "_weight_scale", "_weight_scale_inv", ".weight_scale", ".weight_scale_inv"),
+    input_scales=("_activation_scale", "_input_scale", ".input_scale", ".activation_scale"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What a format asks of activations; ``static`` None where only the tensors say."""
+
+    granularity: Granularity | None
+    static: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One FP8 weight on disk: the keys that hold it and how they make a ``ScaledTensor``.
+
+    ``scale`` is None for a raw cast, whose scale is 1. ``part`` takes this weight's share of a scale that holds
+    several experts'.
+    """
+
+    name: str
+    weight: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scheme: Scheme
+    scale: str | None
+    scale_dtype: torch.dtype = torch.float32
+    input_scale: str | None = None
+    zero_points: tuple[str, ...] = ()
+    part: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.scheme.weight
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() + 4 * torch.Size(self.granularity.scale_shape(self.shape)).numel()
+
+    def read(self, read: Read) -> ScaledTensor:
+        """The bytes as they are and the scales widened to float32, exactly.
+
+        Raises:
+            CheckpointError: a scale that is not finite, or a zero point that is not zero.
+        """
+        data = read(self.weight)
+        if data.dtype != self.dtype:
+            data = data.view(self.dtype)
+        for key in self.zero_points:
+            if bool(read(key).to(torch.float32).ne(0).any()):
+                raise CheckpointError(f"{key} is not zero; only symmetric FP8, whose zero points are 0, can be read")
+        return ScaledTensor(data, self.read_scale(read), self.granularity)
+
+    def read_scale(self, read: Read) -> torch.Tensor:
+        """The float32 scales in the shape that ``granularity`` gives them."""
+        grid = self.granularity.scale_shape(self.shape)
+        if self.scale is None:
+            return torch.ones(grid)
+        scale = widen(read(self.scale))
+        if self.part is not None:
+            scale = self.part(scale)
+        scale = scale.expand(grid) if scale.numel() == 1 and len(grid) > 2 else scale.reshape(grid)
+        if not bool(torch.isfinite(scale).all()):
+            raise CheckpointError(f"{self.scale}, the scale of {self.weight}, holds values that are not finite")
+        return scale.contiguous()
+
+    def read_input_scale(self, read: Read) -> torch.Tensor | None:
+        """The static scale of the activations, float32 of no dimension (``[E]`` for stacked experts)."""
+        if self.input_scale is None or not self.scheme.static:
+            return None
+        scale = widen(read(self.input_scale))
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise CheckpointError(f"{self.input_scale} must be finite and positive, found {scale.flatten().tolist()}")
+        return scale.reshape(()) if scale.numel() == 1 else scale.contiguous()
+
+
+def widen(scale: torch.Tensor) -> torch.Tensor:
+    """A scale of any stored dtype as float32; exact for all but float64."""
+    return decode_ue8m0(scale) if scale.dtype in UE8M0_DTYPES else scale.to(torch.float32)
+
+
+@dataclass
+class Layout:
+    """What each key of a checkpoint is.
+
+    ``plain`` and ``layers`` by canonical name; ``kv_scales`` name -> key; ``unused`` key -> why nothing reads it;
+    ``unknown`` keys that look like scales and belong to no weight; ``unsupported`` name -> reason;
+    ``suspicious`` sentences for a person.
+    """
+
+    plain: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    kv_scales: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    suspicious: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A layer that is to be written; ``scale_dtype`` is a dtype that holds its scales exactly."""
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float8_e4m3fn
+    scale_dtype: torch.dtype = torch.float32
+
+
+class Format:
+    """A way to name and describe FP8 layers. The base class reads what tensors alone can say."""
+
+    name: ClassVar[str] = ""
+    names: ClassVar[tuple[Names, ...]] = (LINEAR, STACKED)
+    writable: ClassVar[bool] = False
+    strips: ClassVar[bool] = False  # whether canonical names are keys without a prefix
+
+    def recognises(self, contents: Contents) -> str:
+        """Why this format claims the checkpoint; empty if it does not."""
+        raise NotImplementedError
+
+    def canonical(self, key: str) -> str:
+        """The name of the module's parameter that ``key`` holds."""
+        return key
+
+    def is_marker(self, key: str) -> bool:
+        """Whether ``key`` describes other tensors and holds no data of its own."""
+        return False
+
+    def fp8_dtype(self, key: str, info: TensorInfo, contents: Contents) -> torch.dtype | None:
+        """The FP8 dtype of a stored tensor, None if it is not FP8."""
+        return info.dtype if info.dtype in FP8_DTYPES else None
+
+    def allows_raw(self, contents: Contents) -> bool:
+        """Whether FP8 tensors may stand without any scale, meaning a scale of 1."""
+        return False
+
+    def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
+        """What the config says of the scales of ``module``, likeliest first; shapes decide between them."""
+        return ()
+
+    def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
+        """What is asked of the activations of ``module``, whose weight has this granularity."""
+        return Activation(granularity=natural_activation(weight))
+
+    def ue8m0(self, contents: Contents, scale: TensorInfo) -> bool:
+        """Whether scales are powers of two by declaration."""
+        return scale.dtype in UE8M0_DTYPES
+
+    def check(self, contents: Contents, layout: Layout) -> None:
+        """Adds to ``layout.suspicious`` where the config says something else than the tensors."""
+
+    def refuses(self, layers: Mapping[str, Written]) -> list[str]:
+        """All reasons why these layers cannot be written in this format; empty if they can."""
+        raise NotImplementedError
+
+    def stored(self, name: str, layer: Written) -> dict[str, TensorInfo]:
+        """Which tensors ``write`` makes of the layer ``name``."""
+        raise NotImplementedError
+
+    def write(
+        self, name: str, layer: Written, weight: ScaledTensor, input_scale: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of the layer ``name`` as the format has them, bit for bit."""
+        raise NotImplementedError
+
+    def write_config(self, layers: Mapping[str, Written], unquantized: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config``; ``unquantized`` are the modules whose weights stay as they are."""
+        raise NotImplementedError
+
+
+def natural_activation(weight: Granularity) -> Granularity:
+    """The rounding of activations that goes with a weight's scales where a file does not say."""
+    if weight.rows is None:
+        return Granularity(None, None)
+    return Granularity(1, weight.cols)
+
+
+def block_granularity(block: object) -> Granularity:
+    """``[128, 128]`` of a config as a granularity.
+
+    Raises:
+        CheckpointError: where it is not two positive integers.
+    """
+    if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
+        return Granularity(block[0], block[1])
+    raise CheckpointError(f"the config's block size must be two positive integers, found {block!r}")
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The ``names`` that are one of ``patterns``, or match one that begins with ``re:`` from its start."""
+    given = set(patterns)
+    expressions = [re.compile(pattern[3:]) for pattern in given if pattern.startswith("re:")]
+    return [name for name in names if name in given or any(expression.match(name) for expression in expressions)]

@@ -1,0 +1,235 @@
+"""Which key of a checkpoint is what: the tensors decide, the config confirms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..errors import CheckpointError
+from ..scaled import MX, ROW, TENSOR, Granularity, Scheme
+from .base import SCALE_DTYPES, UE8M0_DTYPES, Contents, Format, Layer, Layout, Names, TensorInfo
+from .experts import fused_layer, fused_scale_owner, halves
+
+_KV_SCALE = re.compile(
+    r"\.((q|k|v|kv|qk|attn|prob|softmax|k_cache|v_cache)_(scale|zero_point)|(q|k|v|o|kv|qkv)_proj\.output_scale)$"
+)
+_LIKE_A_SCALE = re.compile(
+    r"(weight|input|output|act|activation|proj|qdata|w[123]|w13)_?\w*scale\w*$|qscale_\w+$|scale_(weight|input|output)$"
+    r"|scale_inv$|weight_zero_point$|(^|[._])amax$"
+)
+_PACKED = (".weight_packed", ".qweight")
+
+
+def scan(contents: Contents, format: Format) -> Layout:
+    """What each key is.
+
+    Raises:
+        CheckpointError: FP8 without a scale, a scale of the wrong shape or dtype, or two scales for one weight.
+    """
+    layout = Layout()
+    used: set[str] = set()
+    raw = format.allows_raw(contents)
+    for key, info in contents.tensors.items():
+        dtype = format.fp8_dtype(key, info, contents)
+        if dtype is None or format.is_marker(key) or _is_part(contents, format, key):
+            continue
+        layer = _layer(contents, format, key, raw)
+        if layer is None:
+            continue
+        layout.layers[layer.name] = layer
+        used.update(part for part in (key, layer.scale, layer.input_scale, *layer.zero_points) if part)
+    _sort_the_rest(contents, format, layout, used)
+    format.check(contents, layout)
+    return layout
+
+
+def granularity_of(
+    shape: tuple[int, ...], grid: tuple[int, ...], hints: Sequence[Granularity] = ()
+) -> Granularity | None:
+    """What scales of shape ``grid`` mean for a weight of ``shape [..., N, K]``; None where they fit no reading.
+
+    Blocks are never guessed from the two shapes: only ``hints``, from a config, give their size.
+    """
+    lead, (n, k) = shape[:-2], shape[-2:]
+    if len(shape) == 2 and len(grid) == 4 and grid[1] == grid[3] == 1:
+        grid = (grid[0], grid[2])
+    for hint in hints:
+        if hint.scale_shape(shape) == grid:
+            return hint
+        # Transposed experts [E, K, N] may carry their scales as (E, N, 1) too.
+        if hint == Granularity(None, 1) and lead and grid == (*lead, k, 1):
+            return hint
+    if all(size == 1 for size in grid) or grid in (lead, (*lead, 1), (*lead, 1, 1)):
+        return TENSOR
+    if grid in ((*lead, n), (*lead, n, 1)):
+        return ROW
+    if lead and grid == (*lead, 1, k):  # transposed experts [E, K, N] with one scale an output
+        return Granularity(None, 1)
+    return None
+
+
+def _layer(contents: Contents, format: Format, key: str, raw: bool) -> Layer | None:
+    """The FP8 layer whose weight is ``key``; None for a raw cast that is no matrix."""
+    info = contents.tensors[key]
+    dtype = format.fp8_dtype(key, info, contents)
+    assert dtype is not None
+    names, module = _names_of(key, format)
+    name = format.canonical(key)
+    found = [module + suffix for suffix in names.scales if module + suffix in contents.tensors]
+    if len(found) > 1:
+        raise CheckpointError(f"{key} has {len(found)} scales, {' and '.join(found)}; one of them must go")
+    if raw and not found:
+        if len(info.shape) != 2:
+            return None
+        scheme = Scheme(weight=TENSOR, activation=None)
+        return Layer(name=name, weight=key, shape=info.shape, dtype=dtype, scheme=scheme, scale=None)
+    if not found:
+        fused = fused_scale_owner(contents, key)
+        if fused is None:
+            raise CheckpointError(_no_scale(key, info, module, names))
+        hints = _hints(contents, format, module, contents.tensors[fused])
+        layer = fused_layer(contents, name, key, dtype, fused, hints, granularity_of)
+        return _with_scheme(contents, format, module, layer, names)
+    _check_dtype(contents, found[0])
+    grid = contents.tensors[found[0]].shape
+    hints = _hints(contents, format, module, contents.tensors[found[0]])
+    layer = Layer(
+        name=name,
+        weight=key,
+        shape=info.shape,
+        dtype=dtype,
+        scheme=Scheme(weight=TENSOR, activation=None),
+        scale=found[0],
+        scale_dtype=contents.tensors[found[0]].dtype,
+    )
+    granularity = granularity_of(info.shape, grid, hints) if len(info.shape) >= 2 else None
+    if granularity is not None:
+        return _with_scheme(
+            contents, format, module, replace(layer, scheme=Scheme(weight=granularity, activation=None)), names
+        )
+    split = halves(layer, grid, hints) if len(info.shape) == 3 else None
+    if split is None:
+        raise CheckpointError(_wrong_shape(contents, key, found[0], hints))
+    return _with_scheme(contents, format, module, split, names)
+
+
+def _with_scheme(contents: Contents, format: Format, module: str, layer: Layer, names: Names) -> Layer:
+    """The layer with what the format asks of its activations, and its other keys."""
+    inputs = [module + suffix for suffix in names.input_scales if module + suffix in contents.tensors]
+    asked = format.activation(contents, module, layer.granularity)
+    static = bool(inputs) and asked.granularity is not None and asked.static is not False
+    assert layer.scale is not None
+    ue8m0 = format.ue8m0(contents, contents.tensors[layer.scale])
+    scheme = Scheme(
+        weight=layer.granularity,
+        activation=TENSOR if static else asked.granularity,
+        static=static,
+        scale_format="ue8m0" if ue8m0 else "float32",
+    )
+    zero_points = tuple(module + suffix for suffix in names.zero_points if module + suffix in contents.tensors)
+    return replace(layer, scheme=scheme, input_scale=inputs[0] if inputs else None, zero_points=zero_points)
+
+
+def _names_of(key: str, format: Format) -> tuple[Names, str]:
+    """The naming that ``key`` follows, and the module it names."""
+    for names in format.names:
+        if names.weight and key.endswith(names.weight):
+            return names, key[: -len(names.weight)]
+    bare = next((names for names in format.names if not names.weight), format.names[0])
+    return bare, key
+
+
+def _hints(contents: Contents, format: Format, module: str, scale: TensorInfo) -> list[Granularity]:
+    hints = list(format.granularities(contents, module))
+    # OCP MX: an E8M0 byte for 32 elements, the one meaning that such a grid has without a config.
+    return [*hints, MX] if scale.dtype in UE8M0_DTYPES else hints
+
+
+def _sort_the_rest(contents: Contents, format: Format, layout: Layout, used: set[str]) -> None:
+    """Says of each key that no FP8 layer took what it is."""
+    taken_suffixes = {_suffix(layer) for layer in layout.layers.values()}
+    for key, info in contents.tensors.items():
+        if key in used or format.is_marker(key):
+            continue
+        owner = _owner(contents, format, key, taken_suffixes)
+        if owner is not None:
+            layout.unused[key] = f"{owner} is not FP8 ({contents.tensors[owner].dtype}): its scale means nothing"
+        elif _KV_SCALE.search(key):
+            layout.kv_scales[format.canonical(key)] = key
+        elif _is_other_quantization(contents, format, key, info):
+            name = format.canonical(re.sub(r"\.(weight_packed|qweight)$", ".weight", key))
+            layout.unsupported[name] = f"{key} is {info.dtype} {list(info.shape)} with a scale: not FP8"
+        else:
+            layout.plain[format.canonical(key)] = key
+            if _LIKE_A_SCALE.search(key):
+                layout.unknown.append(key)
+    for name, reason in layout.unsupported.items():
+        layout.suspicious.append(f"{name}: {reason}")
+
+
+def _suffix(layer: Layer) -> str:
+    return "" if layer.scale is None else layer.scale.rpartition(".")[2]
+
+
+def _is_part(contents: Contents, format: Format, key: str) -> bool:
+    """Whether ``key`` is a scale or a zero point of another tensor: those may be stored in FP8 too."""
+    for names in format.names:
+        for suffix in (*names.scales, *names.input_scales, *names.zero_points):
+            if key.endswith(suffix):
+                weight = key[: -len(suffix)] + names.weight
+                if weight in contents.tensors or any(key[: -len(suffix)] + end in contents.tensors for end in _PACKED):
+                    return True
+    return False
+
+
+def _owner(contents: Contents, format: Format, key: str, taken: set[str]) -> str | None:
+    """The weight that is not FP8 beside which the scale ``key`` stands."""
+    for names in format.names:
+        for suffix in (*names.scales, *names.input_scales, *names.zero_points):
+            # ".scale" is also what norms call their weight; it is a scale only in files that use it as one.
+            if not key.endswith(suffix) or (suffix == ".scale" and "scale" not in taken):
+                continue
+            weight = key[: -len(suffix)] + names.weight
+            if weight in contents.tensors and weight != key:
+                info = contents.tensors[weight]
+                return weight if info.dtype.is_floating_point and info.dtype.itemsize > 1 else None
+    return fused_scale_owner(contents, key, reverse=True)
+
+
+def _is_other_quantization(contents: Contents, format: Format, key: str, info: TensorInfo) -> bool:
+    """Whether ``key`` is a weight quantized to something else: INT8, FP4, packed INT4."""
+    if key.endswith(_PACKED):
+        return True
+    names, module = _names_of(key, format)
+    if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+        return False
+    return bool(names.weight) and any(
+        module + suffix in contents.tensors for suffix in names.scales if key.endswith(names.weight)
+    )
+
+
+def _check_dtype(contents: Contents, scale: str) -> None:
+    found = contents.tensors[scale].dtype
+    if found not in SCALE_DTYPES:
+        raise CheckpointError(
+            f"{scale} is {found}; a scale is one of {', '.join(str(dtype) for dtype in SCALE_DTYPES)}"
+        )
+
+
+def _no_scale(key: str, info: TensorInfo, module: str, names: Names) -> str:
+    looked = ", ".join(module + suffix for suffix in names.scales)
+    return (
+        f"{key} is {info.dtype} {list(info.shape)} and has no scale: looked for {looked}. Without it the values are "
+        "unknown; only single files without a config and without any scale are read as raw casts"
+    )
+
+
+def _wrong_shape(contents: Contents, key: str, scale: str, hints: Sequence[Granularity]) -> str:
+    shape = contents.tensors[key].shape
+    said = {str(hint): list(hint.scale_shape(shape)) for hint in (*hints, TENSOR, ROW)} if len(shape) > 1 else {}
+    fits = ", ".join(f"{name} has {grid}" for name, grid in said.items())
+    return (
+        f"{scale} has shape {list(contents.tensors[scale].shape)}, which fits no scale of {key} of shape "
+        f"{list(shape)}: {fits}" + ("" if hints else "; a config with a block size (weight_block_size) would say more")
+    )

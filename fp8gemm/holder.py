@@ -102,7 +102,7 @@ class FP8Holder(nn.Module):
         y = compute(rows, run_dtype)
         if not torch.compiler.is_compiling():
             self.activity.calls += 1
-            self.activity.kernels[ENGINES[prepared.engine].kernel(rows.shape[0], prepared)] += 1
+            self.activity.kernels[ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype)] += 1
         return y.reshape(*x.shape[:-1], prepared.n).to(given)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:

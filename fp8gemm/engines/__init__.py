@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 
+from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
 from . import vllm_mm
@@ -26,6 +27,7 @@ __all__ = [
     "MatmulSpec",
     "Prepared",
     "choose",
+    "order",
     "prepare",
     "probe",
     "restore",
@@ -34,9 +36,9 @@ __all__ = [
 ENGINES: MappingProxyType[str, Engine] = MappingProxyType(
     {engine.name: engine for engine in (VllmEngine(), TorchEngine(), CpuEngine(), ReferenceEngine())}
 )
-# What ``auto`` tries, in this order, by device.
+# What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first.
 AUTO: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
-    {"cpu": ("vllm", "cpu"), "cuda": ("vllm", "torch"), "rocm": ("torch",), "xpu": ("torch",), "mps": ("torch",)}
+    {"native": ("cpu", "vllm"), "cpu": ("vllm", "cpu"), "cuda": ("vllm", "torch"), "rocm": ("torch",), "xpu": ("torch",), "mps": ("torch",)}
 )
 
 
@@ -66,6 +68,13 @@ def prepare(
             refused[winner] = [str(error)]
 
 
+def order(machine: Machine) -> tuple[str, ...]:
+    """The engines that ``auto`` tries on a machine, best first."""
+    if machine.device == "cpu" and "native" in machine.features:
+        return AUTO["native"]
+    return AUTO.get(machine.device, ())
+
+
 def restore(prepared: Prepared) -> ScaledTensor:
     """The plain weight, or stack, that an engine's layout was made of, bit for bit."""
     engine = ENGINES[prepared.engine]
@@ -87,7 +96,7 @@ def choose(
         raise ValueError(f"engine must be auto or one of {', '.join(ENGINES)}, found {engine!r}")
     refused = refused or {}
     rejected: dict[str, list[str]] = {}
-    for name in AUTO.get(machine.device, ()) if engine == "auto" else (engine,):
+    for name in order(machine) if engine == "auto" else (engine,):
         reasons = refused.get(name) or ENGINES[name].rejects(spec, machine)
         if not reasons:
             return Choice(name, rejected)
@@ -144,7 +153,10 @@ def _probe(device: torch.device) -> Machine:
 def _cpu_features() -> frozenset[str]:
     """Named as Linux names them; torch's questions are private, so an absent one counts as a no."""
     questions = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
-    return frozenset(name for name, question in questions.items() if getattr(torch.cpu, question, lambda: False)())
+    found = {name for name, question in questions.items() if getattr(torch.cpu, question, lambda: False)()}
+    if isinstance(native.find(), native.Library):
+        found.add("native")
+    return frozenset(found)
 
 
 def _major_minor(version: str | None) -> tuple[int, int] | None:

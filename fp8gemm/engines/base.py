@@ -31,8 +31,8 @@ class MatmulSpec:
 class Machine:
     """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
 
-    ``capability`` is CUDA's (major, minor); ``features`` names what else a device can do (``"amx"``,
-    ``"avx512_bf16"``, ``"fnuz"``); ``vllm_ops`` are those of vLLM's raw ops that can run on this device, with
+    ``capability`` is CUDA's (major, minor); ``features`` names what else a device can do (``"amx_bf16"``,
+    ``"avx512_bf16"``, ``"native"`` for compiled kernels, ``"fnuz"``); ``vllm_ops`` are those of vLLM's raw ops that can run on this device, with
     their number of arguments; ``vllm_note`` says why there are none.
     """
 
@@ -42,6 +42,7 @@ class Machine:
     torch_version: tuple[int, int] = (2, 10)
     cuda_version: tuple[int, int] | None = None
     features: frozenset[str] = frozenset()
+    triton_version: tuple[int, int] | None = None
     vllm_version: str | None = None
     vllm_ops: Mapping[str, int] = field(default_factory=dict)
     vllm_note: str = ""
@@ -196,8 +197,8 @@ class Engine(ABC):
             start = end
         return y
 
-    def kernel(self, m: int, weight: Prepared) -> str:
-        """The name of the kernel that ``linear`` runs for ``m`` tokens, for the report."""
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+        """The name of the kernel that ``linear`` runs for ``m`` tokens of ``dtype``, for the report."""
         return self.name
 
 

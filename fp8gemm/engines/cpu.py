@@ -1,12 +1,14 @@
-"""The CPU engine in torch alone: panels of the weight are decoded in cache by integer operations, then multiplied."""
+"""The CPU engine: compiled kernels, or torch alone, which decodes panels of the weight in cache and multiplies them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from .. import native
 from ..quantize import expand_scale, nan_rows
 from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, Prepared, WeightOnlyEngine
@@ -20,7 +22,9 @@ PANEL_ELEMENTS = 2**20
 class CpuEngine(WeightOnlyEngine):
     """Weight-only: the activations are multiplied as they are, by weights that are exact in their dtype.
 
-    With block scales the scaled weight is rounded to the compute dtype first, as dequantized weights are.
+    The compiled kernels do it where there are any; torch alone does the rest, panel by panel: float64, e5m2, and all of
+    it where there is no compiler. With block scales torch alone rounds the scaled weight to the compute dtype first,
+    as dequantized weights are.
     """
 
     name = "cpu"
@@ -34,14 +38,42 @@ class CpuEngine(WeightOnlyEngine):
         return reasons
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
-        prepared = super().prepare(weight, scheme, input_scale=input_scale)
-        return Prepared(**{**vars(prepared), "extra": (_column_scale(weight, scheme),)})
+        contiguous = ScaledTensor(weight.data.contiguous(), weight.scale.contiguous(), weight.granularity)
+        prepared = super().prepare(contiguous, scheme, input_scale=input_scale)
+        if _library(weight.data.dtype, torch.bfloat16) is not None:
+            return prepared
+        return replace(prepared, extra=(_column_scale(weight, scheme),))
+
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+        if _library(weight.data.dtype, torch.bfloat16) is None:
+            return super().prepare_stack(weight, scheme)
+        experts, n, k = weight.shape
+        return Prepared(
+            engine=self.name,
+            scheme=self.effective(scheme),
+            n=n,
+            k=k,
+            data=weight.data.contiguous(),
+            scale=weight.scale.contiguous(),
+            experts=experts,
+        ).split()
 
     def linear(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
+        library = _library(weight.data.dtype, x.dtype)
+        if library is not None:
+            y = x.new_empty(x.shape[0], weight.n)
+            rows, cols = weight.scheme.weight.block((weight.n, weight.k))
+            own = None if bias is None else bias.to(x.dtype)
+            library.linear(x, weight.data, weight.scale, rows, cols, own, y)
+            return y.to(out_dtype)
         y = torch.cat([_multiply(x, panel) for panel in _panels(weight, x.dtype)], dim=1)
-        return scale_columns(y, weight.extra[0], bias).to(out_dtype)
+        if weight.extra:
+            (column_scale,) = weight.extra
+        else:
+            column_scale = _column_scale(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), weight.scheme)
+        return scale_columns(y, column_scale, bias).to(out_dtype)
 
     def grouped(
         self,
@@ -51,10 +83,31 @@ class CpuEngine(WeightOnlyEngine):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
+        library = _library(weight.data.dtype, x.dtype)
+        if library is None:
+            return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
+        y = x.new_empty(x.shape[0], weight.n)
+        here = int(ends[-1])
+        rows, cols = weight.scheme.weight.block((weight.n, weight.k))
+        own = None if bias is None else bias.to(x.dtype)
+        library.grouped(x[:here], weight.data, weight.scale, rows, cols, ends, own, y[:here])
+        y[here:] = 0
+        return y.to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared) -> str:
-        return "torch panels"
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+        library = _library(weight.data.dtype, dtype)
+        if library is None:
+            return "torch panels"
+        _, cols = weight.scheme.weight.block((weight.n, weight.k))
+        return f"native {library.path_for(m, dtype, k=weight.k, cols=cols)}"
+
+
+def _library(stored: torch.dtype, dtype: torch.dtype) -> native.Library | None:
+    """The compiled kernels, where there are any and they take these dtypes."""
+    if stored != torch.float8_e4m3fn or dtype == torch.float64:
+        return None
+    library = native.find()
+    return library if isinstance(library, native.Library) else None
 
 
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:

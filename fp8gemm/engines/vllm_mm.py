@@ -77,7 +77,7 @@ class VllmEngine(Engine):
     ) -> torch.Tensor:
         return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
 
-    def kernel(self, m: int, weight: Prepared) -> str:
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 
 

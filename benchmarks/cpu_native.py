@@ -1,0 +1,118 @@
+"""The native CPU kernels against ``F.linear`` and vLLM's op on cold weights, paired; and the quantizer.
+
+    python benchmarks/cpu_native.py [--shapes 4096x4096,...] [--tokens 1,2,...] [--dtype bfloat16] [--granularity row]
+        [--instructions amx,avx512_bf16,avx2] [--megabytes 200]
+
+Each turn goes through a stack of layers with every candidate, so that weights come from memory as in a real model.
+``--megabytes 0`` has one layer, which stays in the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, ScaledTensor, native, quantize
+
+GRANULARITIES = {"row": ROW, "tensor": TENSOR, "block": BLOCK_128, "group": GROUP_128, "mx": MX}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x14336", help="N x K")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,512,1024")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--granularity", default="row", choices=GRANULARITIES)
+    parser.add_argument("--instructions", default="amx", help="levels, each at most what this CPU has")
+    parser.add_argument("--megabytes", type=int, default=200, help="of dense weights to rotate through")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    arguments = parser.parse_args()
+    library = native.find()
+    if isinstance(library, native.Unavailable):
+        raise SystemExit(library.reason)
+    for shape in arguments.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        stack = Stack(n, k, arguments, library)
+        for m in map(int, arguments.tokens.split(",")):
+            print(
+                f"{shape} {arguments.granularity} {arguments.dtype} M={m:<5}",
+                row(stack.candidates(m), arguments.seconds),
+            )
+        print(f"{shape} quantize", row(stack.quantizers(), arguments.seconds))
+
+
+class Stack:
+    """Layers in the dense dtype, and the same in FP8 for each candidate."""
+
+    def __init__(self, n: int, k: int, arguments: argparse.Namespace, library: native.Library) -> None:
+        self.dtype = getattr(torch, arguments.dtype)
+        self.granularity = GRANULARITIES[arguments.granularity]
+        self.libraries = {name: library.lowered(name) for name in arguments.instructions.split(",")}
+        count = max(1, -(-arguments.megabytes * 10**6 // (n * k * 2)))
+        self.dense = [torch.randn(n, k, dtype=self.dtype) for _ in range(count)]
+        self.weights = [self._quantized(w) for w in self.dense]
+        self.packed = [torch.ops._C.convert_weight_packed(w.data) for w in self.weights] if self._has_vllm(n, k) else []
+
+    def _quantized(self, w: torch.Tensor) -> ScaledTensor:
+        data = torch.empty(w.shape, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(self.granularity.scale_shape(w.shape))
+        next(iter(self.libraries.values())).quantize(w, *self.granularity.block(w.shape), data, scale)
+        return ScaledTensor(data, scale, self.granularity)
+
+    def _has_vllm(self, n: int, k: int) -> bool:
+        try:
+            from fp8gemm.engines import probe
+        except ImportError:
+            return False
+        fits = self.dtype == torch.bfloat16 and n % 32 == 0 and k % 32 == 0
+        return fits and "fp8_scaled_mm_cpu" in probe("cpu").vllm_ops
+
+    def candidates(self, m: int) -> dict[str, Callable[[], object]]:
+        """Each goes through the whole stack once. vLLM's op is given 128 x 128 scales, the only ones it knows."""
+        x = torch.randn(m, self.dense[0].shape[1]).to(self.dtype)
+        n, k = self.dense[0].shape
+        result: dict[str, Callable[[], object]] = {"torch": lambda: [F.linear(x, w) for w in self.dense]}
+        if self.packed:
+            scale = torch.ones(-(-n // 128), -(-k // 128))
+            result["vllm"] = lambda: [
+                torch.ops._C.fp8_scaled_mm_cpu(x, w, scale, [128, 128], None, self.dtype, True) for w in self.packed
+            ]
+        for name, library in self.libraries.items():
+            result[name] = lambda library=library: [self._linear(library, x, w) for w in self.weights]
+        return result
+
+    def _linear(self, library: native.Library, x: torch.Tensor, w: ScaledTensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], w.shape[0])
+        library.linear(x, w.data, w.scale, *self.granularity.block(w.shape), None, out)
+        return out
+
+    def quantizers(self) -> dict[str, Callable[[], object]]:
+        w = self.dense[0]
+        return {"torch": lambda: quantize(w, self.granularity), "native": lambda: self._quantized(w)}
+
+
+def row(candidates: dict[str, Callable[[], object]], seconds: float) -> str:
+    """Milliseconds of a turn, and the median over turns of its ratio to torch's."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(samples["torch"]) < 5:
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - start)
+    cells = []
+    for name, values in samples.items():
+        ratio = statistics.median(base / value for base, value in zip(samples["torch"], values, strict=True))
+        cells.append(f"{name} {statistics.median(values) * 1e3:8.2f} ms {ratio:5.2f}x")
+    return "   ".join(cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The compiled kernels as Python methods on tensors: everything they rely on is checked here."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from .build import Unavailable
+
+# In the order of the levels in fp8gemm.cpp: each includes those before it.
+Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+LEVELS: tuple[Instructions, ...] = get_args(Instructions)
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SCALE_FLOOR = 2.0**-126
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of fp8gemm.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "data", "scale", "bias", "out")),
+        *((name, c_int64) for name in ("x_type", "bias_type", "out_type", "x_stride", "data_stride", "out_stride")),
+        *((name, c_int64) for name in ("m", "n", "k", "rows", "cols")),
+    ]
+
+
+class _Quantization(ctypes.Structure):
+    """``Quantization`` of fp8gemm.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "data", "scale")),
+        *((name, c_int64) for name in ("x_type", "x_stride", "data_stride", "n", "k", "rows", "cols")),
+        ("upper_bound", c_double),
+        ("ue8m0", c_int64),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "fp8gemm_level": (c_int, ()),
+    "fp8gemm_has_threads": (c_int, ()),
+    "fp8gemm_kernel": (c_char_p, (c_int, POINTER(_Problem))),
+    "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
+    "fp8gemm_grouped": (c_int, (c_int, c_int, POINTER(_Problem), c_int64, c_void_p, c_int64)),
+    "fp8gemm_quantize": (c_int, (c_int, c_int, POINTER(_Quantization))),
+}
+
+
+def open_library(path: Path) -> Library | Unavailable:
+    """Load the library at ``path`` for this CPU, or for less of it where ``FP8GEMM_ISA`` says so."""
+    wanted = os.environ.get("FP8GEMM_ISA") or LEVELS[-1]
+    if wanted not in LEVELS:
+        return Unavailable(f"FP8GEMM_ISA must be one of {', '.join(LEVELS)}, found {wanted!r}")
+    try:
+        functions = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return Unavailable(f"{path} does not load: {error}")
+    level = min(functions.fp8gemm_level(), LEVELS.index(wanted))
+    return Library(path, LEVELS[level], bool(functions.fp8gemm_has_threads()), functions)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The kernels for one level of instructions; ``threads`` is False where torch's OpenMP runtime is out of reach."""
+
+    path: Path
+    instructions: Instructions
+    threads: bool
+    functions: ctypes.CDLL
+
+    @property
+    def level(self) -> int:
+        return LEVELS.index(self.instructions)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The levels that may be used, and ``"threads"``."""
+        return frozenset(LEVELS[: self.level + 1]) | ({"threads"} if self.threads else frozenset())
+
+    def lowered(self, instructions: Instructions) -> Library:
+        """The same kernels without what comes after ``instructions``, as on an older CPU."""
+        return replace(self, instructions=LEVELS[min(self.level, LEVELS.index(instructions))])
+
+    def path_for(self, m: int, dtype: torch.dtype, *, k: int = 4096, cols: int | None = None) -> str:
+        """The name of the kernel for ``m`` tokens in ``dtype`` and scales of ``cols`` elements of a row of ``k``."""
+        problem = _Problem(x_type=TYPES[dtype], m=m, k=k, cols=cols or max(k, 1))
+        name: bytes = self.functions.fp8gemm_kernel(self.level, byref(problem))
+        return name.decode()
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        rows: int,
+        cols: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """``out [M, N] = x [M, K] @ (data [N, K] * scale).T + bias [N]``, summed in float32, rounded once.
+
+        ``scale`` is float32 ``[ceil(N / rows), ceil(K / cols)]``. ``x`` is bfloat16, float16 or float32; ``bias``
+        and ``out`` are of the same dtype or float32. The last dimension of each has unit stride.
+
+        Raises:
+            ValueError: for another shape, dtype, stride or device.
+            MemoryError: for want of workspace.
+        """
+        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
+        if wrong:
+            raise ValueError(f"native linear: {'; '.join(wrong)}")
+        problem = _problem(x, data, scale, rows, cols, bias, out)
+        _check(self.functions.fp8gemm_linear(self.level, torch.get_num_threads(), byref(problem)))
+
+    def grouped(
+        self,
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        rows: int,
+        cols: int,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """``linear`` with expert ``e``'s ``data [E, N, K]``, ``scale [E, ...]`` and ``bias [E, N]`` for its tokens.
+
+        Tokens are sorted by expert; those of expert ``e`` end before ``ends[e]``, int32 ``[E]`` on the CPU.
+
+        Raises:
+            ValueError: as ``linear``, and for ends that do not ascend to M.
+            MemoryError: for want of workspace.
+        """
+        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
+        if ends.dtype != torch.int32 or tuple(ends.shape) != data.shape[:1] or not ends.is_contiguous() or _away(ends):
+            wrong.append(f"ends must be contiguous int32 {list(data.shape[:1])} on cpu, found {_describe(ends)}")
+        if wrong:
+            raise ValueError(f"native grouped: {'; '.join(wrong)}")
+        problem = _problem(x, data, scale, rows, cols, bias, out)
+        status = self.functions.fp8gemm_grouped(
+            self.level, torch.get_num_threads(), byref(problem), data.stride(0), ends.data_ptr(), data.shape[0]
+        )
+        if status == -2:
+            raise ValueError(f"native grouped: ends must ascend to M = {x.shape[0]}, found {ends.tolist()}")
+        _check(status)
+
+    def quantize(
+        self,
+        x: torch.Tensor,
+        rows: int,
+        cols: int,
+        data_out: torch.Tensor,
+        scale_out: torch.Tensor,
+        upper_bound: float | None = None,
+        *,
+        ue8m0: bool = False,
+    ) -> None:
+        """``fp8gemm.quantize.quantize`` of ``x [N, K]`` to float8_e4m3fn, bit for bit, into the last two tensors.
+
+        Raises:
+            ValueError: for a shape, dtype, stride or device that does not fit.
+            MemoryError: for want of workspace.
+        """
+        wrong = _quantize_mistakes(x, rows, cols, data_out, scale_out)
+        if upper_bound is not None and upper_bound != upper_bound:
+            wrong.append("upper_bound must be a number, found NaN")
+        if wrong:
+            raise ValueError(f"native quantize: {'; '.join(wrong)}")
+        if x.numel() == 0:
+            scale_out.fill_(SCALE_FLOOR)
+            return
+        problem = _Quantization(
+            *(x.data_ptr(), data_out.data_ptr(), scale_out.data_ptr(), TYPES[x.dtype], x.stride(0), data_out.stride(0)),
+            *(*x.shape, rows, cols, math.inf if upper_bound is None else upper_bound, ue8m0),
+        )
+        _check(self.functions.fp8gemm_quantize(self.level, torch.get_num_threads(), byref(problem)))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the native kernels found no memory for their workspace")
+
+
+def _problem(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> _Problem:
+    return _Problem(
+        *(x.data_ptr(), data.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(TYPES[x.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype]),
+        *(x.stride(0), data.stride(-2), out.stride(0), x.shape[0], data.shape[-2], x.shape[1], rows, cols),
+    )
+
+
+def _grid(n: int, k: int, rows: int, cols: int) -> tuple[int, int]:
+    return -(-max(n, 1) // rows), -(-max(k, 1) // cols)
+
+
+def _mistakes(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> list[str]:
+    """All that is wrong with the operands of ``linear``, or of ``grouped`` if ``data`` has three dimensions."""
+    if rows < 1 or cols < 1:
+        return [f"rows and cols must be at least 1, found {rows} and {cols}"]
+    if x.dim() != 2 or data.dim() not in (2, 3):
+        return [f"x must be [M, K] and data [N, K] or [E, N, K], found {_describe(x)} and {_describe(data)}"]
+    (m, k), (*experts, n) = x.shape, data.shape[:-1]
+    grid = (*experts, *_grid(n, k, rows, cols))
+    wrong = []
+    if x.dtype not in TYPES or not _rows_are_dense(x) or _away(x):
+        wrong.append(f"x must be bfloat16, float16 or float32 with unit stride along K on cpu, found {_describe(x)}")
+    if data.dtype != torch.float8_e4m3fn or data.shape[-1] != k or not _rows_are_dense(data) or _away(data):
+        wrong.append(f"data must be float8_e4m3fn [..., {k}] with unit stride along K on cpu, found {_describe(data)}")
+    if scale.dtype != torch.float32 or tuple(scale.shape) != grid or not scale.is_contiguous() or _away(scale):
+        wrong.append(f"scale must be contiguous float32 {list(grid)} on cpu, found {_describe(scale)}")
+    kinds = (x.dtype, torch.float32)
+    if bias is not None and (
+        bias.dtype not in kinds or tuple(bias.shape) != (*experts, n) or not bias.is_contiguous() or _away(bias)
+    ):
+        wrong.append(f"bias must be contiguous {x.dtype} or float32 {[*experts, n]} on cpu, found {_describe(bias)}")
+    dense = _rows_are_dense(out) and (m <= 1 or out.stride(0) >= n)
+    if out.dtype not in kinds or tuple(out.shape) != (m, n) or not dense or _away(out):
+        wrong.append(
+            f"out must be {x.dtype} or float32 {[m, n]} with unit stride along N on cpu, found {_describe(out)}"
+        )
+    return wrong
+
+
+def _quantize_mistakes(
+    x: torch.Tensor, rows: int, cols: int, data_out: torch.Tensor, scale_out: torch.Tensor
+) -> list[str]:
+    if rows < 1 or cols < 1:
+        return [f"rows and cols must be at least 1, found {rows} and {cols}"]
+    if x.dim() != 2 or x.dtype not in TYPES or not _rows_are_dense(x) or _away(x):
+        return [f"x must be bfloat16, float16 or float32 [N, K] with unit stride along K on cpu, found {_describe(x)}"]
+    n, k = x.shape
+    grid = _grid(n, k, rows, cols)
+    wrong = []
+    kinds = (torch.float8_e4m3fn, torch.uint8)
+    dense = _rows_are_dense(data_out) and (n <= 1 or data_out.stride(0) >= k)
+    if data_out.dtype not in kinds or data_out.shape != x.shape or not dense or _away(data_out):
+        wrong.append(f"data_out must be float8_e4m3fn or uint8 {[n, k]} on cpu, found {_describe(data_out)}")
+    fits = scale_out.dtype == torch.float32 and tuple(scale_out.shape) == grid and scale_out.is_contiguous()
+    if not fits or _away(scale_out):
+        wrong.append(f"scale_out must be contiguous float32 {list(grid)} on cpu, found {_describe(scale_out)}")
+    return wrong
+
+
+def _rows_are_dense(tensor: torch.Tensor) -> bool:
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+
+
+def _away(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from harness import paired_seconds, save, table
 
-from fp8gemm import ENGINES, SCHEMES, MatmulSpec, Scheme, UnsupportedError, dequantize, probe
+from fp8gemm import ENGINES, SCHEMES, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, dequantize, probe
 from fp8gemm.engines import Prepared
 from fp8gemm.quantize import quantize_weight
 
@@ -28,7 +28,7 @@ def main() -> None:
     rows = []
     for shape, scheme in itertools.product(arguments.shapes.split(","), arguments.schemes.split(",")):
         n, k = map(int, shape.split("x"))
-        layers = Layers(n, k, SCHEMES[scheme], getattr(torch, arguments.dtype), arguments.cold, arguments.engines)
+        layers = Layers(n, k, SCHEMES[scheme], arguments)
         for m in map(int, arguments.tokens.split(",")):
             row = {"n": n, "k": k, "m": m, "scheme": scheme, **measure(layers, m, arguments.seconds)}
             rows.append(row)
@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engines", default="vllm,cpu", help="those that reject the problem are left out")
     parser.add_argument("--cold", type=int, default=0, help="MB of dense weights to rotate through")
+    parser.add_argument("--peers", action="store_true", help="also what others do, at 1 and 16 tokens, one warm layer")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table")
     parser.add_argument("--save", help="write benchmarks/results/SAVE.json")
     return parser.parse_args()
@@ -54,16 +55,17 @@ def parse() -> argparse.Namespace:
 class Layers:
     """The same layer many times over: dense weights, and the same weights prepared by each engine."""
 
-    def __init__(self, n: int, k: int, scheme: Scheme, dtype: torch.dtype, cold: int, engines: str) -> None:
+    def __init__(self, n: int, k: int, scheme: Scheme, arguments: argparse.Namespace) -> None:
+        dtype: torch.dtype = getattr(torch, arguments.dtype)
         self.n, self.k, self.dtype = n, k, dtype
         size = n * k * dtype.itemsize
-        self.count = max(1, -(-cold * 10**6 // size))
+        self.count = max(1, -(-arguments.cold * 10**6 // size))
         self.scaled = quantize_weight(torch.randn(n, k) * k**-0.5, scheme.weight)
         dense = dequantize(self.scaled, dtype)
         self.dense = [dense.clone() for _ in range(self.count)]
         self.prepared: dict[str, list[Prepared]] = {}
         spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype)
-        for name in engines.split(","):
+        for name in arguments.engines.split(","):
             reasons = ENGINES[name].rejects(spec, probe("cpu"))
             if reasons:
                 print(f"{name}: {'; '.join(reasons)}")
@@ -73,10 +75,24 @@ class Layers:
                 self.prepared[name] = [ENGINES[name].prepare(copy, scheme) for copy in copies]
             except UnsupportedError as error:
                 print(f"{name}: {error}")
+        self.peers = peers(dense, self.scaled) if arguments.peers else {}
 
 
-def replace_data(scaled):
+def replace_data(scaled: ScaledTensor) -> ScaledTensor:
     return replace(scaled, data=scaled.data.clone(), scale=scaled.scale.clone())
+
+
+def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The same layer as a plain FP8 model has it, and as torchao's weight-only one-liner makes it where installed."""
+    found = {"cast then linear": lambda x: F.linear(x, scaled.data.to(x.dtype))}
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_
+    except ImportError:
+        return found
+    linear = torch.nn.Linear(dense.shape[1], dense.shape[0], bias=False, dtype=dense.dtype)
+    linear.weight = torch.nn.Parameter(dense, requires_grad=False)
+    quantize_(linear, Float8WeightOnlyConfig())
+    return {**found, "torchao": linear}
 
 
 def measure(layers: Layers, m: int, seconds: float) -> dict[str, Any]:
@@ -92,9 +108,8 @@ def measure(layers: Layers, m: int, seconds: float) -> dict[str, Any]:
     for name, copies in layers.prepared.items():
         engine = ENGINES[name]
         candidates[name] = rotating([lambda w=w, e=engine: e.linear(x, w, None, layers.dtype) for w in copies])
-    if m == 1 and layers.dtype == torch.bfloat16:
-        w8 = layers.scaled.data
-        candidates["cast then linear"] = lambda: F.linear(x, w8.to(torch.bfloat16))
+    if m <= 16 and layers.peers:
+        candidates |= {name: (lambda call=call: call(x)) for name, call in layers.peers.items()}
     medians = paired_seconds(candidates, seconds=seconds)
     result: dict[str, Any] = {"dense ms": medians["dense"] * 1e3}
     for name in candidates:

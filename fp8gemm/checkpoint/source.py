@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -153,8 +154,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                     f"{path} is a pickle, which can run any code when it is opened; only safetensors files are read. "
                     "Convert it where you trust it, with safetensors.torch.save_file"
                 )
-            # For NumPy, since for torch all of the file is reserved in memory at once.
-            safe_open(path, framework="np")
+            _check(path)
             size = int.from_bytes(start, "little")
             header: dict[str, Any] = json.loads(file.read(size))
     except SafetensorError as error:
@@ -165,6 +165,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     return header, 8 + size
+
+
+def _check(path: Path) -> None:
+    """Raises SafetensorError unless the library finds the header and the size of the file right."""
+    try:
+        safe_open(path, framework="pt")
+    except RuntimeError as error:
+        # It checks first and then has torch reserve memory for all of the file, which we do not need.
+        if os.strerror(errno.ENOMEM) not in str(error):
+            raise
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -230,7 +230,7 @@ namespace {
 namespace amx {
 
 constexpr int64_t TILE = 1024;  // bytes, of any of the three kinds: 16 rows of 64
-constexpr int64_t MAX_ROWS = 512;
+constexpr int64_t MAX_ROWS = 256;
 
 INLINE int64_t tokens_per_tile(int64_t x_type) { return 16 / parts(x_type); }
 INLINE int64_t tile_columns(const Problem& p, int64_t tokens) { return ceil_div(tokens, tokens_per_tile(p.x_type)); }
@@ -242,9 +242,10 @@ int64_t block_tokens(const Problem& p) { return 32 * tokens_per_tile(p.x_type); 
 // ones load and store sums less often.
 INLINE int64_t chunk_of(int64_t columns) { return columns <= 4 ? 128 : 256; }
 
-// Many tokens do not fit the L2 cache, and are read once for each panel: then its sums take half of that cache.
+// Many tokens do not fit the L2 cache, and are read once for each panel: then its sums take a quarter of that cache.
 Plan plan(const Problem& p, int64_t tokens, int threads) {
-    int64_t columns = tile_columns(p, tokens), share = round_up(ceil_div(p.n, 4 * threads), 32), chunk = chunk_of(columns);
+    int64_t columns = tile_columns(p, tokens), chunk = chunk_of(columns);
+    int64_t share = round_up(ceil_div(p.n, 4 * threads), 32);
     int64_t rows = columns <= 4 ? 32 : columns <= 8 ? 64 : larger<int64_t>(64, smaller(MAX_ROWS, share));
     int64_t packed = columns * round_up(p.k, chunk) / 32 * TILE;
     return {tokens_per_tile(p.x_type), rows, packed, rows * chunk * 2 + rows * columns * 64 + 4 * TILE};
@@ -337,21 +338,46 @@ void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
     }
 }
 
+// Whether e4m3 values times this are exact and normal as bf16: a power of two from 2^-117 to 2^118, as MX scales are.
+INLINE bool folds(float scale) {
+    uint32_t bits = bits_of(scale);
+    return (bits & 0x807FFFFF) == 0 && bits >= (127 - 117) << 23 && bits <= (127 + 118) << 23;
+}
+
+// bf16 `values` of 32 codes times a power of two: added to the exponent, unless the value is zero or NaN.
+INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
+    __m512i exponent = _mm512_set1_epi16(short(bits_of(scale) >> 16) - 0x3F80);
+    return _mm512_mask_add_epi16((__m512i)values, ordinary, (__m512i)values, exponent);
+}
+
 // Decode elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32]; rows that are not there are zero.
-INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next, uint8_t* out) {
+// Scales [16][blocks along k] multiply them, unless null.
+INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
+                   const float* const* scale_rows, uint8_t* out) {
+    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F);
     for (int64_t r = 0; r < 16; ++r) {
         bool exists = row + r < p.n;
         const uint8_t* codes = p.data_row(exists ? row + r : 0) + first;
-        for (int64_t k = 0; k < count; k += 64) {
+        for (int64_t k = 0; k < count; k += 64, out += 2 * TILE) {
             int64_t left = exists ? smaller<int64_t>(count - k, 64) : 0;
             __m512i code = left == 64 ? _mm512_loadu_si512(codes + k)
                                       : _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, codes + k);
             if (next) _mm_prefetch(reinterpret_cast<const char*>(next + r * p.data_stride + k), _MM_HINT_T0);
             __m512bh values[2];
             avx512_bf16::decode_register(code, values);
-            _mm512_store_si512(out + k / 32 * TILE + r * 64, (__m512i)values[0]);
-            _mm512_store_si512(out + (k / 32 + 1) * TILE + r * 64, (__m512i)values[1]);
+            if (scale_rows && left) {
+                __m512i magnitude = _mm512_and_si512(code, magnitude_bits);
+                uint64_t ordinary = _mm512_test_epi8_mask(magnitude, magnitude) &
+                                    _mm512_cmpneq_epi8_mask(magnitude, magnitude_bits);
+                const float* scales = scale_rows[r];
+                values[0] = (__m512bh)fold(values[0], __mmask32(ordinary), scales[(first + k) / p.cols]);
+                if (left > 32)
+                    values[1] = (__m512bh)fold(values[1], __mmask32(ordinary >> 32), scales[(first + k + 32) / p.cols]);
+            }
+            _mm512_store_si512(out, (__m512i)values[0]);
+            _mm512_store_si512(out + TILE, (__m512i)values[1]);
         }
+        out += 64 - round_up(count, 64) / 32 * TILE;
     }
 }
 
@@ -386,20 +412,21 @@ INLINE void multiply(const uint8_t* a, const uint8_t* b, int64_t stride, int64_t
     if (COLUMNS > 1) _tile_stored(3, c + c_stride + TILE, 64);
 }
 
-// The same where scales vary along k: each block's own sums, in `tiles`, are scaled into the total.
+// The same where scales, [blocks of this chunk][MAX_ROWS], multiply each block's own sums, in `tiles`.
 template <int COLUMNS>
 INLINE void multiply_blocks(const Problem& p, const uint8_t* a, const uint8_t* b, int64_t stride, int64_t chunk,
-                            int64_t count, const float* const* scale_rows, uint8_t* c, int64_t c_stride, uint8_t* tiles) {
-    for (int64_t k = chunk, block = chunk / p.cols; k < chunk + count; ++block) {
-        int64_t end = smaller(chunk + count, (block + 1) * p.cols), offset = (k - chunk) / 32 * TILE;
+                            int64_t count, const float* scales, uint8_t* c, int64_t c_stride, uint8_t* tiles) {
+    for (int64_t k = chunk; k < chunk + count; scales += MAX_ROWS) {
+        int64_t end = smaller(chunk + count, (k / p.cols + 1) * p.cols), offset = (k - chunk) / 32 * TILE;
         multiply<COLUMNS>(a + offset, b + offset, stride, ceil_div(end - k, 32), tiles, 2 * TILE, false);
-        for (int64_t i = 0; i < 32 * COLUMNS; ++i) {
-            int64_t row = i / COLUMNS, column = i % COLUMNS;
-            __m512 sums = _mm512_load_ps(tiles + (row / 16 * 2 + column) * TILE + row % 16 * 64);
-            uint8_t* total = c + row / 16 * c_stride + column * TILE + row % 16 * 64;
-            __m512 before = k > 0 ? _mm512_load_ps(total) : _mm512_setzero_ps();
-            _mm512_store_ps(total, _mm512_fmadd_ps(sums, _mm512_set1_ps(scale_rows[row][block]), before));
-        }
+        for (int64_t i = 0; i < 2; ++i)
+            for (int64_t j = 0; j < COLUMNS; ++j)
+                for (int64_t r = 0; r < 16; ++r) {
+                    __m512 sums = _mm512_load_ps(tiles + (2 * i + j) * TILE + r * 64);
+                    uint8_t* total = c + i * c_stride + j * TILE + r * 64;
+                    __m512 before = k > 0 ? _mm512_load_ps(total) : _mm512_setzero_ps();
+                    _mm512_store_ps(total, _mm512_fmadd_ps(sums, _mm512_set1_ps(scales[16 * i + r]), before));
+                }
         k = end;
     }
 }
@@ -459,19 +486,28 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     int64_t columns = tile_columns(p, tokens.count), padded_rows = round_up(rows.count, 32), size = chunk_of(columns);
     uint8_t *sums = weight + padded_rows * size * 2, *tiles = sums + padded_rows * columns * 64;
     const float* scale_rows[MAX_ROWS];
-    for (int64_t r = 0; r < padded_rows; ++r) scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
+    float scales[8][MAX_ROWS];
+    bool vary = p.scales_vary_along_k(), folded = vary;
+    for (int64_t r = 0; r < padded_rows; ++r) {
+        scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
+        for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block) folded = folds(scale_rows[r][block]);
+    }
     for (int64_t chunk = 0; chunk < p.k; chunk += size) {
         int64_t count = smaller(size, p.k - chunk), stride = size / 32 * TILE, c_stride = columns * TILE;
         const uint8_t* next = chunk + count < p.k ? p.data_row(rows.start) + chunk + count : rows.next;
         for (int64_t i = 0; i < padded_rows; i += 16)
-            decode(p, rows.start + i, chunk, count, next ? next + i * p.data_stride : nullptr, weight + i * size * 2);
+            decode(p, rows.start + i, chunk, count, next ? next + i * p.data_stride : nullptr,
+                   folded ? scale_rows + i : nullptr, weight + i * size * 2);
+        if (vary && !folded)
+            for (int64_t block = chunk / p.cols; block * p.cols < chunk + count; ++block)
+                for (int64_t r = 0; r < padded_rows; ++r) scales[block - chunk / p.cols][r] = scale_rows[r][block];
         for (int64_t i = 0; i < padded_rows; i += 32)
             for (int64_t j = 0; j < columns; j += 2) {
                 const uint8_t *a = weight + i * size * 2, *b = tokens.packed + packed_tile(p, tokens, j, chunk / 32);
                 uint8_t* c = sums + (i / 16 * columns + j) * TILE;
                 bool two = j + 1 < columns;
-                if (p.scales_vary_along_k())
-                    (two ? multiply_blocks<2> : multiply_blocks<1>)(p, a, b, stride, chunk, count, scale_rows + i, c,
+                if (vary && !folded)
+                    (two ? multiply_blocks<2> : multiply_blocks<1>)(p, a, b, stride, chunk, count, scales[0] + i, c,
                                                                     c_stride, tiles);
                 else
                     (two ? multiply<2> : multiply<1>)(a, b, stride, ceil_div(count, 32), c, c_stride, chunk > 0);
@@ -552,8 +588,9 @@ thread_local Workspace workspace;
 
 const Kernel* choose([[maybe_unused]] int level, const Problem& p) {
 #if FP8GEMM_HAS_AMX
-    bool whole_steps = p.cols >= p.k || p.cols % 32 == 0;
-    if (level >= AMX && whole_steps && p.k >= 32 && p.m * parts(p.x_type) >= 2) return &amx::kernel;
+    bool whole_steps = p.cols >= p.k || p.cols % 32 == 0, small_blocks = p.cols < smaller<int64_t>(p.k, 64);
+    bool worthwhile = p.k >= 32 && (p.m * parts(p.x_type) >= 2 || small_blocks);
+    if (level >= AMX && whole_steps && worthwhile) return &amx::kernel;
 #endif
 #if FP8GEMM_HAS_BF16
     if (level >= AVX512_BF16 && p.x_type == BF16) return &avx512_bf16::kernel;

@@ -49,11 +49,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-def exact_weight(n: int, k: int, granularity: Granularity) -> tuple[torch.Tensor, torch.Tensor]:
-    """Small integers as FP8 data, powers of two as scales."""
+def exact_weight(n: int, k: int, granularity: Granularity, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Small integers as FP8 data, powers of two times `factor` as scales."""
     data = torch.randint(-4, 5, (n, k)).float().to(torch.float8_e4m3fn)
     scale = torch.exp2(torch.randint(-2, 3, granularity.scale_shape((n, k))).float())
-    return data, scale
+    return data, scale * factor
 
 
 def linear(library, x, data, scale, granularity, bias=None, out_dtype=None):
@@ -73,10 +73,12 @@ def product(x, data, scale, granularity, bias=None) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exact_operands_give_the_exact_product(library, dtype, granularity):
     torch.manual_seed(0)
-    for (n, k), with_bias in zip([(1, 1), (1, 7), (17, 33), (32, 64), (40, 130), (130, 257)], itertools.cycle((0, 1))):
-        data, scale = exact_weight(n, k, granularity)
+    shapes = [(1, 1), (1, 7), (17, 33), (32, 64), (40, 130), (40, 131), (130, 257), (70, 300)]
+    # Scales that are powers of two may be folded into the weights, others multiply sums.
+    for (n, k), (with_bias, factor) in zip(shapes, itertools.cycle([(False, 1.0), (True, 3.0)]), strict=False):
+        data, scale = exact_weight(n, k, granularity, factor)
         bias = torch.randint(-3, 4, (n,)).to(dtype) if with_bias else None
-        for m in (0, 1, 2, 3, 5, 6, 16, 17, 33, 70):
+        for m in (0, 1, 2, 3, 5, 6, 16, 17, 33, 90):
             x = torch.randint(-2, 3, (m, k + 3)).to(dtype)[:, 1 : k + 1]
             y = linear(library, x, data, scale, granularity, bias)
             assert y.equal(product(x, data, scale, granularity, bias).to(dtype)), f"M={m}, N={n}, K={k}"
@@ -110,21 +112,32 @@ def test_no_elements_along_k_leave_the_bias(library):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [ROW, MX], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 17])
-def test_all_256_codes_are_decoded_exactly(library, dtype, m):
+def test_all_256_codes_are_decoded_exactly(library, dtype, m, granularity):
     """A one among zeros picks out one column of the weight: each code in each of 64 places."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     data = torch.stack([codes.view(torch.uint8).roll(i) for i in range(64)], 1).view(torch.float8_e4m3fn).contiguous()
     finite = ~data.float().isnan().any(dim=1)
-    scale = torch.ones(256, 1)
+    scale = torch.full(granularity.scale_shape((256, 64)), 2.0**-20)
+    clean = torch.where(finite[:, None], data.view(torch.uint8), 0).view(data.dtype)
     for start in range(0, 64, m):
         x = torch.zeros(m, 64)
         for t in range(m):
             x[t, (start + t) % 64] = 1
-        y = linear(library, x.to(dtype), data, scale, ROW, out_dtype=torch.float32)
-        expected = product(x, torch.where(finite[:, None], data.view(torch.uint8), 0).view(data.dtype), scale, ROW)
-        assert y[:, finite].double().equal(expected[:, finite])
+        y = linear(library, x.to(dtype), data, scale, granularity, out_dtype=torch.float32)
+        assert y[:, finite].double().equal(product(x, clean, scale, granularity)[:, finite])
         assert y[:, ~finite].isnan().all()
+
+
+def test_scales_too_far_out_to_be_folded(library):
+    """Powers of two with which a weight would leave bf16's normal numbers, though the product is fine in float32."""
+    data = torch.tensor([0x01, 0x7E, 0x38, 0x81], dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(16, 16)
+    for exponent, factor in ((-124, 2.0**100), (-118, 2.0**90), (119, 2.0**-60), (126, 2.0**-100)):
+        scale = torch.full((16, 2), 2.0**exponent)
+        x = torch.zeros(6, 64)
+        x[range(6), range(6)] = factor
+        assert linear(library, x, data, scale, MX).double().equal(product(x, data, scale, MX))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,8 @@
 //                         section once for each instruction set
 //
 // Each output is summed over k in an order that depends on neither the number of threads nor on timing.
-// Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply sums; only out is ever rounded to bf16.
+// Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply sums, or weights where that is exact;
+// nothing but out is ever rounded to bf16.
 
 #ifndef FP8GEMM_SECTION  // sections 1 to 5
 
@@ -351,9 +352,9 @@ INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
 }
 
 // Decode elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32]; rows that are not there are zero.
-// Scales [16][blocks along k] multiply them, unless null.
+// Scales [16][blocks along k] multiply them, unless null; step i's 32 elements are of block blocks[i].
 INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
-                   const float* const* scale_rows, uint8_t* out) {
+                   const float* const* scale_rows, const int64_t* blocks, uint8_t* out) {
     const __m512i magnitude_bits = _mm512_set1_epi8(0x7F);
     for (int64_t r = 0; r < 16; ++r) {
         bool exists = row + r < p.n;
@@ -370,9 +371,8 @@ INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, 
                 uint64_t ordinary = _mm512_test_epi8_mask(magnitude, magnitude) &
                                     _mm512_cmpneq_epi8_mask(magnitude, magnitude_bits);
                 const float* scales = scale_rows[r];
-                values[0] = (__m512bh)fold(values[0], __mmask32(ordinary), scales[(first + k) / p.cols]);
-                if (left > 32)
-                    values[1] = (__m512bh)fold(values[1], __mmask32(ordinary >> 32), scales[(first + k + 32) / p.cols]);
+                values[0] = (__m512bh)fold(values[0], __mmask32(ordinary), scales[blocks[k / 32]]);
+                values[1] = (__m512bh)fold(values[1], __mmask32(ordinary >> 32), scales[blocks[k / 32 + 1]]);
             }
             _mm512_store_si512(out, (__m512i)values[0]);
             _mm512_store_si512(out + TILE, (__m512i)values[1]);
@@ -487,7 +487,8 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     uint8_t *sums = weight + padded_rows * size * 2, *tiles = sums + padded_rows * columns * 64;
     const float* scale_rows[MAX_ROWS];
     float scales[8][MAX_ROWS];
-    bool vary = p.scales_vary_along_k(), folded = vary;
+    // For few tokens it costs less to scale the sums of long blocks than the weights.
+    bool vary = p.scales_vary_along_k(), folded = vary && (columns > 4 || p.cols < 64);
     for (int64_t r = 0; r < padded_rows; ++r) {
         scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
         for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block) folded = folds(scale_rows[r][block]);
@@ -495,9 +496,11 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     for (int64_t chunk = 0; chunk < p.k; chunk += size) {
         int64_t count = smaller(size, p.k - chunk), stride = size / 32 * TILE, c_stride = columns * TILE;
         const uint8_t* next = chunk + count < p.k ? p.data_row(rows.start) + chunk + count : rows.next;
+        int64_t blocks[8];
+        for (int64_t step = 0; step < size / 32; ++step) blocks[step] = smaller(chunk + 32 * step, p.k - 1) / p.cols;
         for (int64_t i = 0; i < padded_rows; i += 16)
             decode(p, rows.start + i, chunk, count, next ? next + i * p.data_stride : nullptr,
-                   folded ? scale_rows + i : nullptr, weight + i * size * 2);
+                   folded ? scale_rows + i : nullptr, blocks, weight + i * size * 2);
         if (vary && !folded)
             for (int64_t block = chunk / p.cols; block * p.cols < chunk + count; ++block)
                 for (int64_t r = 0; r < padded_rows; ++r) scales[block - chunk / p.cols][r] = scale_rows[r][block];
@@ -586,7 +589,7 @@ struct Workspace {
 };
 thread_local Workspace workspace;
 
-const Kernel* choose([[maybe_unused]] int level, const Problem& p) {
+const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem& p) {
 #if FP8GEMM_HAS_AMX
     bool whole_steps = p.cols >= p.k || p.cols % 32 == 0, small_blocks = p.cols < smaller<int64_t>(p.k, 64);
     bool worthwhile = p.k >= 32 && (p.m * parts(p.x_type) >= 2 || small_blocks);
@@ -615,7 +618,7 @@ bool multiply(const Problem& p, const Kernel& kernel, int threads) {
     for (int64_t start = 0; start < p.m; start += block) {
         Tokens tokens = {start, smaller(block, p.m - start), memory};
         int64_t rows = kernel.plan(p, tokens.count, threads).panel_rows;
-        parallel(tokens.count * p.k < 32768 ? 1 : threads, ceil_div(tokens.count, unit),
+        parallel(tokens.count * p.k < (1 << 18) ? 1 : threads, ceil_div(tokens.count, unit),
                  [&](int64_t i, int64_t, int64_t) { kernel.pack(p, tokens, i, i + 1); });
         parallel(threads, ceil_div(p.n, rows), [&](int64_t i, int64_t following, int64_t thread) {
             const uint8_t* next = following < 0 ? nullptr : p.data_row(following * rows);
@@ -820,7 +823,7 @@ INLINE float sum(Vec vector) {
 }
 
 constexpr int64_t SPAN = 512;       // elements along k that are decoded at a time
-constexpr int64_t PREFETCH = 8192;  // bytes ahead
+constexpr int64_t PREFETCH = 4096;  // bytes ahead; half and double measured alike or slower
 
 // Blocks along k begin at multiples of STEP in packed rows, so that what pads one never meets the next.
 INLINE int64_t padded_block(const Problem& p) {

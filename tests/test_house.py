@@ -22,7 +22,7 @@ FLOORS = [
     {"holder", "stack"},
     {"linear", "experts"},
     {"report", "plan"},
-    {"patch", "doctor"},
+    {"patch", "doctor", "fuse", "warm"},
     {"checkpoint"},
     {"__init__"},
     {"cli"},

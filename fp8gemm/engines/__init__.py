@@ -11,11 +11,12 @@ import torch
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
-from . import vllm_mm
+from . import triton_mm, vllm_mm
 from .base import Choice, Engine, Machine, MatmulSpec, Prepared
 from .cpu import CpuEngine
 from .reference import ReferenceEngine
 from .torch_mm import TorchEngine
+from .triton_mm import TritonEngine
 from .vllm_mm import VllmEngine
 
 __all__ = [
@@ -34,11 +35,18 @@ __all__ = [
 ]
 
 ENGINES: MappingProxyType[str, Engine] = MappingProxyType(
-    {engine.name: engine for engine in (VllmEngine(), TorchEngine(), CpuEngine(), ReferenceEngine())}
+    {engine.name: engine for engine in (VllmEngine(), TorchEngine(), TritonEngine(), CpuEngine(), ReferenceEngine())}
 )
 # What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first.
 AUTO: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
-    {"native": ("cpu", "vllm"), "cpu": ("vllm", "cpu"), "cuda": ("vllm", "torch"), "rocm": ("torch",), "xpu": ("torch",), "mps": ("torch",)}
+    {
+        "native": ("cpu", "vllm"),
+        "cpu": ("vllm", "cpu"),
+        "cuda": ("vllm", "torch", "triton"),
+        "rocm": ("torch",),
+        "xpu": ("torch",),
+        "mps": ("torch",),
+    }
 )
 
 
@@ -144,6 +152,7 @@ def _probe(device: torch.device) -> Machine:
         torch_version=_major_minor(torch.__version__) or (0, 0),
         cuda_version=_major_minor(torch.version.cuda),
         features=features,
+        triton_version=triton_mm.installed(),
         vllm_version=vllm.version,
         vllm_ops=MappingProxyType(vllm.ops),
         vllm_note=vllm.note,

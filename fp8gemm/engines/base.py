@@ -31,9 +31,10 @@ class MatmulSpec:
 class Machine:
     """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
 
-    ``capability`` is CUDA's (major, minor); ``features`` names what else a device can do (``"amx_bf16"``,
-    ``"avx512_bf16"``, ``"native"`` for compiled kernels, ``"fnuz"``); ``vllm_ops`` are those of vLLM's raw ops that can run on this device, with
-    their number of arguments; ``vllm_note`` says why there are none.
+    ``capability`` is CUDA's (major, minor). ``features`` names what else a device can do: ``"amx_bf16"`` and
+    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it, ``"fnuz"``. ``vllm_ops`` are those
+    of vLLM's raw ops that can run on this device, with their number of arguments; ``vllm_note`` says why there are
+    none.
     """
 
     device: str

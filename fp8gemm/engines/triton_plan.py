@@ -1,0 +1,236 @@
+"""What a Triton kernel runs in: the place, the tiles, and the formula for problems that nobody has measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+# What a problem is to a kernel: FP8 activations a row, or a group of 128; else activations as they are, with scales of
+# the weight that are constant along K, or not.
+Kind = Literal["row", "block", "weight", "weight_k"]
+# vectors, tokens: W8A16; rows, blocks: FP8 products of our own; library: torch's after our quantization; dense: the
+# weight in 16 bits for torch's ordinary product.
+PathName = Literal["vectors", "tokens", "rows", "blocks", "library", "dense"]
+
+LARGEST_M = 16384  # more tokens change nothing
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Place:
+    """What of a card decides; one object a device, so that looking a plan up compares nothing.
+
+    ``native``: multiplies e4m3. ``decodes``: turns e4m3 into bfloat16, which compute capability 8.9 cannot. ``tma``:
+    has tensor memory accelerators. ``shared``: bytes of shared memory a program may have. ``library``: kinds for which
+    torch has an FP8 product here.
+    """
+
+    arch: str
+    card: str = ""
+    multiprocessors: int = 132
+    native: bool = True
+    decodes: bool = True
+    tma: bool = True
+    shared: int = 227 * 1024
+    library: frozenset[Kind] = frozenset()
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Whether sums lie in tensor memory and meet the registers all at once: 4 warps spill where 8 do not."""
+        return self.arch in ("sm100", "sm103")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A kernel and its tiles; ``splits`` parts along K, ``stages`` of the software pipeline."""
+
+    path: PathName
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    splits: int = 1
+    warps: int = 4
+    stages: int = 1
+    tma: bool = False
+
+
+# Bytes of shared memory a program may have, by compute capability (CUDA programming guide, technical specifications).
+_SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+
+
+def place(
+    capability: tuple[int, int], *, card: str = "", multiprocessors: int = 132, cuda: tuple[int, int] = (12, 9)
+) -> Place:
+    """The place that a compute capability makes; torch's FP8 products as its ScaledBlas.cpp has them."""
+    library: set[Kind] = set()
+    if capability in ((9, 0), (10, 0), (10, 3)):
+        library.add("row")
+    if capability == (9, 0) and cuda >= (12, 9):
+        library.add("block")
+    return Place(
+        arch="sm{}{}".format(*capability),
+        card=card,
+        multiprocessors=multiprocessors,
+        native=capability >= (8, 9),
+        decodes=capability >= (9, 0),
+        tma=capability >= (9, 0),
+        shared=_SHARED_KIB.get(capability, 99) * 1024,
+        library=frozenset(library),
+    )
+
+
+def bucket(m: int) -> int:
+    """The next power of two, so that few variants of a kernel serve every M."""
+    return min(1 << (m - 1).bit_length(), LARGEST_M)
+
+
+def formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = False, scale_cols: int = 0) -> Plan:
+    """What is tried where nothing was measured: floors of memory and arithmetic for an H200 (nothing of it was timed).
+
+    Reading w in 8 bits is all that costs up to M of about 90, where W8A16 needs no quantization launch; beyond it FP8
+    products win. On cards without those, 16-bit ones win beyond 96 tokens.
+    """
+    if kind == "block":
+        if m >= 512 and in_library(where, kind, n, k) and not wide:
+            return Plan(path="library")
+        return _blocks(where, n, k, m)
+    if m <= 4 and kind != "weight_k":
+        return _vectors(where, n, k, m)
+    if kind == "row" and (m > 64 or wide):
+        if m >= 128 and in_library(where, kind, n, k) and not wide:
+            return Plan(path="library")
+        return _rows(where, n, k, m)
+    if m > (64 if wide or not where.native else 256):
+        return Plan(path="dense")
+    return _tokens(where, n, k, m, wide=wide, scale_cols=scale_cols)
+
+
+def in_library(where: Place, kind: Kind, n: int, k: int) -> bool:
+    """Whether torch's FP8 products take this problem: N and K are multiples of 16, or of 128 with block scales.
+
+    Rows need that on every card (torch's ScaledBlas.cpp). For blocks torch 2.13's shape check counts whole blocks of N.
+    """
+    multiple = 128 if kind == "block" else 16
+    return kind in where.library and n % multiple == 0 and k % multiple == 0
+
+
+def _splits(where: Place, tiles: int, steps: int, *, at_least: int) -> int:
+    """Parts along K that make about two programs a multiprocessor, each of ``at_least`` steps: 1, 2, 4 or 8."""
+    splits = 1
+    while splits < 8 and 3 * tiles * splits < 4 * where.multiprocessors and steps >= 2 * splits * at_least:
+        splits *= 2
+    return splits
+
+
+def _vectors(where: Place, n: int, k: int, m: int) -> Plan:
+    block_n = 4 if m == 1 else 2
+    block_k = min(1024, max(128, 1 << (k - 1).bit_length()))
+    splits = _splits(where, -(-n // block_n), -(-k // block_k), at_least=1)
+    return Plan(path="vectors", block_n=block_n, block_k=block_k, splits=splits)
+
+
+def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int) -> Plan:
+    largest = 32 if where.tensor_memory else 64  # sums come out of tensor memory all at once
+    block_m, block_n, block_k = min(max(m, 16), largest), 64, 32 if wide or k % 16 else 128
+    while scale_cols and scale_cols % block_k:
+        block_k //= 2
+    splits = _splits(where, -(-m // block_m) * -(-n // block_n), -(-k // block_k), at_least=4)
+    return Plan(
+        path="tokens",
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        splits=splits,
+        warps=8 if block_m == 64 or k % 16 else 4,
+        stages=2 if wide else 4,
+    )
+
+
+def _rows(where: Place, n: int, k: int, m: int) -> Plan:
+    """128 x 256 tiles in 4 stages fill an H100's shared memory and registers.
+
+    That needs aligned rows of y, and TMA for addresses; without either, or with sums in tensor memory, 128 x 128 is the
+    largest that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte: small tiles
+    (all compiled with Triton 3.6).
+    """
+    if k % 16:
+        return Plan(path="rows", block_m=64, block_n=64, block_k=64, warps=8, stages=1)
+    aligned = n % 16 == 0
+    block_m, block_n = (64 if m <= 64 else 128), 128
+    if where.arch == "sm90" and m > 64 and aligned and -(-m // 128) * -(-n // 256) >= where.multiprocessors:
+        block_n = 256
+    elif -(-m // block_m) * -(-n // 128) < where.multiprocessors or (where.tensor_memory and not aligned):
+        block_n = 64
+    stages = min(4, where.shared // ((block_m + block_n) * 128 + 1024))
+    warps = 8 if block_m * block_n > 64 * 128 or where.tensor_memory else 4
+    return Plan(path="rows", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, tma=where.tma)
+
+
+def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
+    """Tiles of vLLM's tuned tables for an H200: 64 x 128 from M = 256, narrower below; the largest take 8 warps."""
+    if k % 16:
+        return Plan(path="blocks", block_m=16, block_n=32, block_k=128, warps=8, stages=1)
+    if m > 64:
+        large = m >= 1024 and where.shared >= 163 * 1024
+        block_m, warps = (128, 8) if large else (64, 4 if n % 16 == 0 else 8)
+        return Plan(path="blocks", block_m=block_m, block_n=128, block_k=128, warps=warps, stages=3)
+    block_m = max(m, 16)
+    block_n = 32 if block_m == 64 else 64  # 64 x 64 keeps more of x in registers than there are
+    splits = _splits(where, -(-n // block_n), -(-k // 128), at_least=4)
+    warps = 8 if where.tensor_memory and block_m == 64 else 4
+    return Plan(path="blocks", block_m=block_m, block_n=block_n, block_k=128, splits=splits, warps=warps, stages=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedPlan:
+    """How a grouped product runs: its mode, whether activations are quantized by a launch before it, and its tiles."""
+
+    mode: Literal["weight", "row", "block"]
+    quantize_first: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def grouped_plan(
+    where: Place, kind: Kind, k: int, tokens: int, experts: int, *, wide: bool = False, scale_cols: int = 0
+) -> GroupedPlan:
+    """By the mean number of tokens an expert has; up to 16 of them activations stay as they are, as in ``formula``."""
+    mean = bucket(max(1, tokens // max(experts, 1)))
+    unaligned = k % 16 != 0  # loaded byte by byte: small tiles
+    block_m, warps = (16, 8) if unaligned else (min(max(mean, 16), 64), 8 if mean >= 64 else 4)
+    if kind == "block":
+        block_n = 32 if unaligned else 64
+        return GroupedPlan(
+            mode="block",
+            quantize_first=mean > 64,
+            block_m=block_m,
+            block_n=block_n,
+            block_k=128,
+            warps=warps,
+            stages=1 if unaligned else 3,
+        )
+    rounds = kind == "row" and (mean > 16 or wide)
+    block_k = 64 if unaligned else 128 if rounds else 32 if wide else 64
+    while scale_cols and scale_cols % block_k:
+        block_k //= 2
+    return GroupedPlan(
+        mode="row" if rounds else "weight",
+        quantize_first=rounds,
+        block_m=block_m,
+        block_n=128 if rounds and not unaligned else 64,
+        block_k=32 if unaligned and not rounds else block_k,
+        warps=warps,
+        stages=1 if unaligned else 3,
+    )
+
+
+def precise(chosen: Plan) -> Plan:
+    """The same plan where partial sums are moved to float32 after every 128 products.
+
+    Two accumulators are alive then: 128 x 256 spills, 256 x 128 in 3 stages takes 254 registers (compiled, sm_90).
+    """
+    if chosen.block_n != 256:
+        return chosen
+    return replace(chosen, block_m=256, block_n=128, stages=3)

@@ -1,0 +1,106 @@
+"""Ahead-of-time compilation of whatever the engine would launch, for cards that are not here.
+
+Launches are recorded from the engine's own code, given tensors without memory, then specialized, compiled and
+disassembled as Triton would on the card.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fp8gemm.engines.triton_kernels import block, grouped, launch, quantize, row, w8a16
+from fp8gemm.engines.triton_kernels.launch import ALWAYS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What one call of ``launch`` was given."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__name__} {self.constants} {self.options}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What ptxas made of a kernel: registers a thread, bytes that left them, shared memory, matrix instructions."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: tuple[str, ...]
+
+
+def recorded(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that ``call`` makes."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Any, **options: int) -> None:
+        assert all(1 <= side < 65536 or index == 0 for index, side in enumerate(grid)), grid
+        assert grid[0] < 2**31
+        launches.append(Launch(kernel=kernel, args=args, constants=constants, options=options))
+
+    for module in (block, grouped, quantize, row, w8a16, launch):
+        monkeypatch.setattr(module, "launch", record)
+    call()
+    return launches
+
+
+def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
+    """Specializes on the arguments as a real launch does, compiles for ``capability``, and reads the machine code."""
+    major, minor = capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = bind(*launch.args, **launch.constants, **launch.options, **ALWAYS)
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=target, options=options.__dict__)
+    return Compiled(
+        **_resources(binary.asm["cubin"]),
+        shared=binary.metadata.shared,
+        matrix=tuple(
+            sorted(set(re.findall(r"\b(?:Q|H|I)G?MMA[\w.]*|\bUTC\w*MMA[\w.]*", _assembly(binary.asm["cubin"]))))
+        ),
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    text = _cuobjdump(cubin, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]
+    assembly = _assembly(cubin)
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
+    return {"registers": int(registers), "spills": max(spills, int(stack))}
+
+
+@cache
+def _assembly(cubin: bytes) -> str:
+    return _cuobjdump(cubin, "-sass")
+
+
+def _cuobjdump(cubin: bytes, flag: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

@@ -1,0 +1,192 @@
+"""Every kernel that the engine would launch compiles for its cards: nothing spills, all fits, matrix units multiply.
+
+Needs Triton (``pip install --no-deps triton``) and no card. What is launched is decided by the engine itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme
+from fp8gemm.engines.triton_mm import TritonEngine, installed
+from fp8gemm.engines.triton_plan import Place, place
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+_HERE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
+_REASONS = TritonEngine().rejects(MatmulSpec(scheme=SCHEMES["row"], n=128, k=128), _HERE)
+if _REASONS:
+    pytest.skip("; ".join(_REASONS), allow_module_level=True)
+
+from compilation import Launch, compile_for, recorded  # noqa: E402
+
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
+TOKENS = [1, 2, 4, 16, 64, 128, 256, 1024, 4096]
+# Aligned; N not a multiple of 16; neither; one output; K small.
+SHAPES = [(4096, 4096), (4097, 4096), (2112, 7168), (36, 60), (1, 4096), (32768, 512)]
+MERGED = Scheme(weight=replace(ROW, rows=64), activation=ROW)  # a scale for each of several concatenated projections
+PROBLEMS = {
+    "row": SCHEMES["row"],
+    "block": SCHEMES["block"],
+    "weight-only": SCHEMES["weight_only"],
+    "merged": MERGED,
+    "block weight-only": Scheme(weight=BLOCK_128, activation=None),
+    "groups": Scheme(weight=GROUP_128, activation=None),
+    "mx": Scheme(weight=MX, activation=None, scale_format="ue8m0"),
+}
+# Kernels that multiply matrices; the others stream.
+MATRIX_KERNELS = ("token_kernel", "row_kernel", "block_kernel", "grouped_kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """An engine that believes to be on another card, with or without torch's FP8 products there."""
+
+    capability: tuple[int, int]
+    library: bool = True
+
+    def engine(self, accumulate: str = "auto") -> TritonEngine:
+        where = place(self.capability)
+        if not self.library:
+            where = replace(where, library=frozenset())
+
+        class There(TritonEngine):
+            def place(self, device: torch.device) -> Place:
+                return where
+
+        return There(accumulate)
+
+
+def _weight(scheme: Scheme, *shape: int) -> ScaledTensor:
+    data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+    return ScaledTensor(data, torch.empty(scheme.weight.scale_shape(shape), device="meta"), scheme.weight)
+
+
+def _linear(engine: TritonEngine, scheme: Scheme, n: int, k: int, m: int, dtype: torch.dtype, *, bias: bool) -> None:
+    x = torch.empty(m, k, dtype=dtype, device="meta")
+    b = torch.empty(n, dtype=dtype, device="meta") if bias else None
+    engine.linear(x, engine.prepare(_weight(scheme, n, k), scheme), b, dtype)
+
+
+def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object]) -> None:
+    from fp8gemm.engines.triton_kernels.launch import specialization
+
+    limit = place(capability).shared
+    for launch in launches:
+        key = (launch.name, tuple(specialization(launch.args)))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_for(launch, capability)
+        floating = {arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor)}
+        assert compiled.spills == 0, f"{capability} {launch.name}: {compiled}"
+        assert compiled.shared <= limit, f"{capability} {launch.name}: {compiled}"
+        product = any(name in launch.kernel.__name__ for name in MATRIX_KERNELS) and "ROWS" not in launch.constants
+        if product and launch.args[0] is not None and torch.float32 not in {_dtype(launch.args[0])}:
+            assert compiled.matrix, f"{capability} {launch.name}: no matrix instruction, {floating}"
+
+
+def _dtype(arg: object) -> torch.dtype:
+    tensor = arg if isinstance(arg, torch.Tensor) else arg.base  # type: ignore[attr-defined]
+    return tensor.dtype
+
+
+@pytest.mark.parametrize("problem", list(PROBLEMS))
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
+def test_linear_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[object] = set()
+    scheme = PROBLEMS[problem]
+    for library in (True, False):
+        engine = Elsewhere(capability=capability, library=library).engine()
+        for (n, k), m in itertools.product(SHAPES, TOKENS):
+            call = partial(_linear, engine, scheme, n, k, m, torch.bfloat16, bias=True)
+            _check(recorded(call, monkeypatch), capability, seen)
+    assert seen
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[object] = set()
+    engine = Elsewhere(capability=capability, library=False).engine()
+    for problem, m in itertools.product(("row", "block", "mx"), (1, 16, 64, 1024)):
+        calls = lambda m=m, p=problem: _linear(engine, PROBLEMS[p], 4096, 4096, m, dtype, bias=False)  # noqa: E731
+        _check(recorded(calls, monkeypatch), capability, seen)
+    assert seen
+
+
+def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Hopper adds instructions for it."""
+    engine = Elsewhere(capability=(9, 0), library=False).engine("precise")
+    for n, m in itertools.product((4096, 4097), (128, 4096)):
+        launches = recorded(
+            lambda n=n, m=m: _linear(engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True), monkeypatch
+        )
+        assert any(launch.constants.get("PROMOTION") for launch in launches)
+        _check(launches, (9, 0), set())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("problem", ["row", "block", "weight-only", "mx"])
+def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[object] = set()
+    scheme = PROBLEMS[problem]
+    engine = Elsewhere(capability=capability).engine()
+    for (experts, n, k), mean in itertools.product([(8, 4096, 2048), (256, 512, 7168), (3, 36, 60)], (1, 16, 64, 512)):
+        x = torch.empty(experts * mean, k, dtype=torch.bfloat16, device="meta")
+        ends = torch.empty(experts, dtype=torch.int32, device="meta")
+        weight = engine.prepare_stack(_weight(scheme, experts, n, k), scheme)
+        calls = lambda x=x, w=weight, e=ends: engine.grouped(x, w, e, None, torch.bfloat16)  # noqa: E731
+        _check(recorded(calls, monkeypatch), capability, seen)
+    assert seen
+
+
+@pytest.mark.parametrize("k", [60, 4096, 8192, 16384, 32768, 40000])
+def test_quantization_compiles(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of up to 32768 elements stay in registers."""
+    from fp8gemm.engines.triton_kernels import quantize
+
+    seen: set[object] = set()
+    for gated, ue8m0 in itertools.product((False, True), repeat=2):
+        rounding = quantize.Rounding(gated=gated, ue8m0=ue8m0, upper_bound=1.0 if ue8m0 else None)
+        x = torch.empty(2048, k * (1 + gated), dtype=torch.bfloat16, device="meta")
+        for call in (quantize.quantize_rows, quantize.quantize_groups):
+            launches = recorded(lambda call=call, x=x, rounding=rounding: call(x, rounding), monkeypatch)
+            _check(launches, (9, 0), seen)
+    assert seen
+
+
+def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: 128 x 256 sums in 4 warps do not fit into registers."""
+    from fp8gemm.engines.triton_kernels import row
+
+    engine = Elsewhere(capability=(9, 0)).engine()
+    weight = engine.prepare(_weight(SCHEMES["row"], 4096, 4096), SCHEMES["row"])
+    xq = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.empty(4096, 1, device="meta")
+    launches = recorded(
+        lambda: row.multiply_rows(
+            xq,
+            scale,
+            weight,
+            None,
+            torch.bfloat16,
+            accumulate="precise",
+            tma=True,
+            programs=132,
+            block_m=128,
+            block_n=256,
+            block_k=128,
+            warps=4,
+            stages=3,
+        ),
+        monkeypatch,
+    )
+    with pytest.raises(AssertionError, match="spills"):
+        _check(launches, (9, 0), set())

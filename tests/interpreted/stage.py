@@ -1,0 +1,51 @@
+"""Engines that believe to be on a card, and are held to one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import interpreter  # noqa: F401  it mends the interpreter's conversions
+import torch
+
+from fp8gemm import ROW, Machine, ScaledTensor, Scheme
+from fp8gemm.engines import Prepared
+from fp8gemm.engines.triton_mm import TritonEngine, installed
+from fp8gemm.engines.triton_plan import Place, Plan, place
+
+MACHINE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
+# Three multiprocessors, so that persistent kernels walk several tiles each.
+HOPPER = place((9, 0), multiprocessors=3)
+AMPERE = place((8, 0), multiprocessors=3)
+
+
+class OnCard(TritonEngine):
+    """The engine as a card would have it, dispatch included."""
+
+    def __init__(self, where: Place = HOPPER, **more: Any) -> None:
+        super().__init__(**more)
+        self.where = where
+
+    def place(self, device: torch.device) -> Place:
+        return self.where
+
+
+class Held(OnCard):
+    """Every product runs one plan; ``activation`` is what that makes of a scheme's activations."""
+
+    def __init__(self, plan: Plan, *, rounds_to: str, where: Place = HOPPER) -> None:
+        super().__init__(where)
+        self.held, self.rounds_to = plan, rounds_to
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        if self.rounds_to == "nothing":
+            return scheme.weight_only()
+        return replace(scheme, activation=ROW) if self.rounds_to == "rows" else scheme
+
+    def plan(self, m: int, weight: Prepared, dtype: torch.dtype) -> Plan:
+        return self.held
+
+
+def prepared(weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    """A weight as the kernels' launchers take it."""
+    return TritonEngine().prepare(weight, scheme)

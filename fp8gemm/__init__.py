@@ -11,6 +11,7 @@ from .checkpoint import (
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
 from .experts import FP8Experts
+from .fuse import Fused, fuse_siblings
 from .linear import FP8Linear
 from .patch import disable_fp8_gemm, enable_fp8_gemm
 from .plan import plan
@@ -28,6 +29,7 @@ from .scaled import (
     ScaledTensor,
     Scheme,
 )
+from .warm import warmup
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "FP8Experts",
     "FP8GemmOptions",
     "FP8Linear",
+    "Fused",
     "Granularity",
     "Machine",
     "MatmulSpec",
@@ -57,6 +60,7 @@ __all__ = [
     "dequantize",
     "disable_fp8_gemm",
     "enable_fp8_gemm",
+    "fuse_siblings",
     "load_checkpoint",
     "open_checkpoint",
     "plan",
@@ -65,4 +69,5 @@ __all__ = [
     "quantize_checkpoint",
     "report",
     "save_checkpoint",
+    "warmup",
 ]

@@ -74,7 +74,7 @@ def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) ->
     prepared = engine.prepare(weight, spec.scheme)
     bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
     x = torch.randn(33, spec.k, device=device).to(spec.compute_dtype)
-    rounded = _rounded(x, prepared, weight)
+    rounded = _rounded(x, replace(prepared, scheme=engine.rounds(x.shape[0], prepared, x.dtype)), weight)
     expected = rounded @ _dense(weight).t() + bias.double()
     # What a sum of random signs comes to, which unlike the sum itself cannot cancel to nothing; and the sum if larger.
     typical = (rounded.square() @ _dense(weight).square().t() + bias.double().square()).sqrt().maximum(expected.abs())

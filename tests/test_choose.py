@@ -96,7 +96,9 @@ def test_asked_means_asked() -> None:
         choose(spec, H100_VLLM, "cpu")
     assert "cpu: runs on cpu only, found cuda" in str(caught.value)
     assert "can: engine='vllm' or 'torch'" in str(caught.value)
-    with pytest.raises(ValueError, match="engine must be auto or one of vllm, torch, cpu, reference, found 'cutlass'"):
+    with pytest.raises(
+        ValueError, match="engine must be auto or one of vllm, torch, triton, cpu, reference, found 'cutlass'"
+    ):
         choose(spec, LAPTOP, "cutlass")
 
 

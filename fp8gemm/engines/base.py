@@ -115,6 +115,10 @@ class Engine(ABC):
         """What the engine makes of ``scheme``: the same, or activations left as they are."""
         return scheme
 
+    def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
+        """The scheme that ``linear`` really follows for ``m`` tokens: weight-only where it leaves them as they are."""
+        return weight.scheme
+
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.
 

@@ -405,6 +405,42 @@ def test_peak_memory_is_the_model_and_one_tensor(kind: str, tmp_path: Path) -> N
     assert size <= int(ran.stdout) <= size + largest + 12 * 2**20
 
 
+EXPERTS = """
+    def layer():
+        owner = nn.Module()
+        owner.experts = nn.Module()
+        owner.experts.gate_up_proj = nn.Parameter(torch.empty(16, 512, 512, dtype=torch.bfloat16))
+        owner.experts.down_proj = nn.Parameter(torch.empty(16, 512, 256, dtype=torch.bfloat16))
+        return owner
+    model = nn.ModuleList(layer() for _ in range(16))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_experts_never_take_more_than_three_fifths_of_their_dense_bytes(tmp_path: Path) -> None:
+    """Per-expert files into stacks, on the engine that auto takes: nothing is widened, only one expert lies beside."""
+    sizes = {"gate_proj": (256, 512), "up_proj": (256, 512), "down_proj": (512, 256)}
+    source = {
+        f"{i}.experts.{e}.{part}.weight": torch.randn(size).bfloat16()
+        for i in range(16)
+        for e in range(16)
+        for part, size in sizes.items()
+    }
+    dense = sum(tensor.nbytes for tensor in source.values())
+    quantize_checkpoint(write(tmp_path / "bf16", source), tmp_path / "fp8")
+    linears = next(line for line in MEASURE.splitlines() if "nn.Sequential" in line)
+    script = MEASURE.replace(linears + "\n", EXPERTS.lstrip("\n")).replace('engine="reference", ', "")
+    assert script != MEASURE
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "fp8"), "fp8"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert dense / 2 <= int(ran.stdout) <= 0.60 * dense
+
+
 def test_options_choose_the_engine(tmp_path: Path) -> None:
     model = Net()
     load_checkpoint(model, rows_net(tmp_path), options=FP8GemmOptions(engine="reference"))

@@ -134,13 +134,15 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
     while scale_cols and scale_cols % block_k:
         block_k //= 2
     splits = _splits(where, -(-m // block_m) * -(-n // block_n), -(-k // block_k), at_least=4)
+    # Scales along K keep a second set of sums: from tensor memory 32 rows of them spill with 4 warps (Triton 3.6).
+    two_sums = where.tensor_memory and block_m == 32 and scale_cols > 0
     return Plan(
         path="tokens",
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
         splits=splits,
-        warps=8 if block_m == 64 or k % 16 else 4,
+        warps=8 if block_m == 64 or k % 16 or two_sums else 4,
         stages=2 if wide else 4,
     )
 

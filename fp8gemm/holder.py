@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +66,14 @@ class FP8Holder(nn.Module):
     def engine(self) -> str | None:
         """The name of the engine that runs this layer, ``None`` before it was chosen."""
         return None if self._published is None else self._published.engine
+
+    @property
+    def fp8_nbytes(self) -> int:
+        """Bytes of the FP8 weight and its scales, 0 before they exist; an engine's layout need not be undone for it."""
+        data, scale = self._buffers["weight"], self._buffers["weight_scale"]
+        if data is None or scale is None:
+            return 0
+        return math.prod(self.weight_shape) * data.element_size() + scale.nbytes
 
     def scaled(self) -> ScaledTensor:
         """The plain FP8 bytes and float32 scales, bit for bit; quantizes first if that is still due."""

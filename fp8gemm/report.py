@@ -93,7 +93,6 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _converted_row(name: str, layer: FP8Holder) -> Row:
-    fp8 = layer.scaled().nbytes if layer.materialized else 0
     original = layer.original_weight
     activity = layer.activity
     return Row(
@@ -103,7 +102,7 @@ def _converted_row(name: str, layer: FP8Holder) -> Row:
         engine=layer.engine or "",
         scheme=str(layer.scheme),
         bytes_before=math.prod(layer.weight_shape) * layer.compute_dtype.itemsize,
-        bytes_after=fp8 + (0 if original is None else original.nbytes),
+        bytes_after=layer.fp8_nbytes + (0 if original is None else original.nbytes),
         calls=activity.calls,
         kernels=tuple(Counter(activity.kernels).most_common()),
         dequantizations=activity.dequantizations,

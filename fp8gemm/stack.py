@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .einsum import batched_operands
-from .weight import FP8Weight
+from .weight import FP8Weight, LazyTensor, same, to_copy
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ class ExpertSource:
         self.writable_weight(w.dtype)
 
 
-class FP8Stack(torch.Tensor):
+class FP8Stack(LazyTensor):
     """Experts' weights that answer shape, dtype and device without having any memory.
 
     Indexing with a number gives that expert's ``FP8Weight``; ``bmm``, ``_grouped_mm`` and ``einsum`` run the FP8
@@ -96,13 +96,6 @@ class FP8Stack(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FP8Stack(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        dense: torch.Tensor = memo.setdefault(id(self), self.dequantize())
-        return dense
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dequantize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(
@@ -172,15 +165,6 @@ def _permute(stack: FP8Stack, dims: list[int]) -> FP8Stack | None:
     return stack.like(transposed=not stack.transposed) if order == [0, 2, 1] else None
 
 
-def _same(stack: FP8Stack) -> FP8Stack:
-    return stack.like()
-
-
-def _to_copy(stack: FP8Stack, *, dtype: torch.dtype | None = None, **others: Any) -> FP8Stack | None:
-    moved = others.get("device") not in (None, stack.device)
-    return None if moved or dtype is None or not dtype.is_floating_point else stack.like(dtype=dtype)
-
-
 def _bmm(a: Any, b: Any) -> torch.Tensor | None:
     if isinstance(b, FP8Stack) and b.transposed and not isinstance(a, FP8Stack):
         return b.source.selected_product(a, b.ids)
@@ -224,10 +208,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.unbind.int: _unbind,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh.default: _same,
-    aten._to_copy.default: _to_copy,
+    aten.detach.default: same,
+    aten.alias.default: same,
+    aten.lift_fresh.default: same,
+    aten._to_copy.default: to_copy,
     aten.bmm.default: _bmm,
     aten._grouped_mm.default: _grouped_mm,
 }

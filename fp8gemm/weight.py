@@ -28,7 +28,21 @@ class WeightSource(Protocol):
         """Takes a new dense weight ``[N, K]``."""
 
 
-class FP8Weight(torch.Tensor):
+class LazyTensor(torch.Tensor):
+    """What has a shape, dtype and device but no memory; a copy of it, or a pickle, is dense."""
+
+    def dequantize(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        dense: torch.Tensor = memo.setdefault(id(self), self.dequantize())
+        return dense
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class FP8Weight(LazyTensor):
     """A weight ``[N, K]`` (or its transpose) that answers shape, dtype and device without having any memory.
 
     ``F.linear``, ``@``, ``mm`` and ``addmm`` with it run the FP8 engine. Everything else dequantizes, correctly, and
@@ -68,13 +82,6 @@ class FP8Weight(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FP8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        dense: torch.Tensor = memo.setdefault(id(self), self.dequantize())
-        return dense
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dequantize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(
@@ -141,16 +148,17 @@ def _permute(weight: FP8Weight, dims: list[int]) -> FP8Weight:
     return weight if [dim % 2 for dim in dims] == [0, 1] else weight.like(transposed=not weight.transposed)
 
 
-def _same(weight: FP8Weight) -> FP8Weight:
-    return weight.like()
+def same(lazy: Any) -> Any:
+    """A lazy weight or stack again, as ``detach`` gives it."""
+    return lazy.like()
 
 
-def _to_copy(weight: FP8Weight, *, dtype: torch.dtype | None = None, **others: Any) -> FP8Weight | None:
-    """A cast to another floating dtype is free; a copy to elsewhere is not ours to fake."""
-    moved = others.get("device") not in (None, weight.device)
+def to_copy(lazy: Any, *, dtype: torch.dtype | None = None, **others: Any) -> Any:
+    """A cast to another floating dtype is free; a copy to elsewhere is not ours to fake, and gives None."""
+    moved = others.get("device") not in (None, lazy.device)
     if moved or dtype is None or not dtype.is_floating_point:
         return None
-    return weight.like(dtype=dtype)
+    return lazy.like(dtype=dtype)
 
 
 def _mm(a: Any, b: Any) -> torch.Tensor | None:
@@ -179,10 +187,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh.default: _same,
-    aten._to_copy.default: _to_copy,
+    aten.detach.default: same,
+    aten.alias.default: same,
+    aten.lift_fresh.default: same,
+    aten._to_copy.default: to_copy,
     aten.linear.default: _linear,
     aten.mm.default: _mm,
     aten.mv.default: _mv,

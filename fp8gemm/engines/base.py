@@ -158,9 +158,18 @@ class Engine(ABC):
                 not here: their rows of ``y`` are zeros.
             bias: ``[E, n]`` or None.
 
-        No padding and no host synchronisation on a GPU.
+        By default one ``linear`` for each expert that has tokens, for engines whose ``ends`` are in CPU memory; on a
+        GPU an engine needs its own, without padding or host synchronisation, or rejects stacks.
         """
-        raise NotImplementedError(f"engine {self.name} has no grouped product; its rejects() says so")
+        y = x.new_zeros(x.shape[0], weight.n, dtype=out_dtype)
+        parts = weight.parts or weight.split().parts
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                own = None if bias is None else bias[expert]
+                y[start:end] = self.linear(x[start:end], parts[expert], own, out_dtype)
+            start = end
+        return y
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
         """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
@@ -182,25 +191,6 @@ class Engine(ABC):
             return self.restore(prepared)
         parts = [self.restore(part) for part in (prepared.parts or prepared.split().parts)]
         return ScaledTensor(torch.stack([part.data for part in parts]), prepared.scale, prepared.scheme.weight)
-
-    def _grouped_by_expert(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        ends: torch.Tensor,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """``grouped`` as one ``linear`` for each expert that has tokens; where ``ends`` is in CPU memory anyway."""
-        y = x.new_zeros(x.shape[0], weight.n, dtype=out_dtype)
-        parts = weight.parts or weight.split().parts
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                own = None if bias is None else bias[expert]
-                y[start:end] = self.linear(x[start:end], parts[expert], own, out_dtype)
-            start = end
-        return y
 
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens of ``dtype``, for the report."""

@@ -85,7 +85,7 @@ class CpuEngine(WeightOnlyEngine):
     ) -> torch.Tensor:
         library = _library(weight.data.dtype, x.dtype)
         if library is None:
-            return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
+            return super().grouped(x, weight, ends, bias, out_dtype)
         y = x.new_empty(x.shape[0], weight.n)
         here = int(ends[-1])
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))

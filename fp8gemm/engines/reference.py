@@ -30,16 +30,6 @@ class ReferenceEngine(Engine):
         y = F.linear(self.rounded(x, weight).to(wide), w, None if bias is None else bias.to(wide))
         return y.to(out_dtype)
 
-    def grouped(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        ends: torch.Tensor,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
-
     def rounded(self, x: torch.Tensor, weight: Prepared) -> torch.Tensor:
         """``x [M, K]`` as the scheme's activation rounding leaves it, float32; as it is for weight-only schemes."""
         scheme = weight.scheme

@@ -67,16 +67,6 @@ class VllmEngine(Engine):
     ) -> torch.Tensor:
         return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
 
-    def grouped(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        ends: torch.Tensor,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        return self._grouped_by_expert(x, weight, ends, bias, out_dtype)
-
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 

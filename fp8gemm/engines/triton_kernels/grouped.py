@@ -2,7 +2,7 @@
 # Triton is untyped, and not installed everywhere.
 """Products of tokens sorted by expert with a stack of FP8 weights: no padding, no host synchronisation, one launch.
 
-Reference: ``Engine._grouped_by_expert`` of the reference engine. A program finds its expert from the end offsets on the
+Reference: ``Engine.grouped`` of the reference engine. A program finds its expert from the end offsets on the
 device; the grid has room for the worst case, and programs without a tile leave at once. Tokens past the last end are
 the tile of an expert that is not there: zeros.
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,19 @@ from fp8gemm import probe
 RESULTS = Path(__file__).parent / "results"
 
 
+def wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def paired_seconds(
-    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, most: int = 50, least: int = 5
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 2.0,
+    most: int = 50,
+    least: int = 5,
+    clock: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> dict[str, float]:
     """Median seconds of each candidate, called in turn so that a noisy moment meets all of them alike."""
     for call in candidates.values():
@@ -28,9 +40,7 @@ def paired_seconds(
     deadline = time.perf_counter() + seconds
     for turn in range(most):
         for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(clock(call))
         if turn + 1 >= least and time.perf_counter() > deadline:
             break
     return {name: statistics.median(values) for name, values in samples.items()}
@@ -57,12 +67,25 @@ def processor() -> str:
     return f"{named[0] if named else platform.processor()}, {len(named) or '?'} cores"
 
 
-def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Writes benchmarks/results/NAME.json: the facts of the machine, then the rows."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, rows: list[dict[str, Any]], *, directory: Path | None = None, **more: Any) -> Path:
+    """Writes NAME.json, by default in benchmarks/results: the facts of the machine, then the rows."""
+    directory = RESULTS if directory is None else directory
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({**facts(), **more, "rows": rows}, indent=1) + "\n")
     return path
+
+
+def listed(allowed: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that is some of ``allowed``, with commas between them."""
+
+    def split(text: str) -> list[str]:
+        wrong = [name for name in text.split(",") if name not in allowed]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"one of {', '.join(allowed)}, found {', '.join(wrong)}")
+        return text.split(",")
+
+    return split
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -1,0 +1,92 @@
+"""What the benchmarks of CUDA cards share: the card's facts and its clock, graphs, and the peers that are there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fp8gemm import probe
+
+PEERS = Path(__file__).parent.parent / ".peers" / "peers.py"
+
+Y = TypeVar("Y")
+
+
+def card_facts() -> dict[str, Any]:
+    """The card and what drives it; ``harness.facts`` adds the date and the rest."""
+    machine = probe("cuda")
+    triton = None if machine.triton_version is None else ".".join(map(str, machine.triton_version))
+    return {"card": machine.name, "capability": machine.capability, "cuda": torch.version.cuda, "triton": triton}
+
+
+def card_seconds(call: Callable[[], object]) -> float:
+    """Seconds between two events around ``call``, with an empty queue before it: what waits for the host counts."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(call: Callable[[], Y]) -> Callable[[], Y]:
+    """``call`` as a CUDA graph; what it returns is the same tensor at each replay, written anew."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+
+    def replay() -> Y:
+        graph.replay()
+        return y
+
+    return replay
+
+
+def fault() -> str:
+    """Why the card can do nothing more in this process, as after an illegal access; empty if it can."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def load_peers(path: Path, *only: str) -> tuple[ModuleType | None, dict[str, str]]:
+    """The module that knows the peers, and which of them (``only`` those) are there or why not."""
+    if not path.is_file():
+        return None, {"peers": f"no {path.parent.name} folder"}
+    spec = importlib.util.spec_from_file_location("peers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    peers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peers)
+    loaded, errors = peers.load(only) if only else peers.load()
+    return peers, {**dict.fromkeys(loaded, "loaded"), **errors}
+
+
+def with_torchao(model: nn.Module) -> nn.Module:
+    """``model`` itself, its Linears by torchao: dynamic activations, one scale a row.
+
+    Also sets torchao's recommended settings of Inductor, for the whole process.
+
+    Raises:
+        ImportError: torchao is not there.
+        AssertionError: it cannot on this machine.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return model
+
+
+def shortly(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure)[:200]}"

@@ -12,6 +12,7 @@ from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
 from .experts import FP8Experts
 from .fuse import Fused, fuse_siblings
+from .gated import fuse_gated
 from .linear import FP8Linear
 from .patch import disable_fp8_gemm, enable_fp8_gemm
 from .plan import plan
@@ -60,6 +61,7 @@ __all__ = [
     "dequantize",
     "disable_fp8_gemm",
     "enable_fp8_gemm",
+    "fuse_gated",
     "fuse_siblings",
     "load_checkpoint",
     "open_checkpoint",

@@ -81,7 +81,7 @@ class FP8Experts(FP8Holder):
         self.options, self.scheme = options, options.resolved_scheme
         self.compute_dtype, self.activity = parameter.dtype, Activity()
         self._original = Original(nn.Parameter, parameter.nbytes, parameter.requires_grad)
-        self._layout, self._published, self._elsewhere = None, None, {}
+        self._layout, self._published, self._elsewhere, self._bound = None, None, {}, {}
         experts, n, k = shape
         self.shape, self.transposed = (experts, n, k), transposed
         self._buffers.update(dict.fromkeys(OURS))

@@ -15,6 +15,7 @@ from .errors import UnsupportedError
 from .original import Activity, Original, tensor_version
 from .prepared import prepare_for, quantized
 from .product import dense
+from .quick import Bound, Key, Unbound
 from .scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .state import load_weight, save_weight
 from .weight import FP8Weight
@@ -38,6 +39,7 @@ class FP8Holder(nn.Module):
     _layout: str | None  # the engine in whose layout the FP8 buffer is; None: plain
     _published: Prepared | None  # of the buffers' own device
     _elsewhere: dict[torch.device, Prepared]  # of other devices that inputs came from
+    _bound: dict[Key, Bound | Unbound]  # calls of shapes that were seen before
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -100,9 +102,16 @@ class FP8Holder(nn.Module):
         return self._materialize(device)
 
     def _rows(
-        self, x: torch.Tensor, compute: Callable[[torch.Tensor, torch.dtype], torch.Tensor], prepared: Prepared
+        self,
+        x: torch.Tensor,
+        compute: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
+        prepared: Prepared,
+        kernel: str | None = None,
     ) -> torch.Tensor:
-        """``compute(rows [M, K], dtype)`` for ``x [..., K]`` in the dtype that the engine takes; ``y [..., N]``."""
+        """``compute(rows [M, K], dtype)`` for ``x [..., K]`` in the dtype that the engine takes; ``y [..., N]``.
+
+        ``kernel`` is what ran, by default the engine's own name for it.
+        """
         out_dtype, given = self._dtypes(x)
         run_dtype = out_dtype if out_dtype in prepared.dtypes else prepared.dtypes[0]
         rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
@@ -111,7 +120,8 @@ class FP8Holder(nn.Module):
         y = compute(rows, run_dtype)
         if not torch.compiler.is_compiling():
             self.activity.calls += 1
-            self.activity.kernels[ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype)] += 1
+            kernel = kernel or ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype)
+            self.activity.kernels[kernel] += 1
         return y.reshape(*x.shape[:-1], prepared.n).to(given)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -156,8 +166,7 @@ class FP8Holder(nn.Module):
                 self._layout = None
             elif self.materialized:
                 self._hold(self.scaled())
-            self._published = None
-            self._elsewhere = {}
+            self._published, self._elsewhere, self._bound = None, {}, {}
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight dequantized in ``dtype``; counted."""
@@ -228,15 +237,14 @@ class FP8Holder(nn.Module):
     def _hold(self, weight: ScaledTensor) -> None:
         """Holds plain bytes and scales; the engine's form of them is made at the next call."""
         self._layout = None
-        self._published = None
-        self._elsewhere = {}
+        self._published, self._elsewhere, self._bound = None, {}, {}
         self._buffers.update({"weight": weight.data, "weight_scale": weight.scale})
 
     def _publish(self, prepared: Prepared) -> None:
         """Makes an engine's form of the weight what calls use; the last assignment is what other threads see."""
         self._buffers.update({"weight": prepared.data, "weight_scale": prepared.scale})
         self._layout = prepared.engine
-        self._elsewhere = {}
+        self._elsewhere, self._bound = {}, {}
         self._published = prepared
 
     def _keep_original(self, parameter: nn.Parameter, *, quantized: bool) -> None:
@@ -251,6 +259,7 @@ class FP8Holder(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Holder:
         """``.to``, ``.half``, ``.cuda``, ``.to_empty``: move the FP8 bytes and scales, cast the compute dtype only."""
         with _LOCK:
+            self._bound = {}
             held = {name: self._buffers.pop(name) for name in OURS}
             try:
                 super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -285,7 +294,7 @@ class FP8Holder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: plain bytes, as uint8 because torch 2.13 cannot unpickle FP8 tensors."""
-        state = {**self.__dict__, "_layout": None, "_published": None, "_elsewhere": {}}
+        state = {**self.__dict__, "_layout": None, "_published": None, "_elsewhere": {}, "_bound": {}}
         if self.materialized:
             plain = self.scaled()
             state["_buffers"] = {**self._buffers, "weight": plain.data.view(torch.uint8), "weight_scale": plain.scale}

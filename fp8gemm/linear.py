@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .engines import ENGINES, Prepared
 from .holder import OURS, FP8Holder
 from .original import Activity, Original
 from .prepared import prepare_for, quantized
-from .product import dense, multiply
+from .product import dense, jit_tracing, multiply
+from .quick import KEPT_KERNEL, UNBOUND, Bound, notice
 from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .weight import FP8Weight
 
@@ -79,6 +81,7 @@ class FP8Linear(FP8Holder, nn.Linear):
             ("_layout", None),
             ("_published", None),
             ("_elsewhere", {}),
+            ("_bound", {}),
         ):
             object.__setattr__(layer, name, value)
         layer._buffers.update({"weight": None, "weight_scale": None, "input_scale": input_scale})
@@ -131,7 +134,44 @@ class FP8Linear(FP8Holder, nn.Linear):
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is torch.Tensor and not (torch.compiler.is_compiling() or jit_tracing()):
+            key = (input.shape, input.dtype, input.device)
+            bound = self._bound.get(key)
+            if isinstance(bound, Bound):
+                if bound.fits(self, input):
+                    return bound(self, input)
+            elif bound is not UNBOUND:
+                notice(self, key, input)
         return self._run(input, self.bias)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """``self(silu(gate) * up)`` for ``gate`` and ``up`` ``[..., K]``.
+
+        Where the engine can, one kernel makes the product in float32 and rounds it to FP8.
+        """
+        y = self._gated(gate, up)
+        return self(F.silu(gate) * up) if y is None else y
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+        alike = type(gate) is type(up) is torch.Tensor and gate.shape == up.shape and gate.device == up.device
+        if not alike or {gate.dtype, up.dtype} != {self.compute_dtype} or gate.shape[-1:] != (self.in_features,):
+            return None
+        bias, kind = self.bias, gate.device.type
+        needs = gate.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.is_autocast_enabled(kind) or (torch.is_grad_enabled() and needs) or gate.numel() == 0:
+            return None
+        prepared = self._current(gate.device)
+        if gate.dtype not in prepared.dtypes or self.faster_kept(gate, bias, prepared) is not None:
+            return None
+        gates, ups = gate.reshape(-1, self.in_features), up.reshape(-1, self.in_features)
+        if gates.stride(1) != 1 or ups.stride(1) != 1 or (bias is not None and bias.device != gate.device):
+            return None
+        y = ENGINES[prepared.engine].gated(gates, ups, prepared, bias, gate.dtype)
+        if y is None:
+            return None
+        self.activity.calls += 1
+        self.activity.kernels[ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype)] += 1
+        return y.view(*gate.shape[:-1], self.out_features)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [..., K] @ w.T + bias``: what the lazy weight calls."""
@@ -146,4 +186,16 @@ class FP8Linear(FP8Holder, nn.Linear):
         prepared = self._traced() if torch.compiler.is_compiling() else self._current(x.device)
         if bias is not None and bias.device != x.device:
             bias = bias.to(x.device)
+        kept = self.faster_kept(x, bias, prepared)
+        if kept is not None:
+            return self._rows(x, lambda rows, dtype: F.linear(rows, kept, bias), prepared, KEPT_KERNEL)
         return self._rows(x, lambda rows, dtype: multiply(rows, prepared, bias, dtype), prepared)
+
+    def faster_kept(self, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
+        """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
+        kept = self._original.weight
+        if kept is None or torch.compiler.is_compiling() or x.numel() == 0:
+            return None
+        alike = kept.device == x.device and kept.dtype == x.dtype and (bias is None or bias.dtype == kept.dtype)
+        loses = alike and ENGINES[prepared.engine].loses(x.numel() // prepared.k, prepared, x.dtype)
+        return kept.detach() if loses else None

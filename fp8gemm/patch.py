@@ -67,6 +67,9 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
     rows = []
     for name, module in list(model.named_modules()):
         module.__dict__.pop(KEPT, None)
+        plain = getattr(type(module), "_fp8gemm_plain", None)
+        if plain is not None:
+            module.__class__ = plain  # of fuse_gated
         if not isinstance(module, (FP8Linear, FP8Experts)):
             continue
         shape, size = module.weight_shape, math.prod(module.weight_shape) * module.compute_dtype.itemsize

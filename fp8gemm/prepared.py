@@ -46,5 +46,6 @@ def prepare_for(
         compute_dtype=compute_dtype,
         weight_dtype=weight.data.dtype,
         experts=stack[0] if stack else 0,
+        accumulate=options.accumulate,
     )
     return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

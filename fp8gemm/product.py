@@ -1,15 +1,18 @@
-"""One product by a prepared weight: a plain call in eager, one opaque op while compiling, gradients to x and bias."""
+"""One product by a prepared weight: a plain call in eager, an op while compiling, gradients to x and bias.
+
+While compiling activations are rounded outside of the op wherever the engine rounds them apart from its product.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .engines import ENGINES, Prepared, restore
-from .quantize import dequantize
-from .scaled import Granularity, Scheme
+from .quantize import dequantize, quantize
+from .scaled import Accumulate, Granularity, ScaledTensor, Scheme
 
 
 def multiply(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
@@ -47,19 +50,27 @@ class _Product(torch.autograd.Function):
 
 def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     engine = ENGINES[weight.engine]
-    if engine.traceable or not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if engine.traceable or not (compiling or jit_tracing()):
         return engine.linear(x, weight, bias, out_dtype)
+    rounding = engine.apart(x.shape[0], weight, x.dtype) if compiling else None
+    x_scale = None
+    if rounding is not None:  # as plain operations, which the compiler fuses with those before them
+        static = weight.input_scale if weight.scheme.static else None
+        rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
+        x, x_scale = rounded.data, rounded.scale
     y: torch.Tensor = torch.ops.fp8gemm.linear(
         x,
+        x_scale,
         weight.data,
         weight.scale,
         weight.input_scale,
         list(weight.extra),
         bias,
-        weight.n,
-        weight.k,
-        weight.engine,
-        _encode(weight.scheme),
+        [weight.n, weight.k],
+        "/".join(
+            (weight.engine, weight.accumulate, _encode(weight.scheme), _encode_grid(rounding) if rounding else "")
+        ),
         out_dtype,
     )
     return y
@@ -68,61 +79,80 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
 @torch.library.custom_op("fp8gemm::linear", mutates_args=())
 def _linear_op(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     data: torch.Tensor,
     scale: torch.Tensor,
     input_scale: torch.Tensor | None,
     extra: list[torch.Tensor],
     bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    engine: str,
-    scheme: str,
+    shape: list[int],
+    how: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
+    """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales.
+
+    ``shape`` is (n, k); ``how`` is the engine, its accumulation, the scheme, and the granularity of ``x_scale``.
+    """
+    engine, accumulate, scheme, rounding = how.split("/")
     weight = Prepared(
         engine=engine,
         scheme=_decode(scheme),
-        n=n,
-        k=k,
+        n=shape[0],
+        k=shape[1],
         data=data,
         scale=scale,
         input_scale=input_scale,
         extra=tuple(extra),
+        accumulate=cast(Accumulate, accumulate),
     )
-    return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
+    if x_scale is None:
+        return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
+    rounded = ScaledTensor(x, x_scale, _decode_grid(rounding))
+    return ENGINES[engine].linear_quantized(rounded, weight, bias, out_dtype).contiguous()
 
 
 @_linear_op.register_fake
 def _(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     data: torch.Tensor,
     scale: torch.Tensor,
     input_scale: torch.Tensor | None,
     extra: list[torch.Tensor],
     bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    engine: str,
-    scheme: str,
+    shape: list[int],
+    how: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n, dtype=out_dtype)
+    return x.new_empty(x.shape[0], shape[0], dtype=out_dtype)
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is recording, to which anything but an op of torch's is a constant."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _encode(scheme: Scheme) -> str:
     """A scheme as text, the only form in which an op's schema can carry it."""
     sizes = [scheme.weight, scheme.activation] if scheme.activation is not None else [scheme.weight]
-    grids = ";".join(f"{grid.rows or 0},{grid.cols or 0}" for grid in sizes)
-    return f"{grids}|{int(scheme.static)}|{scheme.scale_format}"
+    return f"{';'.join(map(_encode_grid, sizes))}|{int(scheme.static)}|{scheme.scale_format}"
 
 
 @cache
 def _decode(text: str) -> Scheme:
     grids, static, scale_format = text.split("|")
-    sizes = [Granularity(*(int(size) or None for size in grid.split(","))) for grid in grids.split(";")]
+    sizes = [_decode_grid(grid) for grid in grids.split(";")]
     return Scheme(
         weight=sizes[0],
         activation=sizes[1] if len(sizes) > 1 else None,
         static=static == "1",
         scale_format="ue8m0" if scale_format == "ue8m0" else "float32",
     )
+
+
+def _encode_grid(grid: Granularity) -> str:
+    return f"{grid.rows or 0},{grid.cols or 0}"
+
+
+def _decode_grid(text: str) -> Granularity:
+    return Granularity(*(int(size) or None for size in text.split(",")))

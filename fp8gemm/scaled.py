@@ -13,6 +13,7 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ScaleFormat = Literal["float32", "ue8m0"]
 SchemeName = Literal["row", "tensor", "block", "weight_only"]
 WeightStorage = Literal["keep", "cpu_offload", "discard"]
+Accumulate = Literal["auto", "fast", "precise"]
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -158,6 +159,9 @@ class FP8GemmOptions:
         engine: ``"auto"`` or the name of an engine, which then runs or raises with its reasons.
         strict: nothing to convert, or a pattern that matches nothing, is an error (True) or a warning (False).
         weight_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        accumulate: where FP8 products on a GPU keep partial sums: ``"fast"``, in the tensor cores' own accumulator,
+            which has about 14 bits on Hopper; ``"precise"``, in float32 after every 128 products at the latest;
+            ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are passed over.
 
     Raises:
         ValueError: for a value that is none of these, naming those that are.
@@ -171,6 +175,7 @@ class FP8GemmOptions:
     engine: str = "auto"
     strict: bool = True
     weight_dtype: torch.dtype = field(default=torch.float8_e4m3fn)
+    accumulate: Accumulate = "auto"
 
     def __post_init__(self) -> None:
         if self.fp16_weight_storage not in get_args(WeightStorage):
@@ -180,6 +185,8 @@ class FP8GemmOptions:
             )
         if not isinstance(self.scheme, Scheme) and self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be a Scheme or one of {', '.join(SCHEMES)}, found {self.scheme!r}")
+        if self.accumulate not in get_args(Accumulate):
+            raise ValueError(f"accumulate must be one of {', '.join(get_args(Accumulate))}, found {self.accumulate!r}")
         if self.weight_dtype not in FP8_DTYPES:
             raise ValueError(f"weight_dtype must be one of {_names(FP8_DTYPES)}, found {self.weight_dtype}")
 

@@ -57,11 +57,6 @@ def test_accepts_what_others_reject(capability: tuple[int, int]) -> None:
             assert TritonEngine().rejects(spec, machine) == []
 
 
-def test_accumulate_is_one_of_three() -> None:
-    with pytest.raises(ValueError, match="accumulate must be fast, precise or auto, found 'exact'"):
-        TritonEngine("exact")  # type: ignore[arg-type]
-
-
 PLACES = {
     f"sm{major}{minor}": place((major, minor)) for major, minor in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 }
@@ -123,6 +118,33 @@ def test_finer_activations_than_a_kernel_has_are_kept() -> None:
     engine = _on(PLACES["sm90"])
     weight = engine.prepare(_weight(scheme, 256, 256), scheme)
     assert {engine.rounds(m, weight).activation for m in TOKENS} == {None}
+
+
+def test_long_sums_are_precise_unless_asked_otherwise() -> None:
+    engine = _on(replace(PLACES["sm90"], library=frozenset()))
+    for k, accumulate, fast in ((4096, "auto", True), (16384, "auto", False), (16384, "fast", True)):
+        weight = engine.prepare(_weight(SCHEMES["row"], 32768, k), SCHEMES["row"])
+        weight = replace(weight, accumulate=accumulate)
+        chosen = engine.plan(8192, weight, torch.bfloat16)
+        assert weight.fast == fast
+        assert chosen.path == "rows"
+        assert (chosen.block_n == 256) == fast  # two accumulators leave no registers for the largest tile
+
+
+def test_a_kept_weight_is_taken_where_quantization_costs_more_than_it_gains() -> None:
+    """Narrow layers at many tokens, by the floors; never where activations stay as they are."""
+    engine = _on(PLACES["sm90"])
+    for n, m, loses in (
+        (256, 4096, True),
+        (1024, 128, True),
+        (4096, 4096, False),
+        (256, 64, False),
+        (28672, 256, False),
+    ):
+        weight = engine.prepare(_weight(SCHEMES["row"], n, 4096), SCHEMES["row"])
+        assert engine.loses(m, weight, torch.bfloat16) == loses, (n, m)
+    weight = engine.prepare(_weight(SCHEMES["weight_only"], 4096, 4096), SCHEMES["weight_only"])
+    assert [engine.loses(m, weight, torch.bfloat16) for m in (16, 16384)] == [False, True]
 
 
 def _on(where: Place) -> TritonEngine:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
-from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
+from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Scheme
+
+# Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
+# torch's CUTLASS products stop doing so from 16384 on (pytorch#153809).
+FAST_UP_TO_K = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulSpec:
     """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.
 
-    ``experts`` > 0 is a stack ``w [experts, n, k]``, asked of ``grouped``.
+    ``experts`` > 0 is a stack ``w [experts, n, k]``, asked of ``grouped``; ``accumulate`` as in ``FP8GemmOptions``.
     """
 
     scheme: Scheme
@@ -25,6 +29,7 @@ class MatmulSpec:
     compute_dtype: torch.dtype = torch.bfloat16
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     experts: int = 0
+    accumulate: Accumulate = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +37,9 @@ class Machine:
     """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
 
     ``capability`` is CUDA's (major, minor). ``features`` names what else a device can do: ``"amx_bf16"`` and
-    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it, ``"fnuz"``. ``vllm_ops`` are those
-    of vLLM's raw ops that can run on this device, with their number of arguments; ``vllm_note`` says why there are
-    none.
+    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it; ``"deep_gemm"`` and the ``"nvcc"``
+    that it needs; ``"fnuz"`` of AMD's gfx942. ``vllm_ops`` are those of vLLM's raw ops that can run on this device,
+    with their number of arguments; ``vllm_note`` says why there are none.
     """
 
     device: str
@@ -67,12 +72,18 @@ class Prepared:
     input_scale: torch.Tensor | None = None
     extra: tuple[torch.Tensor, ...] = ()
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
+    accumulate: Accumulate = "auto"
     experts: int = 0
     parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
 
     @property
     def device(self) -> torch.device:
         return self.data.device
+
+    @property
+    def fast(self) -> bool:
+        """Whether partial sums may stay in Hopper's accumulator of about 14 bits: asked for, or K is short enough."""
+        return self.accumulate == "fast" or (self.accumulate == "auto" and self.k <= FAST_UP_TO_K)
 
     def split(self) -> Prepared:
         """This stack with its ``parts``, which are views made once."""
@@ -118,6 +129,42 @@ class Engine(ABC):
     def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``linear`` really follows for ``m`` tokens: weight-only where it leaves them as they are."""
         return weight.scheme
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """``linear`` with all decisions made for inputs like ``x [..., K]``: of its shape, dtype, device and alignment.
+
+        What it returns takes such an input, contiguous, and gives ``y [..., N]``; weight and bias stay where they are.
+        None where nothing would be saved.
+        """
+        return None
+
+    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
+        """How ``linear`` rounds ``m`` tokens before its product, where ``linear_quantized`` takes them so rounded.
+
+        torch.compile then sees the rounding and fuses it into what comes before. ``m`` may be symbolic.
+        """
+        return None
+
+    def linear_quantized(
+        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """``linear`` of activations that were rounded as ``apart`` said."""
+        raise NotImplementedError(f"engine {self.name} rounds activations inside its product")
+
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """``linear`` of ``silu(gate) * up``, each ``[M, K]`` with unit stride along K.
+
+        None where activation and rounding are not one kernel, so that nothing would be saved.
+        """
+        return None
+
+    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+        """Whether ``m`` tokens of ``dtype`` are multiplied faster by a kept 16-bit weight."""
+        return False
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -74,6 +74,25 @@ class CpuEngine(WeightOnlyEngine):
         else:
             column_scale = _column_scale(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), weight.scheme)
         return scale_columns(y, column_scale, bias).to(out_dtype)
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        library = _library(weight.data.dtype, x.dtype)
+        if library is None or out_dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+            return None
+        shape = (*x.shape[:-1], weight.n)
+        flat = x.reshape(-1, weight.k)
+        rows, cols = weight.scheme.weight.block((weight.n, weight.k))
+        out = x.new_empty(flat.shape[0], weight.n)
+        run = library.bind(flat, weight.data, weight.scale, rows, cols, bias, out)
+
+        def bound(x: torch.Tensor) -> torch.Tensor:
+            y = torch.empty(shape, dtype=out_dtype)
+            run(x.data_ptr(), y.data_ptr())
+            return y
+
+        return bound
 
     def grouped(
         self,

@@ -11,50 +11,45 @@ from .base import Prepared
 
 
 def multiply_rows(
-    xq: torch.Tensor,
-    scale: torch.Tensor,
-    weight: Prepared,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    *,
-    fast: bool,
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch's row-wise product of operands that are quantized already; N and K are multiples of 16."""
-    (w_scale,) = weight.extra
-    x_scale = scale if scale.numel() == xq.shape[0] else scale.expand(xq.shape[0], 1).contiguous()
+    w, w_scale = weight.extra
+    if x_scale.numel() != xq.shape[0]:
+        x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
     fused = bias if bias is not None and bias.dtype == out_dtype else None
-    y = torch._scaled_mm(
-        xq, weight.data.t(), x_scale, w_scale.t(), bias=fused, out_dtype=out_dtype, use_fast_accum=fast
-    )
+    y = torch._scaled_mm(xq, w, x_scale, w_scale, bias=fused, out_dtype=out_dtype, use_fast_accum=weight.fast)
     return y if bias is None or fused is not None else y + bias.to(out_dtype)
 
 
 def multiply_blocks(
-    xq: torch.Tensor,
-    scale: torch.Tensor,
-    weight: Prepared,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    *,
-    fast: bool,
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """torch's 1x128 by 128x128 product (cuBLASLt, always precise), as ``TorchEngine`` calls it; M % 4 is 0."""
-    (w_scale,) = weight.extra
+    """torch's 1x128 by 128x128 product (cuBLASLt, always precise), which takes 4 tokens at a time (vllm#49932)."""
+    w, w_scale = weight.extra
+    m = xq.shape[0]
+    if m % 4:
+        xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
+        x_scale = F.pad(x_scale.t(), (0, -m % 4)).t()
     y = F.scaled_mm(
         xq,
-        weight.data.t(),
-        scale_a=scale,
+        w,
+        scale_a=x_scale,
         scale_recipe_a=F.ScalingType.BlockWise1x128,
-        scale_b=w_scale.t(),
+        scale_b=w_scale,
         scale_recipe_b=F.ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
-    )
-    return y.to(out_dtype) if bias is None else y.to(out_dtype) + bias.to(out_dtype)
+    )[:m].to(out_dtype)
+    return y if bias is None else y + bias.to(out_dtype)
 
 
-def library_scale(weight: ScaledTensor) -> torch.Tensor:
-    """Scales as torch's products read them: ``[N, 1]``, or ``[N/128, K/128 rounded up to 4]`` for cuBLASLt."""
+def operands(weight: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and its scales as torch's products read them, views made once.
+
+    The transposed weight ``[K, N]``, and scales ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``; of a stack each.
+    """
+    w = weight.data.transpose(-2, -1)
     if weight.granularity.cols is not None:
-        return F.pad(weight.scale, (0, -weight.scale.shape[-1] % 4))
+        return w, F.pad(weight.scale, (0, -weight.scale.shape[-1] % 4)).transpose(-2, -1)
     scale = expand_scale(weight.scale, weight.granularity, weight.shape)
-    return scale.expand(weight.shape[-2], 1).contiguous()
+    return w, scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)

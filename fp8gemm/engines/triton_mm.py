@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 
-from ..scaled import GROUP_128, ROW, ScaledTensor, Scheme
+from ..errors import UnsupportedError
+from ..scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
 from . import triton_dispatch as dispatch
 from . import triton_library
 from .base import Engine, Machine, MatmulSpec, Prepared
-from .triton_plan import Kind, Place, Plan, grouped_plan, place, precise
-
-if TYPE_CHECKING:
-    from .triton_kernels.quantize import Rounding
+from .triton_paths import INLINE_UP_TO, PATHS, Product, quantize
+from .triton_plan import Place, Plan, grouped_plan, place, precise, quantized_plan
 
 OLDEST_TRITON = (3, 6)
-# Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
-# torch's CUTLASS products stop doing so from 16384 on (pytorch#153809).
-FAST_UP_TO_K = 8192
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,23 +25,21 @@ class TritonEngine(Engine):
     """One launch and activations as they are for few tokens, FP8 products for many.
 
     Activations are rounded per token under tensor and row schemes, and only beyond 64 tokens; 128 features at a time
-    under the block scheme; never on cards before compute capability 8.9, which cannot multiply FP8. ``accumulate`` is
-    how partial sums of FP8 products are kept: ``"precise"`` moves them to float32 after every 128 products, ``"fast"``
-    does not, ``"auto"`` is fast up to K = 8192.
+    under the block scheme; never on cards before compute capability 8.9, which cannot multiply FP8.
     """
 
     name = "triton"
     tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, beside the bfloat16 output
 
-    def __init__(self, accumulate: Literal["fast", "precise", "auto"] = "auto") -> None:
-        if accumulate not in ("fast", "precise", "auto"):
-            raise ValueError(f"accumulate must be fast, precise or auto, found {accumulate!r}")
-        self.accumulate = accumulate
-
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
-        weight = replace(weight, data=weight.data.contiguous(), scale=weight.scale.contiguous())
-        prepared = super().prepare(weight, scheme, input_scale=input_scale)
-        return replace(prepared, extra=(triton_library.library_scale(weight),), dtypes=_DTYPES)
+        if weight.device.type == "cuda" and (problem := failure(weight.device)):
+            raise UnsupportedError(problem)
+        return _layout(weight, scheme, input_scale)
+
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+        if weight.device.type == "cuda" and (problem := failure(weight.device)):
+            raise UnsupportedError(problem)
+        return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         reasons = []
@@ -78,24 +69,24 @@ class TritonEngine(Engine):
         kind = dispatch.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
         chosen = dispatch.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
-        if chosen.path == "rows" and self._accumulation(weight.k) == "precise":
-            return precise(chosen)
-        return chosen
+        return chosen if weight.fast or chosen.path != "rows" else precise(chosen)
 
     def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``m`` tokens really meet: activations as they are, or rounded as the kernel for them does."""
         path = self.plan(max(m, 1), weight, dtype).path
-        kind = dispatch.kind_of(weight, native=self.place(weight.device).native)
         if path in ("vectors", "tokens", "dense"):
             return weight.scheme.weight_only()
-        static = weight.scheme.static
-        activation = GROUP_128 if kind == "block" else weight.scheme.activation if static else ROW
-        return Scheme(
-            weight=weight.scheme.weight,
-            activation=activation,
-            static=static,
-            scale_format=weight.scheme.scale_format,
-        )
+        activation = self._rounding(weight)
+        return replace(weight.scheme, activation=activation)
+
+    def _rounding(self, weight: Prepared) -> Granularity | None:
+        """How FP8 products of this weight round activations; None where there are none."""
+        kind = dispatch.kind_of(weight, native=self.place(weight.device).native)
+        if kind == "block":
+            return GROUP_128
+        if kind == "row":
+            return weight.scheme.activation if weight.scheme.static else ROW
+        return None
 
     def linear(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -104,8 +95,63 @@ class TritonEngine(Engine):
         if m == 0 or weight.n == 0 or weight.k == 0:
             y = x.new_zeros(m, weight.n, dtype=out_dtype)
             return y if bias is None else y + bias.to(out_dtype)
-        chosen = self.plan(m, weight, x.dtype)
-        return _PATHS[chosen.path](self, x, weight, bias, out_dtype, chosen)
+        chosen, where = self.plan(m, weight, x.dtype), self.place(weight.device)
+        return PATHS[chosen.path](Product(x=x, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where))
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        rows = x.view(-1, weight.k)
+        if self.plan(rows.shape[0], weight, x.dtype).path in ("library", "dense"):  # torch's products, not launches
+            return None
+        from .triton_kernels import tape
+
+        fixed = [weight.data, weight.scale, weight.input_scale, bias]
+        return tape.record(
+            lambda tokens: self.linear(tokens, weight, bias, out_dtype),
+            rows,
+            tuple(tensor for tensor in fixed if tensor is not None),
+            (*x.shape[:-1], weight.n),
+        )
+
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        m = gate.shape[0]
+        chosen, where = self.plan(m, weight, gate.dtype), self.place(weight.device)
+        if not _rounds_first(chosen, m):
+            return None
+        x, scale = quantize(gate, weight, dispatch.kind_of(weight, native=where.native), up=up)
+        return PATHS[chosen.path](
+            Product(x=x, x_scale=scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
+        )
+
+    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
+        rounding = self._rounding(weight)
+        if rounding is None:
+            return None
+        if isinstance(m, int):
+            return rounding if _rounds_first(self.plan(max(m, 1), weight, dtype), m) else None
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
+
+        return rounding if guard_or_false(m > INLINE_UP_TO) else None
+
+    def linear_quantized(
+        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        m = x.shape[0]
+        where = self.place(weight.device)
+        kind = dispatch.kind_of(weight, native=where.native)
+        chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
+        chosen = chosen if weight.fast or chosen.path != "rows" else precise(chosen)
+        # M-major, which is what quantize_groups gives and torch's quantization does not.
+        scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
+        return PATHS[chosen.path](
+            Product(x=x.data, x_scale=scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
+        )
+
+    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+        return self.plan(m, weight, dtype).kept_is_faster
 
     def grouped(
         self,
@@ -127,7 +173,7 @@ class TritonEngine(Engine):
         chosen = grouped_plan(where, kind, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
         scale = None
         if chosen.quantize_first:
-            x, scale = _quantize(x, weight, kind)
+            x, scale = quantize(x, weight, kind)
         return grouped.multiply_grouped(
             x,
             scale,
@@ -148,154 +194,27 @@ class TritonEngine(Engine):
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return f"triton {self.plan(max(m, 1), weight, dtype).path}"
 
-    def _accumulation(self, k: int) -> Literal["fast", "precise"]:
-        if self.accumulate == "auto":
-            return "fast" if k <= FAST_UP_TO_K else "precise"
-        return self.accumulate
 
-    def _vectors(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        from .triton_kernels import w8a16
-
-        return w8a16.multiply_vectors(
-            x,
-            weight,
-            bias,
-            out_dtype,
-            native=self.place(weight.device).decodes,
-            block_n=chosen.block_n,
-            block_k=chosen.block_k,
-            splits=chosen.splits,
-            warps=chosen.warps,
-        )
-
-    def _tokens(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        from .triton_kernels import w8a16
-
-        return w8a16.multiply_tokens(
-            x,
-            weight,
-            bias,
-            out_dtype,
-            native=self.place(weight.device).decodes,
-            block_m=chosen.block_m,
-            block_n=chosen.block_n,
-            block_k=chosen.block_k,
-            splits=chosen.splits,
-            warps=chosen.warps,
-            stages=chosen.stages,
-        )
-
-    def _rows(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        from .triton_kernels import row
-
-        xq, scale = _quantize(x, weight, "row")
-        return row.multiply_rows(
-            xq,
-            scale,
-            weight,
-            bias,
-            out_dtype,
-            accumulate=self._accumulation(weight.k),
-            tma=chosen.tma,
-            programs=self.place(weight.device).multiprocessors,
-            block_m=chosen.block_m,
-            block_n=chosen.block_n,
-            block_k=chosen.block_k,
-            warps=chosen.warps,
-            stages=chosen.stages,
-        )
-
-    def _blocks(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        from .triton_kernels import block
-
-        # Many tokens are quantized once, not again by the programs of every tile of N.
-        xq, scale = (x, None) if x.shape[0] <= 64 else _quantize(x, weight, "block")
-        return block.multiply_blocks(
-            xq,
-            scale,
-            weight,
-            bias,
-            out_dtype,
-            ue8m0=weight.scheme.scale_format == "ue8m0",
-            block_m=chosen.block_m,
-            block_n=chosen.block_n,
-            splits=chosen.splits,
-            warps=chosen.warps,
-            stages=chosen.stages,
-        )
-
-    def _library(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        kind = dispatch.kind_of(weight, native=True)
-        rows = (
-            -x.shape[0] % 4 if kind == "block" else 0
-        )  # cuBLASLt's block product takes 4 tokens at a time, vllm#49932
-        padded = F.pad(x, (0, 0, 0, rows)) if rows else x
-        xq, scale = _quantize(padded, weight, kind)
-        fast = self._accumulation(weight.k) == "fast"
-        multiply = triton_library.multiply_blocks if kind == "block" else triton_library.multiply_rows
-        y = multiply(xq, scale, weight, bias, out_dtype, fast=fast)
-        return y[: x.shape[0]] if rows else y
-
-    def _dense(
-        self,
-        x: torch.Tensor,
-        weight: Prepared,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        chosen: Plan,
-    ) -> torch.Tensor:
-        from .triton_kernels import w8a16
-
-        w = w8a16.dense(weight, x.dtype, native=self.place(weight.device).decodes)
-        return F.linear(x, w, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None = None) -> Prepared:
+    """A weight, or a stack, in plain rows, and the views that torch's products take."""
+    weight = replace(weight, data=weight.data.contiguous(), scale=weight.scale.contiguous())
+    n, k = weight.shape[-2:]
+    return Prepared(
+        engine=TritonEngine.name,
+        scheme=scheme,
+        n=n,
+        k=k,
+        data=weight.data,
+        scale=weight.scale,
+        input_scale=input_scale,
+        extra=triton_library.operands(weight),
+        dtypes=_DTYPES,
+    )
 
 
-_Path = Callable[[TritonEngine, torch.Tensor, Prepared, "torch.Tensor | None", torch.dtype, Plan], torch.Tensor]
-_PATHS: Mapping[str, _Path] = MappingProxyType(
-    {
-        "vectors": TritonEngine._vectors,
-        "tokens": TritonEngine._tokens,
-        "rows": TritonEngine._rows,
-        "blocks": TritonEngine._blocks,
-        "library": TritonEngine._library,
-        "dense": TritonEngine._dense,
-    }
-)
+def _rounds_first(chosen: Plan, m: int) -> bool:
+    """Whether activations are rounded by a launch of their own."""
+    return chosen.path in ("rows", "library") or (chosen.path == "blocks" and m > INLINE_UP_TO)
 
 
 @cache
@@ -311,6 +230,30 @@ def installed() -> tuple[int, int] | None:
 
 
 @cache
+def failure(device: torch.device) -> str:
+    """Why our kernels cannot be trusted on this device, empty if they can: compiles and checks one for each path.
+
+    Triton needs a C compiler at run time and a driver that takes its code; where either fails, ``auto`` goes on.
+    Seconds, once a machine: Triton keeps what it compiled on disk.
+    """
+    engine, row = TritonEngine(), SCHEMES["row"]
+    generator = torch.Generator().manual_seed(0)
+    w, x = (torch.randint(-3, 4, (rows, 256), generator=generator).to(device) for rows in (128, 128))
+    weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, device=device), ROW)
+    x[:, 0] = 448  # so that every token's scale is 1 and its rounding exact
+    layout = _layout(weight, row)
+    expected = (x.double() @ w.double().t()).to(torch.bfloat16)
+    for m in (1, 16, 128):
+        try:
+            y = engine.linear(x[:m].to(torch.bfloat16), layout, None, torch.bfloat16)
+        except Exception as error:  # whatever Triton, its compiler or the driver may raise
+            return f"Triton's kernels fail here: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if not y.equal(expected[:m]):
+            return f"Triton's kernel for {m} tokens gives wrong products here"
+    return ""
+
+
+@cache
 def place_of(device: torch.device) -> Place:
     """What of this device decides; asks the driver once."""
     properties = torch.cuda.get_device_properties(device)
@@ -321,18 +264,3 @@ def place_of(device: torch.device) -> Place:
         multiprocessors=properties.multi_processor_count,
         cuda=(int(major), int(minor)),
     )
-
-
-def _quantize(x: torch.Tensor, weight: Prepared, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    from .triton_kernels import quantize
-
-    ue8m0 = weight.scheme.scale_format == "ue8m0"
-    if kind == "block":
-        return quantize.quantize_groups(x, _rounding(None, ue8m0))
-    return quantize.quantize_rows(x, _rounding(weight.input_scale if weight.scheme.static else None, ue8m0))
-
-
-def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
-    from .triton_kernels import quantize
-
-    return quantize.PLAIN if static is None and not ue8m0 else quantize.Rounding(static=static, ue8m0=ue8m0)

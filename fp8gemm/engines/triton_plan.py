@@ -41,7 +41,10 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A kernel and its tiles; ``splits`` parts along K, ``stages`` of the software pipeline."""
+    """A kernel and its tiles; ``splits`` parts along K, ``stages`` of the software pipeline.
+
+    ``kept_is_faster``: a 16-bit weight, where the layer has kept one, is multiplied sooner by torch.
+    """
 
     path: PathName
     block_m: int = 0
@@ -51,6 +54,7 @@ class Plan:
     warps: int = 4
     stages: int = 1
     tma: bool = False
+    kept_is_faster: bool = False
 
 
 # Bytes of shared memory a program may have, by compute capability (CUDA programming guide, technical specifications).
@@ -89,6 +93,28 @@ def formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = Fa
     Reading w in 8 bits is all that costs up to M of about 90, where W8A16 needs no quantization launch; beyond it FP8
     products win. On cards without those, 16-bit ones win beyond 96 tokens.
     """
+    chosen = _formula(where, kind, n, k, m, wide=wide, scale_cols=scale_cols)
+    return replace(chosen, kept_is_faster=not wide and _kept_is_faster(chosen, n, k, m))
+
+
+# Of an H200, measured: bytes copied and bfloat16 operations a second, FP8's taken for twice as many. A launch takes at
+# least 2 us in a graph.
+BYTES_PER_SECOND, BF16_FLOPS, LAUNCH_SECONDS = 4.3e12, 790e12, 2e-6
+
+
+def _kept_is_faster(chosen: Plan, n: int, k: int, m: int) -> bool:
+    """By the floors of both products: only a launch of its own for quantization can make FP8 lose, where N is small."""
+    if chosen.path == "dense":
+        return True  # the same product after one more pass over the weight
+    if chosen.path in ("vectors", "tokens") or (chosen.path == "blocks" and m <= 64):
+        return False
+    products = 2 * m * n * k
+    bf16 = max(products / BF16_FLOPS, 2 * (m * k + n * k + m * n) / BYTES_PER_SECOND)
+    fp8 = max(products / BF16_FLOPS / 2, (m * k + n * k + 2 * m * n) / BYTES_PER_SECOND)
+    return bf16 < fp8 + LAUNCH_SECONDS + 3 * m * k / BYTES_PER_SECOND
+
+
+def _formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool, scale_cols: int) -> Plan:
     if kind == "block":
         if m >= 512 and in_library(where, kind, n, k) and not wide:
             return Plan(path="library")
@@ -102,6 +128,13 @@ def formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = Fa
     if m > (64 if wide or not where.native else 256):
         return Plan(path="dense")
     return _tokens(where, n, k, m, wide=wide, scale_cols=scale_cols)
+
+
+def quantized_plan(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: int) -> Plan:
+    """``chosen`` if it takes activations that are quantized already, else the formula's plan that does."""
+    if chosen.path in ("rows", "blocks", "library"):
+        return chosen
+    return _blocks(where, n, k, bucket(m)) if kind == "block" else _rows(where, n, k, bucket(m))
 
 
 def in_library(where: Place, kind: Kind, n: int, k: int) -> bool:

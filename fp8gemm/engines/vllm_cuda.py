@@ -38,6 +38,8 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
             reasons.append(
                 f"vLLM {machine.vllm_version} has no op {op} with {' or '.join(map(str, OPS[op]))} arguments"
             )
+    if spec.accumulate == "precise" and not block:
+        reasons.append("its CUTLASS products of rows leave partial sums in the tensor cores' accumulator")
     if spec.experts:
         reasons.append("its grouped kernels on CUDA are reached through vLLM's model classes only")
     if spec.compute_dtype == torch.float64:
@@ -80,20 +82,41 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dty
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, weight.n, dtype=out_dtype)
-    w, w_scale = weight.extra
+    w, _ = weight.extra
     block = weight.scheme.activation == GROUP_128
     # Hopper's block kernel needs M % 4 == 0 up to vLLM 0.23; the others take any M.
     x = F.pad(x, (0, w.shape[0] - weight.k, 0, -m % 4 if block else 0)).contiguous()
-    if x.dtype == torch.float32:  # CUTLASS writes 16-bit floats only
-        x = x.to(torch.bfloat16)
+    # Also float32 as it is, which vLLM's quantization reads (csrc/dispatch_utils.h): bfloat16 first would round twice.
     data, x_scale = _quantize_groups(x) if block else _quantize_rows(x, weight)
-    y = x.new_empty(x.shape[0], w.shape[1])
-    fused = None if block or bias is None else F.pad(bias.to(x.dtype), (0, w.shape[1] - weight.n))
+    return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
+
+
+def linear_quantized(
+    x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    m, k = x.shape
+    w, _ = weight.extra
+    block = weight.scheme.activation == GROUP_128
+    rows = -m % 4 if block else 0
+    data = F.pad(x.data.view(torch.uint8), (0, w.shape[0] - k, 0, rows)).view(x.data.dtype)
+    # M-major, which is what the block product reads.
+    x_scale = F.pad(x.scale.t(), (0, rows)).contiguous().t() if block else x.scale
+    return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
+
+
+def _multiply(
+    data: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The product of operands that are padded and quantized; CUTLASS writes 16-bit floats only."""
+    w, w_scale = weight.extra
+    narrow = torch.float16 if out_dtype == torch.float16 else torch.bfloat16
+    # Nor does the block product add a bias.
+    fuses = bias is not None and out_dtype == narrow and weight.scheme.activation != GROUP_128
+    fused = F.pad(bias.to(narrow), (0, w.shape[1] - weight.n)) if bias is not None and fuses else None
+    y = torch.empty(data.shape[0], w.shape[1], dtype=narrow, device=data.device)
     torch.ops._C.cutlass_scaled_mm(y, data, w, x_scale, w_scale, fused)
-    y = y[:m, : weight.n]
-    if block and bias is not None:
-        y = y + bias.to(y.dtype)
-    return y.to(out_dtype)
+    y = y[:, : weight.n].to(out_dtype)
+    return y if bias is None or fuses else y + bias.to(out_dtype)
 
 
 def _quantize_rows(x: torch.Tensor, weight: Prepared) -> tuple[torch.Tensor, torch.Tensor]:

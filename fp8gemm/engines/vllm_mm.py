@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..scaled import ScaledTensor, Scheme
+from ..scaled import Granularity, ScaledTensor, Scheme
 from . import vllm_cpu, vllm_cuda
 from .base import Engine, Machine, MatmulSpec, Prepared
 
@@ -66,6 +66,14 @@ class VllmEngine(Engine):
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
+
+    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
+        return None if weight.device.type == "cpu" else weight.scheme.activation
+
+    def linear_quantized(
+        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        return vllm_cuda.linear_quantized(x, weight, bias, out_dtype)
 
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,34 @@ class Library:
             raise ValueError(f"native linear: {'; '.join(wrong)}")
         problem = _problem(x, data, scale, rows, cols, bias, out)
         _check(self.functions.fp8gemm_linear(self.level, torch.get_num_threads(), byref(problem)))
+
+    def bind(
+        self,
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        rows: int,
+        cols: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> Callable[[int, int], None]:
+        """``linear`` of operands like these, checked once: takes the addresses of ``x`` and ``out``.
+
+        Raises:
+            ValueError: as ``linear``. What it returns raises MemoryError for want of workspace.
+        """
+        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
+        if wrong:
+            raise ValueError(f"native linear: {'; '.join(wrong)}")
+        template = bytes(_problem(x, data, scale, rows, cols, bias, out))
+        function, level, copied = self.functions.fp8gemm_linear, self.level, _Problem.from_buffer_copy
+
+        def run(x_address: int, out_address: int) -> None:
+            problem = copied(template)  # each call its own, as threads may be in several at once
+            problem.x, problem.out = x_address, out_address
+            _check(function(level, torch.get_num_threads(), byref(problem)))
+
+        return run
 
     def grouped(
         self,

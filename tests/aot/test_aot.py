@@ -16,6 +16,7 @@ import torch
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme
 from fp8gemm.engines.triton_mm import TritonEngine, installed
 from fp8gemm.engines.triton_plan import Place, place
+from fp8gemm.scaled import Accumulate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -51,7 +52,7 @@ class Elsewhere:
     capability: tuple[int, int]
     library: bool = True
 
-    def engine(self, accumulate: str = "auto") -> TritonEngine:
+    def engine(self) -> TritonEngine:
         where = place(self.capability)
         if not self.library:
             where = replace(where, library=frozenset())
@@ -60,7 +61,7 @@ class Elsewhere:
             def place(self, device: torch.device) -> Place:
                 return where
 
-        return There(accumulate)
+        return There()
 
 
 def _weight(scheme: Scheme, *shape: int) -> ScaledTensor:
@@ -68,10 +69,21 @@ def _weight(scheme: Scheme, *shape: int) -> ScaledTensor:
     return ScaledTensor(data, torch.empty(scheme.weight.scale_shape(shape), device="meta"), scheme.weight)
 
 
-def _linear(engine: TritonEngine, scheme: Scheme, n: int, k: int, m: int, dtype: torch.dtype, *, bias: bool) -> None:
+def _linear(
+    engine: TritonEngine,
+    scheme: Scheme,
+    n: int,
+    k: int,
+    m: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    accumulate: Accumulate = "auto",
+) -> None:
     x = torch.empty(m, k, dtype=dtype, device="meta")
     b = torch.empty(n, dtype=dtype, device="meta") if bias else None
-    engine.linear(x, engine.prepare(_weight(scheme, n, k), scheme), b, dtype)
+    weight = replace(engine.prepare(_weight(scheme, n, k), scheme), accumulate=accumulate)
+    engine.linear(x, weight, b, dtype)
 
 
 def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object]) -> None:
@@ -123,11 +135,10 @@ def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, m
 
 def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only Hopper adds instructions for it."""
-    engine = Elsewhere(capability=(9, 0), library=False).engine("precise")
+    engine = Elsewhere(capability=(9, 0), library=False).engine()
     for n, m in itertools.product((4096, 4097), (128, 4096)):
-        launches = recorded(
-            lambda n=n, m=m: _linear(engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True), monkeypatch
-        )
+        call = partial(_linear, engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True, accumulate="precise")
+        launches = recorded(call, monkeypatch)
         assert any(launch.constants.get("PROMOTION") for launch in launches)
         _check(launches, (9, 0), set())
 
@@ -154,10 +165,11 @@ def test_quantization_compiles(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: set[object] = set()
     for gated, ue8m0 in itertools.product((False, True), repeat=2):
-        rounding = quantize.Rounding(gated=gated, ue8m0=ue8m0, upper_bound=1.0 if ue8m0 else None)
-        x = torch.empty(2048, k * (1 + gated), dtype=torch.bfloat16, device="meta")
+        rounding = quantize.Rounding(ue8m0=ue8m0, upper_bound=1.0 if ue8m0 else None)
+        x = torch.empty(2048, k, dtype=torch.bfloat16, device="meta")
+        up = torch.empty_like(x) if gated else None
         for call in (quantize.quantize_rows, quantize.quantize_groups):
-            launches = recorded(lambda call=call, x=x, rounding=rounding: call(x, rounding), monkeypatch)
+            launches = recorded(lambda call=call, x=x, up=up, rounding=rounding: call(x, rounding, up=up), monkeypatch)
             _check(launches, (9, 0), seen)
     assert seen
 

@@ -21,9 +21,9 @@ from fp8gemm import (
     dequantize,
     quantize,
 )
-from fp8gemm.engines import Engine
+from fp8gemm.engines import Engine, triton_mm, triton_paths
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_kernels import launch, row, w8a16
+from fp8gemm.engines.triton_kernels import row, tape, w8a16
 from fp8gemm.engines.triton_plan import Plan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -175,7 +175,7 @@ def test_e5m2_weights_multiply() -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A split product leaves its counters as it found them; otherwise the next one would be wrong."""
-    counters = torch.zeros(launch.COUNTERS, dtype=torch.int32)
+    counters = torch.zeros(tape.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(w8a16, "counters", lambda device: counters)
     scheme = Scheme(weight=ROW, activation=None)
     layout = prepared(quantize(torch.randn(40, 128), ROW), scheme)
@@ -218,6 +218,66 @@ def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
             stages=1,
         )
         assert y.double().equal(expected), (accumulate, tma)
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("name", ["row", "tensor", "static", "block", "ue8m0"])
+def test_activations_quantized_before(name: str, library: bool) -> None:
+    """What torch.compile runs: the rounding outside, in torch; the same bits, whatever the plan for so many tokens."""
+    scheme = {
+        "row": ROW_ROW,
+        "tensor": Scheme(weight=TENSOR, activation=TENSOR),
+        "static": Scheme(weight=TENSOR, activation=TENSOR, static=True),
+        "block": BLOCK,
+        "ue8m0": replace(BLOCK, scale_format="ue8m0"),
+    }[name]
+    engine = OnCard(HOPPER if library and scheme.weight != BLOCK_128 else replace_library(HOPPER))
+    static = torch.tensor(0.02) if scheme.static else None
+    weight = quantize(torch.randn(48, 128), scheme.weight, scale_format=scheme.scale_format)
+    layout = engine.prepare(weight, scheme, input_scale=static)
+    bias = torch.randn(48).to(BF16)
+    for m in (3, 65, 130):
+        x = torch.randn(m, 128).to(BF16)
+        rounding = engine.apart(m, layout, BF16)
+        assert (rounding is None) == (m == 3)
+        before = quantize(x, rounding or engine._rounding(layout), scale=static, scale_format=scheme.scale_format)
+        y = engine.linear_quantized(before, layout, bias, BF16)
+        if rounding is not None:
+            assert y.equal(engine.linear(x, layout, bias, BF16)), m
+        expected = dequantize(before).double() @ dequantize(weight, torch.float64).t() + bias.double()
+        assert (y.double() - expected).norm() <= engine.tolerance * expected.norm(), m
+
+
+@pytest.mark.parametrize("scheme", [ROW_ROW, BLOCK], ids=["row", "block"])
+def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
+    engine = OnCard(replace_library(HOPPER))
+    layout = engine.prepare(quantize(torch.randn(40, 256), scheme.weight), scheme)
+    for m in (64, 70):
+        gate, up = torch.randn(m, 512).to(BF16).split(256, dim=1)
+        y = engine.gated(gate, up, layout, None, FP32)
+        assert (y is None) == (m == 64)  # so few tokens are not rounded by a launch of their own
+        if y is not None:
+            product = quantize(torch.nn.functional.silu(gate.float()) * up.float(), engine._rounding(layout))
+            expected = dequantize(product) @ dequantize(engine.restore(layout)).t()
+            assert (
+                y - expected
+            ).norm() <= 1e-2 * expected.norm()  # the exponential is not torch's: a step here and there
+
+
+def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ``auto`` takes another engine where Triton has no C compiler, or a driver that is too old."""
+    monkeypatch.setattr(triton_mm, "place_of", lambda device: replace_library(HOPPER))
+    examine = triton_mm.failure.__wrapped__
+    assert examine(CPU) == ""
+
+    def no_compiler(product: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    real = dict(triton_paths.PATHS)
+    monkeypatch.setattr(triton_mm, "PATHS", {**real, "tokens": no_compiler})
+    assert examine(CPU).startswith("Triton's kernels fail here: RuntimeError: Failed to find C compiler.")
+    monkeypatch.setattr(triton_mm, "PATHS", {**real, "rows": lambda product: real["rows"](product) + 1})
+    assert examine(CPU) == "Triton's kernel for 128 tokens gives wrong products here"
 
 
 def test_scales_of_merged_projections() -> None:

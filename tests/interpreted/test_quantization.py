@@ -79,13 +79,15 @@ def test_static_scale() -> None:
     assert same(data, quantize(x, ROW, scale=static).data)
 
 
-@pytest.mark.parametrize("rounding", [Rounding(), Rounding(static=torch.tensor(0.01)), Rounding(gated=True)], ids=str)
-def test_rows_too_long_for_registers(rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounding", [Rounding(), Rounding(static=torch.tensor(0.01))], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_too_long_for_registers(gated: bool, rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes over the row give the bits of one."""
     x = special(2, 80, torch.bfloat16)
-    once = kernels.quantize_rows(x, rounding)
+    up = torch.randn(2, 80).to(torch.bfloat16) if gated else None
+    once = kernels.quantize_rows(x, rounding, up=up)
     monkeypatch.setattr(kernels, "LONGEST_ROW", 16)
-    twice = kernels.quantize_rows(x, rounding)
+    twice = kernels.quantize_rows(x, rounding, up=up)
     assert same(once[0], twice[0])
     assert once[1].equal(twice[1])
 
@@ -101,11 +103,14 @@ def test_rows_of_a_wider_tensor(m: int) -> None:
 
 
 def test_silu_times_up() -> None:
-    """One fp8 step at most from the product in float64: the kernel's exponential is another one than torch's."""
-    x = torch.randn(9, 2 * 70)
-    product = F.silu(x[:, :70].double()) * x[:, 70:].double()
+    """One fp8 step at most from the product in float64: the kernel's exponential is another one than torch's.
+
+    Gate and up are halves of one product, as joined siblings give them, or not.
+    """
+    gate, up = torch.randn(9, 2 * 70)[:, :70], torch.randn(9, 71)[:, 1:]
+    product = F.silu(gate.double()) * up.double()
     for kernel, granularity in ((kernels.quantize_rows, ROW), (kernels.quantize_groups, GROUP_128)):
-        data, scale = kernel(x, Rounding(gated=True))
+        data, scale = kernel(gate, up=up)
         expected = quantize(product, granularity)
         torch.testing.assert_close(scale, expected.scale, rtol=1e-6, atol=0)
         steps = data.view(torch.uint8).int() - expected.data.view(torch.uint8).int()

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from ..base import Prepared
-from .launch import counters, divide_up, launch
+from .launch import divide_up, launch
 from .parts import is_last, sum_parts
 from .quantize import encode, finite, scale_of
+from .tape import counters, empty
 
 BLOCK = 128  # of scales, and the step along K
 
@@ -37,11 +38,11 @@ def multiply_blocks(
     """``x [M, K]`` is floating and quantized on the way; or e4m3, with ``x_scale [M, K / 128]`` stored M-major."""
     m, k = x.shape
     n = weight.n
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    y = empty(m, n, dtype=out_dtype, device=x.device)
     tiles = divide_up(m, block_m) * divide_up(n, block_n)
     parts, arrived = y, y
     if splits > 1:
-        parts = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+        parts = empty(splits, m, n, dtype=torch.float32, device=x.device)
         arrived = counters(x.device)
     constants = {
         "BLOCK_M": block_m,

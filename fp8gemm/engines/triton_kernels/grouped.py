@@ -17,6 +17,7 @@ from ..base import Prepared
 from .block import round_group
 from .launch import divide_up, launch
 from .parts import decode, format_of
+from .tape import empty
 
 
 def multiply_grouped(
@@ -44,7 +45,7 @@ def multiply_grouped(
     """
     tokens, k = x.shape
     n, experts = weight.n, weight.experts
-    y = torch.empty(tokens, n, dtype=out_dtype, device=x.device)
+    y = empty(tokens, n, dtype=out_dtype, device=x.device)
     data, decoding = format_of(weight.data, native=native)
     granularity = weight.scheme.weight
     tiles_m = tokens // block_m + min(experts + 1, tokens)

@@ -7,15 +7,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
+
+from .tape import recording
 
 # What Triton specializes a kernel on, next to its constants: see specialization().
 _compiled: dict[tuple[Any, ...], Any] = {}
-# Counters of split products by (device, stream): zero between launches, as the last program of a tile resets its own.
-_counters: dict[tuple[int | None, int], torch.Tensor] = {}
 # Contracts multiply and add, as Triton did by default up to 3.9, which warns that 3.10 will not.
 ALWAYS = {"enable_fp_fusion": True}
-COUNTERS = 4096  # tiles of a split product; one that has more needs no split
 
 
 def launch(
@@ -33,13 +31,17 @@ def launch(
             launch(kernel, grid, args, constants, **options)
         return
     key = (kernel, device, *specialization(args), *constants.values(), *options.values())
+    full = (*grid, 1, 1)[:3]
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
-        return
-    compiled = kernel[grid](*args, **constants, **options, **ALWAYS)
-    if compiled is not None:  # the interpreter gives None
-        _compiled[key] = compiled
+        compiled[full](*args, *constants.values())
+    else:
+        compiled = kernel[grid](*args, **constants, **options, **ALWAYS)
+        if compiled is not None:  # the interpreter gives None
+            _compiled[key] = compiled
+    tape = recording()
+    if tape is not None:
+        tape.note(compiled, full, (*args, *constants.values()))
 
 
 def specialization(args: tuple[Any, ...]) -> list[Any]:
@@ -61,27 +63,5 @@ def specialization(args: tuple[Any, ...]) -> list[Any]:
     return found
 
 
-def counters(device: torch.device) -> torch.Tensor:
-    """``COUNTERS`` int32 zeros that only the current stream uses.
-
-    A CUDA graph gets its own, zeroed by a node of the graph: it may be replayed on any stream, beside any other.
-    """
-    if device.type != "cuda":
-        return torch.zeros(COUNTERS, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
-def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
-    """What a TMA load takes: a tensor ``[rows, K]`` and the tile ``block`` that is fetched at a time."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(tensor, block)
-
-
 def divide_up(a: int, b: int) -> int:
-    return triton.cdiv(a, b)
+    return -(-a // b)

@@ -2,8 +2,8 @@
 # Triton is untyped, and not installed everywhere.
 """Activations to e4m3 in one pass: by rows, and by groups along K with scales stored M-major.
 
-``fp8gemm.quantize.quantize`` is the reference of every kernel here, bit for bit; with ``gated`` it is applied to
-``silu(gate) * up`` in float32.
+``fp8gemm.quantize.quantize`` is the reference of every kernel here, bit for bit; where ``up`` is given it is applied to
+``silu(x) * up`` in float32, which is what the second product of a gated MLP takes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ...quantize import SCALE_FLOOR
 from .launch import divide_up, launch
+from .tape import empty
 
 _FLOOR = tl.constexpr(SCALE_FLOOR)
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -31,28 +32,28 @@ STEP = 8192
 class Rounding:
     """How activations are rounded, beyond where their scales lie.
 
-    ``static`` is a float32 scale, one for all; ``upper_bound`` caps amax; ``ue8m0`` rounds scales up to powers of two;
-    ``gated`` reads ``[M, 2 K]``, gate before up, and rounds ``silu(gate) * up``.
+    ``static`` is a float32 scale, one for all; ``upper_bound`` caps amax; ``ue8m0`` rounds scales up to powers of two.
     """
 
     static: torch.Tensor | None = None
     upper_bound: float | None = None
     ue8m0: bool = False
-    gated: bool = False
 
 
 PLAIN = Rounding()
 
 
-def quantize_rows(x: torch.Tensor, rounding: Rounding = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [M, K]`` with unit stride along K to e4m3 ``[M, K]`` and float32 scales ``[M, 1]`` (static: ``[1, 1]``)."""
-    m, k = x.shape[0], x.shape[1] // (2 if rounding.gated else 1)
-    y = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    m, k = x.shape
+    y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     static = rounding.static
-    scale = torch.empty(m, 1, dtype=torch.float32, device=x.device) if static is None else static.reshape(1, 1)
+    scale = empty(m, 1, dtype=torch.float32, device=x.device) if static is None else static.reshape(1, 1)
     if m == 0 or k == 0:
         return y, scale.fill_(SCALE_FLOOR) if static is None else scale
-    longest = LONGEST_ROW // (2 if rounding.gated else 1)
+    longest = LONGEST_ROW // (1 if up is None else 2)
     block = max(triton.next_power_of_2(k), 16) if k <= longest else min(STEP, longest)
     rows = max(1, 1024 // block) if m >= 1024 else 1
     bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
@@ -63,25 +64,26 @@ def quantize_rows(x: torch.Tensor, rounding: Rounding = PLAIN) -> tuple[torch.Te
         "STATIC": static is not None,
         "BOUNDED": rounding.upper_bound is not None,
         "UE8M0": rounding.ue8m0,
-        "GATED": rounding.gated,
+        "GATED": up is not None,
     }
-    args = (x, y, scale, m, k, x.stride(0), bound)
+    second = x if up is None else up
+    args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), bound)
     warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
     launch(row_kernel, (divide_up(m, rows),), args, constants, num_warps=warps)
     return y, scale
 
 
 def quantize_groups(
-    x: torch.Tensor, rounding: Rounding = PLAIN, *, group: int = 128
+    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None, group: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K / group]`` whose stride is (1, M rounded up to 4).
 
     That is the layout which cuBLASLt, DeepGEMM and the block product read without a transpose.
     """
-    m, k = x.shape[0], x.shape[1] // (2 if rounding.gated else 1)
-    y = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    m, k = x.shape
+    y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     groups, pitch = divide_up(k, group), 4 * divide_up(m, 4)
-    scale = torch.empty(groups, pitch, dtype=torch.float32, device=x.device)
+    scale = empty(groups, pitch, dtype=torch.float32, device=x.device)
     if m and k:
         across = min(8, triton.next_power_of_2(groups))
         bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
@@ -91,10 +93,12 @@ def quantize_groups(
             "GROUP": group,
             "BOUNDED": rounding.upper_bound is not None,
             "UE8M0": rounding.ue8m0,
-            "GATED": rounding.gated,
+            "GATED": up is not None,
         }
         grid = (divide_up(m, 4), divide_up(groups, across))
-        launch(group_kernel, grid, (x, y, scale, m, k, x.stride(0), pitch, bound), constants, num_warps=4)
+        second = x if up is None else up
+        args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), pitch, bound)
+        launch(group_kernel, grid, args, constants, num_warps=4)
     return y, scale.t()[:m]
 
 
@@ -125,23 +129,25 @@ def encode(value, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_values(x, row, stride, k, mask, K, GATED: tl.constexpr):
-    """float32 elements of a tile of ``x``; of ``silu(gate) * up`` where gate and up lie side by side."""
-    value = tl.load(x + row * stride + k, mask=mask, other=0.0).to(tl.float32)
+def load_values(x, up, row, x_stride, up_stride, k, mask, GATED: tl.constexpr):
+    """float32 elements of a tile of ``x``, or of ``silu(x) * up``."""
+    value = tl.load(x + row * x_stride + k, mask=mask, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.load(x + row * stride + K + k, mask=mask, other=0.0).to(tl.float32)
-        value = tl.div_rn(value, 1.0 + tl.exp(-value)) * up
+        value = tl.div_rn(value, 1.0 + tl.exp(-value))
+        value *= tl.load(up + row * up_stride + k, mask=mask, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit(do_not_specialize=["M"])
 def row_kernel(
     x,
+    up,
     y,
     scale,
     M,
     K,
     x_stride,
+    up_stride,
     bound,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,7 +162,7 @@ def row_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
     inside = row < M
     if ONE_PASS:
-        value = load_values(x, row, x_stride, k, inside & (k < K), K, GATED)
+        value = load_values(x, up, row, x_stride, up_stride, k, inside & (k < K), GATED)
         if STATIC:
             s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
         else:
@@ -170,24 +176,26 @@ def row_kernel(
         else:
             amax = tl.zeros((ROWS,), tl.float32)
             for start in range(0, K, BLOCK_K):
-                value = load_values(x, row, x_stride, start + k, inside & (start + k < K), K, GATED)
+                value = load_values(x, up, row, x_stride, up_stride, start + k, inside & (start + k < K), GATED)
                 amax = tl.maximum(amax, tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1))
             s = scale_of(amax, bound, BOUNDED, UE8M0)[:, None]
             tl.store(scale + row, s, mask=inside)
         for start in range(0, K, BLOCK_K):
             mask = inside & (start + k < K)
-            value = load_values(x, row, x_stride, start + k, mask, K, GATED)
+            value = load_values(x, up, row, x_stride, up_stride, start + k, mask, GATED)
             tl.store(y + row * K + start + k, encode(value, s, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def group_kernel(
     x,
+    up,
     y,
     scale,
     M,
     K,
     x_stride,
+    up_stride,
     pitch,
     bound,
     ROWS: tl.constexpr,
@@ -201,7 +209,7 @@ def group_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     k = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     mask = (row < M)[:, None, None] & (k < K)
-    value = load_values(x, row[:, None, None], x_stride, k, mask, K, GATED)
+    value = load_values(x, up, row[:, None, None], x_stride, up_stride, k, mask, GATED)
     amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=2)
     s = scale_of(amax, bound, BOUNDED, UE8M0)
     at = tl.cast(group, tl.int64)[None, :] * pitch + row[:, None]

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from ..base import Prepared
-from .launch import descriptor, divide_up, launch
+from .launch import divide_up, launch
+from .tape import descriptor, empty
 
 # "fast" leaves partial sums in the tensor cores' accumulator of about 14 bits; "precise" moves them to float32 after
 # every 128 products (DeepSeek-V3 report, 3.3.2). Only Hopper makes a difference between the two.
@@ -43,7 +44,7 @@ def multiply_rows(
     """``xq [M, K]`` contiguous with ``x_scale [M, 1]`` or ``[1, 1]``, times a weight with scales constant along K."""
     m, k = xq.shape
     n = weight.n
-    y = torch.empty(m, n, dtype=out_dtype, device=xq.device)
+    y = empty(m, n, dtype=out_dtype, device=xq.device)
     x, w = xq, weight.data
     if tma:
         x, w = descriptor(xq, [block_m, block_k]), descriptor(weight.data, [block_n, block_k])

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from ..base import Prepared
-from .launch import counters, divide_up, launch
+from .launch import divide_up, launch
 from .parts import decode, format_of, is_last, sum_parts
+from .tape import counters, empty
 
 
 def multiply_vectors(
@@ -33,7 +34,7 @@ def multiply_vectors(
     """For M <= 4 and scales constant along K: multiply and add in float32 on the ordinary cores."""
     m, k = x.shape
     n = weight.n
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    y = empty(m, n, dtype=out_dtype, device=x.device)
     data, decoding = format_of(weight.data, native=native)
     tokens = triton.next_power_of_2(m)
     tiles = divide_up(n, block_n)
@@ -72,7 +73,7 @@ def multiply_tokens(
     """
     m, k = x.shape
     n = weight.n
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    y = empty(m, n, dtype=out_dtype, device=x.device)
     data, decoding = format_of(weight.data, native=native)
     tiles = divide_up(m, block_m) * divide_up(n, block_n)
     parts, arrived = _workspace(y, splits, m * n)
@@ -96,7 +97,7 @@ def multiply_tokens(
 def dense(weight: Prepared, dtype: torch.dtype, *, native: bool) -> torch.Tensor:
     """The weight ``[N, K]`` in ``dtype``, in one pass: what many tokens are multiplied by where FP8 products lack."""
     n, k = weight.n, weight.k
-    w = torch.empty(n, k, dtype=dtype, device=weight.data.device)
+    w = empty(n, k, dtype=dtype, device=weight.data.device)
     data, decoding = format_of(weight.data, native=native)
     block = 1024
     args = (
@@ -117,7 +118,7 @@ def _workspace(y: torch.Tensor, splits: int, size: int) -> tuple[torch.Tensor, t
     """Where parts are put, and counters; any tensor where there is nothing to put together."""
     if splits == 1:
         return y, y
-    return torch.empty(splits * size, dtype=torch.float32, device=y.device), counters(y.device)
+    return empty(splits * size, dtype=torch.float32, device=y.device), counters(y.device)
 
 
 @triton.jit

@@ -1,0 +1,169 @@
+"""What each path of the dispatch runs: a kernel of ours with the plan's tiles, or torch's product behind one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from . import triton_library
+from .base import Prepared
+from .triton_plan import Kind, PathName, Place, Plan
+
+if TYPE_CHECKING:
+    from .triton_kernels.quantize import Rounding
+
+INLINE_UP_TO = 64  # tokens of a block product that are quantized inside it; more are quantized once, not by every tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One call of ``linear`` with its plan.
+
+    ``x [M, K]`` is floating, or e4m3 with ``x_scale`` where it was quantized before: ``[M, 1]``, ``[1, 1]``, or for
+    blocks ``[M, K / 128]`` stored M-major.
+    """
+
+    x: torch.Tensor
+    weight: Prepared
+    bias: torch.Tensor | None
+    out_dtype: torch.dtype
+    plan: Plan
+    where: Place
+    x_scale: torch.Tensor | None = None
+
+    def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+        """The activations in e4m3, and their scales."""
+        return (self.x, self.x_scale) if self.x_scale is not None else quantize(self.x, self.weight, kind)
+
+
+def quantize(
+    x: torch.Tensor, weight: Prepared, kind: Kind, *, up: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [M, K]``, or ``silu(x) * up``, as products of this kind take it.
+
+    With a scale a row, the static one, or one for 128 features.
+    """
+    from .triton_kernels import quantize as kernels
+
+    ue8m0 = weight.scheme.scale_format == "ue8m0"
+    if kind == "block":
+        return kernels.quantize_groups(x, _rounding(None, ue8m0), up=up)
+    static = weight.input_scale if weight.scheme.static else None
+    return kernels.quantize_rows(x, _rounding(static, ue8m0), up=up)
+
+
+def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
+    from .triton_kernels import quantize as kernels
+
+    return kernels.PLAIN if static is None and not ue8m0 else kernels.Rounding(static=static, ue8m0=ue8m0)
+
+
+def _vectors(product: Product) -> torch.Tensor:
+    from .triton_kernels import w8a16
+
+    plan = product.plan
+    return w8a16.multiply_vectors(
+        product.x,
+        product.weight,
+        product.bias,
+        product.out_dtype,
+        native=product.where.decodes,
+        block_n=plan.block_n,
+        block_k=plan.block_k,
+        splits=plan.splits,
+        warps=plan.warps,
+    )
+
+
+def _tokens(product: Product) -> torch.Tensor:
+    from .triton_kernels import w8a16
+
+    plan = product.plan
+    return w8a16.multiply_tokens(
+        product.x,
+        product.weight,
+        product.bias,
+        product.out_dtype,
+        native=product.where.decodes,
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        block_k=plan.block_k,
+        splits=plan.splits,
+        warps=plan.warps,
+        stages=plan.stages,
+    )
+
+
+def _rows(product: Product) -> torch.Tensor:
+    from .triton_kernels import row
+
+    plan = product.plan
+    return row.multiply_rows(
+        *product.quantized("row"),
+        product.weight,
+        product.bias,
+        product.out_dtype,
+        accumulate="fast" if product.weight.fast else "precise",
+        tma=plan.tma,
+        programs=product.where.multiprocessors,
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        block_k=plan.block_k,
+        warps=plan.warps,
+        stages=plan.stages,
+    )
+
+
+def _blocks(product: Product) -> torch.Tensor:
+    from .triton_kernels import block
+
+    plan = product.plan
+    x, x_scale = product.x, product.x_scale
+    if x_scale is None and x.shape[0] > INLINE_UP_TO:
+        x, x_scale = product.quantized("block")
+    return block.multiply_blocks(
+        x,
+        x_scale,
+        product.weight,
+        product.bias,
+        product.out_dtype,
+        ue8m0=product.weight.scheme.scale_format == "ue8m0",
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        splits=plan.splits,
+        warps=plan.warps,
+        stages=plan.stages,
+    )
+
+
+def _library(product: Product) -> torch.Tensor:
+    if product.weight.scheme.weight.cols is not None:
+        return triton_library.multiply_blocks(
+            *product.quantized("block"), product.weight, product.bias, product.out_dtype
+        )
+    return triton_library.multiply_rows(*product.quantized("row"), product.weight, product.bias, product.out_dtype)
+
+
+def _dense(product: Product) -> torch.Tensor:
+    from .triton_kernels import w8a16
+
+    x, bias = product.x, product.bias
+    w = w8a16.dense(product.weight, x.dtype, native=product.where.decodes)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype)).to(product.out_dtype)
+
+
+PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(
+    {
+        "vectors": _vectors,
+        "tokens": _tokens,
+        "rows": _rows,
+        "blocks": _blocks,
+        "library": _library,
+        "dense": _dense,
+    }
+)

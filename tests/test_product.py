@@ -1,0 +1,124 @@
+"""What torch.compile sees of a product: an op, and before it the rounding of activations where that can be fused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fp8gemm import FP8GemmOptions, FP8Linear, Granularity, ScaledTensor, dequantize, product
+from fp8gemm.engines import ENGINES, Prepared
+from fp8gemm.engines.reference import ReferenceEngine
+
+BEYOND = 8
+
+
+class Apart(ReferenceEngine):
+    """Leaves up to 8 tokens as they are, as a GPU engine does, and rounds more before its product."""
+
+    traceable = False
+
+    def rounds(self, m, weight, dtype=torch.bfloat16):
+        return weight.scheme if m > BEYOND else weight.scheme.weight_only()
+
+    def linear(self, x, weight, bias, out_dtype):
+        scheme = self.rounds(x.shape[0], weight)
+        return super().linear(x, replace(weight, scheme=scheme), bias, out_dtype)
+
+    def apart(self, m, weight: Prepared, dtype) -> Granularity | None:
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return weight.scheme.activation if guard_or_false(m > BEYOND) else None
+
+    def linear_quantized(self, x: ScaledTensor, weight, bias, out_dtype):
+        unrounded = replace(weight, scheme=weight.scheme.weight_only())
+        return super().linear(dequantize(x), unrounded, bias, out_dtype)
+
+
+class Graphs:
+    """A backend that keeps what it was given and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: object) -> object:
+        self.seen.append(graph)
+        return graph.forward
+
+    def names(self, index: int) -> str:
+        return " ".join(str(node.target) for node in self.seen[index].graph.nodes)
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(product, "ENGINES", {**ENGINES, "reference": Apart()})
+
+
+def layer_of(scheme: str = "row", **more: object) -> FP8Linear:
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    options = FP8GemmOptions(engine="reference", scheme=scheme, fp16_weight_storage="discard", **more)  # type: ignore[arg-type]
+    return FP8Linear.from_linear(linear, options)
+
+
+@pytest.mark.parametrize("scheme", ["row", "tensor", "block"])
+def test_the_compiler_sees_the_rounding(scheme: str) -> None:
+    layer, graphs = layer_of(scheme), Graphs()
+    x = torch.randn(40, 256)
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" in graphs.names(0)
+    assert graphs.names(0).count("fp8gemm.linear") == 1
+
+
+def test_static_scales_too() -> None:
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    scheme = replace(FP8GemmOptions(scheme="tensor").resolved_scheme, static=True)
+    options = FP8GemmOptions(engine="reference", scheme=scheme, fp16_weight_storage="discard")
+    dense = FP8Linear.from_linear(linear, FP8GemmOptions(engine="reference", scheme="tensor"))
+    layer = FP8Linear.convert(linear, options, weight=dense.scaled(), input_scale=torch.tensor(0.005))
+    x, graphs = torch.randn(40, 256), Graphs()
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" not in graphs.names(0)
+    assert "clamp" in graphs.names(0)
+
+
+def test_few_tokens_are_left_to_the_engine() -> None:
+    layer, graphs = layer_of(), Graphs()
+    x = torch.randn(BEYOND, 256)
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" not in graphs.names(0)
+
+
+def test_two_graphs_serve_every_number_of_tokens() -> None:
+    layer, graphs = layer_of(), Graphs()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for m in (3, 100, 5, 9, 8, 31, 2, 700):
+        x = torch.randn(m, 256)
+        assert compiled(x).equal(layer(x)), m
+    assert len(graphs.seen) == 2
+
+
+def test_inductor_and_gradients() -> None:
+    model = nn.Sequential(nn.LayerNorm(256), layer_of()).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(40, 256, requires_grad=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, model(x), rtol=2e-2, atol=2e-2)
+    y.square().sum().backward()
+    found, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    assert found is not None
+    assert x.grad is not None
+    assert (found - x.grad).norm() <= 3e-2 * x.grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_tracing_records_the_product() -> None:
+    """Not the outputs of the example as constants."""
+    layer = layer_of()
+    traced = torch.jit.trace(layer, torch.randn(20, 256))
+    for m in (20, 33):
+        x = torch.randn(m, 256)
+        torch.testing.assert_close(traced(x), layer(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,9 @@ def cpu(*features: str, vllm: bool) -> Machine:
 H100, H100_VLLM = gpu("H100", (9, 0), vllm=False), gpu("H100", (9, 0), vllm=True)
 RTX4090, RTX4090_VLLM = gpu("RTX 4090", (8, 9), vllm=False), gpu("RTX 4090", (8, 9), vllm=True)
 A100_VLLM = gpu("A100", (8, 0), vllm=True)
+H100_TRITON = replace(H100, triton_version=(3, 6))
+RTX4090_TRITON, A100_TRITON = replace(RTX4090, triton_version=(3, 6)), replace(A100_VLLM, triton_version=(3, 6))
+H100_DEEP_GEMM = replace(H100, features=frozenset({"deep_gemm", "nvcc"}))
 MI300 = Machine(device="rocm", name="MI300X", features=frozenset({"fnuz"}), vllm_note=ABSENT)
 MI350 = Machine(device="rocm", name="MI350X", vllm_note=ABSENT)
 XPU = Machine(device="xpu", name="B580", vllm_note=ABSENT)
@@ -48,8 +53,16 @@ OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
         (H100_VLLM, "row", torch.float32, "vllm"),
         (H100, "row", torch.bfloat16, "torch"),
         (H100, "block", torch.bfloat16, "torch"),
+        (replace(H100_VLLM, triton_version=(3, 6)), "row", torch.bfloat16, "vllm"),
+        (H100_TRITON, "row", torch.bfloat16, "triton"),
+        (H100_TRITON, "weight_only", torch.float16, "triton"),
+        (RTX4090_TRITON, "block", torch.bfloat16, "triton"),
+        (A100_TRITON, "row", torch.bfloat16, "triton"),
         (RTX4090_VLLM, "row", torch.bfloat16, "vllm"),
         (RTX4090, "row", torch.bfloat16, "torch"),
+        (H100_DEEP_GEMM, "block", torch.bfloat16, "torch"),
+        (MI300, "row", torch.bfloat16, "torch"),
+        (MI300, "tensor", torch.float16, "torch"),
         (MI350, "row", torch.bfloat16, "torch"),
         (XPU, "row", torch.bfloat16, "torch"),
         (LAPTOP, "row", torch.float32, "cpu"),
@@ -71,7 +84,7 @@ def test_auto_chooses(machine: Machine, scheme: str, dtype: torch.dtype, winner:
         (A100_VLLM, "row", ["vllm: needs compute capability 8.9, found 8.0", "Marlin", "torch: needs compute cap"]),
         (RTX4090_VLLM, "block", ["vllm: needs compute capability 9.0 for block scales", "torch: block scaling needs"]),
         (gpu("H100", (9, 0), vllm=False, cuda=(12, 6)), "block", [ABSENT, "CUDA 12.9", "CUDA 12.6"]),
-        (MI300, "row", ["gfx942 multiplies e4m3fnuz only"]),
+        (MI300, "block", ["torch: on rocm torch scales per tensor and per row"]),
         (H100, "weight_only", ["found weight row, activation kept"]),
         (Machine(device="mps", torch_version=(2, 14)), "row", ["needs torch 2.15 on mps, found 2.14"]),
     ],
@@ -86,7 +99,15 @@ def test_all_reasons_at_once(machine: Machine, scheme: str, reasons: list[str]) 
 
 def test_rejected_engines_are_remembered() -> None:
     choice = choose(MatmulSpec(scheme=SCHEMES["row"], n=256, k=256), H100)
-    assert choice.rejected == {"vllm": [ABSENT]}
+    assert choice.rejected == {"vllm": [ABSENT], "triton": ["Triton is not installed"]}
+
+
+def test_sums_as_precise_as_asked() -> None:
+    """vLLM's row products cannot keep sums in float32; the next engine can."""
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, accumulate="precise")
+    machine = replace(H100_VLLM, triton_version=(3, 6))
+    assert choose(spec, machine).winner == "triton"
+    assert choose(replace(spec, accumulate="fast"), machine).winner == "vllm"
 
 
 def test_asked_means_asked() -> None:
@@ -97,9 +118,23 @@ def test_asked_means_asked() -> None:
     assert "cpu: runs on cpu only, found cuda" in str(caught.value)
     assert "can: engine='vllm' or 'torch'" in str(caught.value)
     with pytest.raises(
-        ValueError, match="engine must be auto or one of vllm, torch, triton, cpu, reference, found 'cutlass'"
+        ValueError,
+        match="engine must be auto or one of vllm, torch, triton, deep_gemm, cpu, reference, found 'cutlass'",
     ):
         choose(spec, LAPTOP, "cutlass")
+
+
+def test_deep_gemm_is_asked_for_by_name() -> None:
+    """It was not measured here; where it cannot run, all reasons are given and what can instead."""
+    spec = MatmulSpec(scheme=SCHEMES["block"], n=256, k=256)
+    assert all("deep_gemm" not in order for order in AUTO.values())
+    assert choose(spec, H100_DEEP_GEMM, "deep_gemm").winner == "deep_gemm"
+    with pytest.raises(UnsupportedError, match="engine 'deep_gemm' cannot") as caught:
+        choose(spec, RTX4090_VLLM, "deep_gemm")
+    for reason in ("needs compute capability 9.0 or 10.x, found 8.9", "is not installed", "needs a CUDA toolkit"):
+        assert reason in str(caught.value)
+    with pytest.raises(UnsupportedError, match="can: engine='torch' or 'deep_gemm' or 'reference'"):
+        choose(spec, H100_DEEP_GEMM, "cpu")
 
 
 def test_vllm_stubs_and_old_schemas_are_not_mistaken_for_ops() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import conformance
 import pytest
 import torch
 
-from fp8gemm import ENGINES, MatmulSpec, ScaledTensor, Scheme, probe
+from fp8gemm import ENGINES, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, probe
+from fp8gemm.engines import torch_mm
 from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.engines.torch_mm import TorchEngine
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -194,3 +197,126 @@ def test_prepared_names_its_engine() -> None:
             prepared = engine.prepare(weight, scheme)
             assert prepared.engine == name
             assert (prepared.n, prepared.k) == (32, 32)
+
+
+CPU = torch.device("cpu")
+H100 = Machine(device="cuda", capability=(9, 0), cuda_version=(13, 0))
+MI300 = Machine(device="rocm", features=frozenset({"fnuz"}))
+scaled_mm, _scaled_mm = torch.nn.functional.scaled_mm, torch._scaled_mm
+
+
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """What torch's own checks see of an operand."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def cublaslt_blocks(x, w, *, scale_a, scale_b, output_dtype, **recipes):
+    """``scaled_mm`` of 1x128 by 128x128 blocks: torch's own check of shapes and strides, then the exact product."""
+    assert x.shape[0] % 4 == 0  # cuBLASLt's, which torch does not check (vllm#49932)
+    scales = {"scale_a": on_meta(scale_a), "scale_b": on_meta(scale_b)}
+    shape = scaled_mm(on_meta(x), on_meta(w), **scales, output_dtype=output_dtype, **recipes).shape
+    k, n = w.shape
+    dense = w.double() * scale_b.double().repeat_interleave(128, 0)[:k].repeat_interleave(128, 1)[:, :n]
+    y = (x.double() * scale_a.double().repeat_interleave(128, 1)[:, :k]) @ dense
+    assert y.shape == shape
+    return y.to(output_dtype)
+
+
+def hipblaslt(x, w, *, scale_a, scale_b, out_dtype, use_fast_accum):
+    """``_scaled_mm`` on gfx942: torch's own checks, and ScaledBlas.cpp's, then the exact product."""
+    assert x.dtype == w.dtype == torch.float8_e4m3fnuz
+    by_row = scale_a.numel() > 1 or scale_b.numel() > 1
+    assert not by_row or out_dtype == torch.bfloat16, "hipblaslt rowwise _scaled_mm only supports BFloat16 output"
+    scales = {"scale_a": on_meta(scale_a), "scale_b": on_meta(scale_b)}
+    shape = _scaled_mm(on_meta(x), on_meta(w), **scales, out_dtype=out_dtype, use_fast_accum=use_fast_accum).shape
+    y = (x.double() * scale_a.double()) @ (w.double() * scale_b.double())
+    assert y.shape == shape
+    return y.to(out_dtype)
+
+
+@pytest.fixture
+def gfx942(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
+    monkeypatch.setattr(torch_mm, "takes_fnuz", lambda device: True)
+    monkeypatch.setattr(torch, "_scaled_mm", hipblaslt)
+    return TorchEngine()
+
+
+def test_torch_blocks_conform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged N and K too: 2112 = 16.5 blocks of 128 is what torch 2.13's check refuses unless it is padded."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", cublaslt_blocks)
+    specs = [spec for spec in conformance.accepted_specs(TorchEngine(), H100) if spec.scheme == SCHEMES["block"]]
+    assert len(specs) == 3 * len(conformance.SHAPES)
+    for spec in specs:
+        for part in conformance.CHECKS:
+            part(TorchEngine(), spec, CPU)
+
+
+@pytest.mark.parametrize("shape", [(2112, 7168), (2112, 7100), (576, 7168), (100, 200), (128, 128)], ids=str)
+def test_torch_takes_ragged_blocks(shape: tuple[int, int]) -> None:
+    """torch's own shape check accepts what the engine hands it, at sizes that matter."""
+    n, k = shape
+    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.empty(conformance.BLOCK_128.scale_shape((n, k)), device="meta")
+    engine = TorchEngine()
+    weight = engine.prepare(ScaledTensor(codes, scale, conformance.BLOCK_128), SCHEMES["block"])
+    for m in (1, 8, 33):
+        y = engine.linear(torch.empty(m, k, dtype=torch.bfloat16, device="meta"), weight, None, torch.bfloat16)
+        assert y.shape == (m, n)
+
+
+def test_fnuz_codes() -> None:
+    """All 256: half the value, NaN where NaN was; back to the same bytes but for the signs of zero and NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    fnuz = torch_mm.to_fnuz(codes)
+    assert fnuz.dtype == torch.float8_e4m3fnuz
+    assert torch.equal(2 * fnuz.double().nan_to_num(1e9), codes.double().nan_to_num(2e9))
+    assert int((fnuz.view(torch.uint8) == 0x80).sum()) == 2
+    expected = torch.arange(256, dtype=torch.uint8)
+    expected[0x80], expected[0xFF] = 0, 0x7F
+    assert torch_mm.from_fnuz(fnuz).view(torch.uint8).equal(expected)
+
+
+def test_gfx942_conforms(gfx942: TorchEngine) -> None:
+    """The same products as everywhere, from operands that were rounded as everywhere."""
+    specs = list(conformance.accepted_specs(gfx942, MI300))
+    assert {spec.scheme.weight for spec in specs} == {conformance.TENSOR, conformance.ROW}
+    for spec in specs:
+        for part in conformance.CHECKS:
+            if part is not conformance.exact_restoration:
+                part(gfx942, spec, CPU)
+
+
+@pytest.mark.parametrize("name", ["row", "tensor"])
+def test_gfx942_gives_the_weight_back(gfx942: TorchEngine, name: str) -> None:
+    """Values and scales exactly, at any scale: the doubled one is a copy."""
+    scheme = SCHEMES[name]
+    code = torch.arange(256, dtype=torch.uint8).repeat(33, 2)[:, :500]
+    scale = torch.full(scheme.weight.scale_shape(code.shape), 3e38)
+    scale[0] = 2.0**-149
+    prepared = gfx942.prepare(ScaledTensor(code.view(torch.float8_e4m3fn), scale, scheme.weight), scheme)
+    assert prepared.data.dtype == torch.float8_e4m3fnuz
+    # As a layer asks for it: from data and scale alone.
+    restored = gfx942.restore(replace(prepared, extra=()))
+    changed = restored.data.view(torch.uint8) != code
+    assert set(code[changed].tolist()) == {0x80, 0xFF}
+    assert torch.equal(restored.data.double().nan_to_num(1e9), code.view(torch.float8_e4m3fn).double().nan_to_num(1e9))
+    assert restored.scale.equal(scale)
+
+
+def test_gfx942_saturates_static_activations(gfx942: TorchEngine) -> None:
+    weight = ScaledTensor(torch.eye(32).to(torch.float8_e4m3fn), torch.ones(1, 1), conformance.TENSOR)
+    scheme = Scheme(weight=conformance.TENSOR, activation=conformance.TENSOR, static=True)
+    prepared = gfx942.prepare(weight, scheme, input_scale=torch.tensor([2.0]))
+    x = torch.tensor([[1.0, -2000.0, 3000.0] + [0.0] * 29])
+    assert gfx942.linear(x, prepared, None, torch.float32)[0, :3].tolist() == [1.0, -896.0, 896.0]
+
+
+@pytest.mark.parametrize("check", [conformance.exact_products, conformance.special_values])
+def test_suite_catches_a_missing_conversion(
+    gfx942: TorchEngine, monkeypatch: pytest.MonkeyPatch, check: Callable[..., None]
+) -> None:
+    """Bytes taken as they are: NaN becomes 240, and -0 becomes NaN."""
+    monkeypatch.setattr(torch_mm, "to_fnuz", lambda data: data.view(torch.float8_e4m3fnuz))
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=130, k=200, compute_dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        check(gfx942, spec, CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 
@@ -11,9 +12,10 @@ import torch
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
-from . import triton_mm, vllm_mm
+from . import deep_gemm, torch_mm, triton_mm, vllm_mm
 from .base import Choice, Engine, Machine, MatmulSpec, Prepared
 from .cpu import CpuEngine
+from .deep_gemm import DeepGemmEngine
 from .reference import ReferenceEngine
 from .torch_mm import TorchEngine
 from .triton_mm import TritonEngine
@@ -35,14 +37,26 @@ __all__ = [
 ]
 
 ENGINES: MappingProxyType[str, Engine] = MappingProxyType(
-    {engine.name: engine for engine in (VllmEngine(), TorchEngine(), TritonEngine(), CpuEngine(), ReferenceEngine())}
+    {
+        engine.name: engine
+        for engine in (
+            VllmEngine(),
+            TorchEngine(),
+            TritonEngine(),
+            DeepGemmEngine(),
+            CpuEngine(),
+            ReferenceEngine(),
+        )
+    }
 )
-# What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first.
+# What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first. Triton comes before
+# torch: its large products are torch's own behind one quantization launch, where torch takes a handful and so loses to
+# bfloat16 in eager (published: 0.76x on Flux). It checks itself on a card before it is taken; it was not timed yet.
 AUTO: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
     {
         "native": ("cpu", "vllm"),
         "cpu": ("vllm", "cpu"),
-        "cuda": ("vllm", "torch", "triton"),
+        "cuda": ("vllm", "triton", "torch"),
         "rocm": ("torch",),
         "xpu": ("torch",),
         "mps": ("torch",),
@@ -68,8 +82,11 @@ def prepare(
         winner = choose(spec, machine, engine, refused=refused).winner
         try:
             if spec.experts:
-                return ENGINES[winner].prepare_stack(weight, spec.scheme)
-            return ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
+                stack = ENGINES[winner].prepare_stack(weight, spec.scheme)
+                parts = tuple(replace(part, accumulate=spec.accumulate) for part in stack.parts)
+                return replace(stack, accumulate=spec.accumulate, parts=parts)
+            prepared = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
+            return replace(prepared, accumulate=spec.accumulate)
         except UnsupportedError as error:
             if engine != "auto":
                 raise
@@ -84,7 +101,7 @@ def order(machine: Machine) -> tuple[str, ...]:
 
 
 def restore(prepared: Prepared) -> ScaledTensor:
-    """The plain weight, or stack, that an engine's layout was made of, bit for bit."""
+    """The plain weight, or stack, that a layout was made of, bit for bit (but see ``TorchEngine.restore``)."""
     engine = ENGINES[prepared.engine]
     return engine.restore_stack(prepared) if prepared.experts else engine.restore(prepared)
 
@@ -143,8 +160,7 @@ def _probe(device: torch.device) -> Machine:
         properties = torch.cuda.get_device_properties(device)
         name = properties.name
         capability = (properties.major, properties.minor)
-        if getattr(properties, "gcnArchName", "").startswith("gfx942"):
-            features = frozenset({"fnuz"})
+        features = deep_gemm.features() if kind == "cuda" else torch_mm.features(device)
     return Machine(
         device=kind,
         name=name,

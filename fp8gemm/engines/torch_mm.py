@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -11,13 +13,16 @@ from .base import Engine, Machine, MatmulSpec, Prepared
 
 ALIGNMENT = 16  # N and K of every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
+_FNUZ = torch.float8_e4m3fnuz
 
 
 class TorchEngine(Engine):
-    """Tensor, row and 128x128-block scaling through torch; N and K are padded to 16 with zeros.
+    """Tensor, row and 128x128-block scaling through torch; N and K are padded with zeros, to 16 or to whole blocks.
 
-    Block scaling needs an H100 or H200 and CUDA 12.9. On a CPU torch takes 24 ms to 9 s a call, so ``auto`` never
-    chooses it there; named by the user it runs, for tests. Weight-only schemes are not what these products are.
+    Block scaling needs an H100 or H200 and CUDA 12.9. AMD's gfx942 multiplies e4m3fnuz, so there operands become that
+    after they were rounded to e4m3fn as everywhere: the same products. On a CPU torch takes 24 ms to 9 s a call, so
+    ``auto`` never chooses it there; named by the user it runs, for tests. Weight-only schemes are not what these
+    products are.
     """
 
     name = "torch"
@@ -36,11 +41,10 @@ class TorchEngine(Engine):
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         n, k = weight.shape
-        data = weight.data.contiguous()
+        # torch 2.13's shape check counts whole blocks of N, and whole groups of K in the scales of activations.
+        multiple = 128 if scheme.weight == BLOCK_128 else ALIGNMENT
+        data = padded(weight.data, multiple, multiple)
         scale = weight.scale
-        if -n % ALIGNMENT or -k % ALIGNMENT:
-            padded = F.pad(data.view(torch.uint8), (0, -k % ALIGNMENT, 0, -n % ALIGNMENT))
-            data = padded.view(weight.data.dtype)
         extra: tuple[torch.Tensor, ...]
         if scheme.weight == BLOCK_128:
             extra = (data.t(), _block_scales(scale))
@@ -49,6 +53,8 @@ class TorchEngine(Engine):
             if scheme.weight.by_row:
                 rows = expand_scale(scale, scheme.weight, weight.shape)
                 row_scale = F.pad(rows, (0, 0, 0, -n % ALIGNMENT), value=1.0)
+            if takes_fnuz(weight.device):
+                data, row_scale = to_fnuz(data), 2 * row_scale
             extra = (data.t(), row_scale.t().contiguous())
         return Prepared(
             engine=self.name,
@@ -62,7 +68,10 @@ class TorchEngine(Engine):
         )
 
     def restore(self, prepared: Prepared) -> ScaledTensor:
-        data = prepared.data[: prepared.n, : prepared.k].contiguous()
+        """The plain weight, bit for bit; on gfx942 but for the signs of zeros and NaN, which e4m3fnuz has not."""
+        data = cropped(prepared)
+        if data.dtype == _FNUZ:
+            data = from_fnuz(data)
         return ScaledTensor(data, prepared.scale, prepared.scheme.weight)
 
     def linear(
@@ -79,7 +88,7 @@ class TorchEngine(Engine):
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
         experts, n, k = weight.shape
-        data = F.pad(weight.data.view(torch.uint8), (0, -k % ALIGNMENT, 0, -n % ALIGNMENT)).view(weight.data.dtype)
+        data = padded(weight.data, ALIGNMENT, ALIGNMENT)
         rows = expand_scale(weight.scale, scheme.weight, weight.shape)
         scale = F.pad(rows.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
         return Prepared(
@@ -94,8 +103,7 @@ class TorchEngine(Engine):
         )
 
     def restore_stack(self, prepared: Prepared) -> ScaledTensor:
-        data = prepared.data[:, : prepared.n, : prepared.k].contiguous()
-        return ScaledTensor(data, prepared.scale, prepared.scheme.weight)
+        return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
 
     def grouped(
         self,
@@ -108,7 +116,7 @@ class TorchEngine(Engine):
         w, w_scale = weight.extra
         xq = quantize(F.pad(x, (0, -weight.k % ALIGNMENT)), ROW)
         y = torch._scaled_grouped_mm(
-            xq.data, w, xq.scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+            xq.data, w, xq.scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=weight.fast
         )[:, : weight.n]
         token = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
         if bias is not None:
@@ -128,17 +136,27 @@ class TorchEngine(Engine):
         elif w_scale.numel() == 1 and x_scale.numel() > 1:
             w_scale = w_scale.expand(1, w.shape[1]).contiguous()
         data = F.pad(xq.data.view(torch.uint8), (0, -weight.k % ALIGNMENT)).view(xq.data.dtype)
-        fast = x.device.type != "cpu"
-        # torch 2.11's CUTLASS rowwise kernels give 16-bit floats only; one rounding to bfloat16 more is below FP8's.
-        narrow = torch.bfloat16 if out_dtype == torch.float32 and fast and w_scale.numel() > 1 else out_dtype
-        y = torch._scaled_mm(data, w, scale_a=x_scale, scale_b=w_scale, out_dtype=narrow, use_fast_accum=fast)
+        if w.dtype == _FNUZ:
+            data, x_scale = to_fnuz(data), 2 * x_scale
+        card = x.device.type != "cpu"
+        hip = w.dtype == _FNUZ or (torch.version.hip is not None and card)
+        # By rows torch 2.11's CUTLASS kernels give 16-bit floats only and hipBLASLt bfloat16 only (ScaledBlas.cpp); one
+        # rounding to bfloat16 more is below FP8's.
+        narrow = w_scale.numel() > 1 and (hip or (out_dtype == torch.float32 and card))
+        y = torch._scaled_mm(
+            data,
+            w,
+            scale_a=x_scale,
+            scale_b=w_scale,
+            out_dtype=torch.bfloat16 if narrow else out_dtype,
+            use_fast_accum=card and weight.fast,
+        )
         return y.to(out_dtype)
 
     def _block(self, x: torch.Tensor, weight: Prepared, out_dtype: torch.dtype) -> torch.Tensor:
-        # cuBLASLt takes 4 tokens at a time (vllm#49932); rows of zeros are cut off again by the caller.
-        x = F.pad(x, (0, -weight.k % ALIGNMENT, 0, -x.shape[0] % 4))
-        xq = quantize(x, GROUP_128)
         w, w_scale = weight.extra
+        # cuBLASLt takes 4 tokens at a time (vllm#49932); rows of zeros are cut off again by the caller.
+        xq = quantize(F.pad(x, (0, w.shape[0] - weight.k, 0, -x.shape[0] % 4)), GROUP_128)
         return F.scaled_mm(
             xq.data,
             w,
@@ -153,6 +171,48 @@ class TorchEngine(Engine):
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
 
 
+def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """FP8 codes ``[..., N, K]``, contiguous, with zeros up to multiples of ``rows`` and ``cols``."""
+    n, k = data.shape[-2:]
+    if n % rows == 0 and k % cols == 0:
+        return data.contiguous()
+    return F.pad(data.view(torch.uint8), (0, -k % cols, 0, -n % rows)).view(data.dtype)
+
+
+def cropped(prepared: Prepared) -> torch.Tensor:
+    """The codes ``[..., n, k]`` that ``padded`` was given."""
+    return prepared.data[..., : prepared.n, : prepared.k].contiguous()
+
+
+@cache
+def takes_fnuz(device: torch.device) -> bool:
+    """Whether this is AMD's gfx942 (MI300), which multiplies e4m3fnuz only; asks the driver once."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return False
+    return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
+
+
+def features(device: torch.device) -> frozenset[str]:
+    """What of an AMD card decides here, for its ``Machine``."""
+    return frozenset({"fnuz"} if takes_fnuz(device) else ())
+
+
+def to_fnuz(data: torch.Tensor) -> torch.Tensor:
+    """e4m3fn codes as e4m3fnuz, where they mean half: the scale doubles, exactly.
+
+    e4m3fnuz has an exponent bias of 8 instead of 7, one zero, and one NaN, whose code is that of e4m3fn's -0.
+    """
+    code = data.view(torch.uint8)
+    positive = torch.where(code == 0x80, 0, code)
+    return torch.where(code & 0x7F == 0x7F, 0x80, positive).view(_FNUZ)
+
+
+def from_fnuz(data: torch.Tensor) -> torch.Tensor:
+    """The e4m3fn codes that ``to_fnuz`` was given; -0 and the negative NaN come back as 0 and NaN."""
+    code = data.view(torch.uint8)
+    return torch.where(code == 0x80, 0x7F, code).view(torch.float8_e4m3fn)
+
+
 def _block_scales(scale: torch.Tensor) -> torch.Tensor:
     """Scales [N/128, K/128] as cuBLASLt reads them: [K/128 rounded up to 4, N/128], each column contiguous."""
     return F.pad(scale, (0, -scale.shape[1] % 4)).t()
@@ -164,6 +224,8 @@ def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:
         return []
     if pair != (BLOCK_128, GROUP_128):
         return [f"scales per tensor, per row, or 128x128 with 1x128 activations; found {scheme}"]
+    if machine.device == "rocm":
+        return ["on rocm torch scales per tensor and per row, and Triton's block products run on cuda only"]
     if machine.device == "cuda" and machine.capability == (9, 0) and (machine.cuda_version or (0, 0)) >= (12, 9):
         return []
     where = f"{machine.device} {machine.name}".strip()
@@ -176,8 +238,6 @@ def _rejects_machine(machine: Machine) -> list[str]:
         reasons.append(f"runs on {', '.join(_ACCELERATORS)} and cpu, found {machine.device}")
     if machine.device == "cuda" and (machine.capability or (0, 0)) < (8, 9):
         reasons.append(f"needs compute capability 8.9 or newer, found {_cuda(machine)}")
-    if machine.device == "rocm" and "fnuz" in machine.features:
-        reasons.append("gfx942 multiplies e4m3fnuz only, and weights are e4m3fn")
     if machine.device == "mps" and machine.torch_version < (2, 15):
         reasons.append(f"needs torch 2.15 on mps, found {'.'.join(map(str, machine.torch_version))}")
     return reasons

@@ -14,19 +14,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
+from ..scaled import Scheme
 from .base import Prepared
 from .triton_plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
 SHIPPED = Path(__file__).with_name("triton_table.json")
 USER_FILE = "triton_table.json"
+MOST_SPLIT_TILES = 4096  # as many as a split product has counters, see triton_kernels/tape.py
+
+Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 
 
 def kind_of(weight: Prepared, *, native: bool) -> Kind:
-    """The kind of a weight's products; one that may not be rounded as a kernel rounds keeps its activations."""
-    scheme = weight.scheme
+    """The kind of a prepared weight's products."""
+    return kind_for(weight.scheme, weight.data.dtype, native=native)
+
+
+def kind_for(scheme: Scheme, stored: torch.dtype, *, native: bool) -> Kind:
+    """The kind of products under a scheme; one that may not round as a kernel rounds keeps its activations."""
     grid, activation = scheme.weight, scheme.activation
     constant = grid.cols is None
-    if native and activation is not None and str(weight.data.dtype) == "torch.float8_e4m3fn":
+    if native and activation is not None and stored == torch.float8_e4m3fn:
         if constant and activation.cols is None and activation.rows in (1, None):
             return "row"
         groups = activation.rows == 1 and activation.cols == 128 and not scheme.static
@@ -48,13 +58,38 @@ def plan(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = False
 
 @cache
 def _plan(where: Place, kind: Kind, n: int, k: int, m: int, wide: bool, scale_cols: int) -> Plan:
-    key = (where.arch, kind, size_bucket(n), size_bucket(k), m)
+    key = key_of(where, kind, n, k, m)
     if not wide and kind != "weight_k":
         for rows in (_user_rows(where.card), _shipped_rows()):
             found = rows.get(key)
-            if found is not None and (found.path != "library" or in_library(where, kind, n, k)):
+            if found is not None and runs(where, kind, found, n, k, m, scale_cols=scale_cols):
                 return found
     return formula(where, kind, n, k, m, wide=wide, scale_cols=scale_cols)
+
+
+def key_of(where: Place, kind: Kind, n: int, k: int, m: int) -> Key:
+    """The row of a table that serves a problem."""
+    return (where.arch, kind, size_bucket(n), size_bucket(k), bucket(m))
+
+
+def runs(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: int, *, scale_cols: int = 0) -> bool:
+    """Whether a measured plan can serve this problem, which may be another one of its bucket.
+
+    Tables are measured with N and K multiples of 16. Where K is none, rows are loaded byte by byte, and where N is
+    none, rows of y are stored so: both take other tiles, and TMA cannot.
+    """
+    if chosen.path == "library":
+        return in_library(where, kind, n, k)
+    tiles = -(-n // max(chosen.block_n, 1)) * -(-m // max(chosen.block_m, 1))
+    if k % 16 or (chosen.splits > 1 and tiles > MOST_SPLIT_TILES):
+        return False
+    if chosen.path == "vectors":
+        return m <= 4 and kind in ("row", "weight")
+    if chosen.path == "tokens":
+        return scale_cols % chosen.block_k == 0
+    if chosen.path == "rows":
+        return kind == "row" and n % 16 == 0 and (where.tma or not chosen.tma)
+    return chosen.path == "dense" or (kind == "block" and n % 16 == 0 and chosen.block_n <= 128)
 
 
 def cache_directory() -> Path:
@@ -72,12 +107,12 @@ def forget() -> None:
 
 
 @cache
-def _shipped_rows() -> Mapping[tuple[str, str, int, int, int], Plan]:
+def _shipped_rows() -> Mapping[Key, Plan]:
     return read_table(SHIPPED)[1]
 
 
 @cache
-def _user_rows(card: str) -> Mapping[tuple[str, str, int, int, int], Plan]:
+def _user_rows(card: str) -> Mapping[Key, Plan]:
     path = cache_directory() / USER_FILE
     if not path.is_file():
         return {}
@@ -85,7 +120,7 @@ def _user_rows(card: str) -> Mapping[tuple[str, str, int, int, int], Plan]:
     return rows if header["card"] == card else {}
 
 
-def read_table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, int, int, int], Plan]]:
+def read_table(path: Path) -> tuple[dict[str, Any], dict[Key, Plan]]:
     """A table's header and its plans by (arch, kind, N bucket, K bucket, M bucket).
 
     Raises:
@@ -106,7 +141,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, int, in
     return header, rows
 
 
-def write_table(path: Path, header: Mapping[str, Any], rows: Mapping[tuple[str, str, int, int, int], Plan]) -> None:
+def write_table(path: Path, header: Mapping[str, Any], rows: Mapping[Key, Plan]) -> None:
     """Writes what ``read_table`` reads, in one step, so that no reader sees half a table."""
     names = ("arch", "kind", "n", "k", "m")
     table = {

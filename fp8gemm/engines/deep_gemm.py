@@ -1,0 +1,192 @@
+"""DeepGEMM's products of 128x128-block weights: a package of its own, or the copy that vLLM's wheel carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UnsupportedError
+from ..quantize import encode_ue8m0, quantize
+from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
+from . import triton_mm
+from .base import Engine, Machine, MatmulSpec, Prepared
+from .torch_mm import cropped, padded
+
+ROWS, COLS = 64, 128  # of N and K, for every version: DeepGEMM 1's assertion, which vLLM still follows
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLACES = (("deep_gemm", ""), ("vllm", "third_party/deep_gemm"))
+_ABSENT = (
+    "DeepGEMM 2.2 or newer is not installed for this Python; build it from github.com/deepseek-ai/DeepGEMM "
+    "(PyPI's deep-gemm is 1.0), or pip install 'vllm>=0.20', which carries it"
+)
+_NO_COMPILER = (
+    "DeepGEMM compiles its kernels when they are first used: needs a CUDA toolkit with nvcc in CUDA_HOME, on PATH or "
+    "in /usr/local/cuda (DG_JIT_USE_NVRTC=1 does without nvcc)"
+)
+
+
+class DeepGemmEngine(Engine):
+    """Block scaling through ``deep_gemm.fp8_gemm_nt``, which always adds up in float32 and gives bfloat16.
+
+    ``auto`` never chooses it, because it was not measured here: ask for it with ``engine="deep_gemm"``. The first
+    product of each N and K compiles for seconds, so run the model once before capturing a CUDA graph. N is padded to
+    64 and K to 128 with zeros. On compute capability 10.x DeepGEMM knows scales that are powers of two only, and
+    packs those of the weight again in every call.
+    """
+
+    name = "deep_gemm"
+    tolerance = 8e-3  # Hopper's 14-bit accumulator within 128 products, beside the bfloat16 output
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        reasons = []
+        if machine.device != "cuda":
+            reasons.append(f"runs on cuda only, found {machine.device}")
+        elif machine.capability != (9, 0) and (machine.capability or (0, 0))[0] != 10:
+            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 9.0 or 10.x, found {found}")
+        elif machine.capability != (9, 0) and spec.scheme.scale_format != "ue8m0":
+            reasons.append(f"on compute capability 10.x scales are powers of two (ue8m0), found {spec.scheme}")
+        if "deep_gemm" not in machine.features:
+            reasons.append(_ABSENT)
+        if "nvcc" not in machine.features:
+            reasons.append(_NO_COMPILER)
+        if (spec.scheme.weight, spec.scheme.activation) != (BLOCK_128, GROUP_128):
+            reasons.append(f"scales are 128x128 with 1x128 activations; found {spec.scheme}")
+        if spec.experts:
+            reasons.append(
+                "its grouped products want the tokens of each expert padded to 128, so their counts on the host or a "
+                "padded copy of the longest list"
+            )
+        if spec.compute_dtype not in _DTYPES:
+            reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
+        if spec.weight_dtype != torch.float8_e4m3fn:
+            reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
+        return reasons
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+        if scheme.scale_format == "ue8m0":
+            try:
+                encode_ue8m0(weight.scale)
+            except ValueError as error:  # DeepGEMM would drop their mantissas
+                raise UnsupportedError(f"{scheme}, but the weight's scales are others: {error}") from error
+        n, k = weight.shape
+        return Prepared(
+            engine=self.name,
+            scheme=scheme,
+            n=n,
+            k=k,
+            data=padded(weight.data, ROWS, COLS),
+            scale=weight.scale,
+            input_scale=input_scale,
+            # Row-major with the strides that its shape implies, which DeepGEMM asserts even of a single row.
+            extra=(weight.scale.reshape(-1).view(weight.scale.shape),),
+            dtypes=_DTYPES,
+        )
+
+    def restore(self, prepared: Prepared) -> ScaledTensor:
+        return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        m = x.shape[0]
+        if m == 0 or weight.n == 0 or weight.k == 0:
+            y = x.new_zeros(m, weight.n, dtype=out_dtype)
+        else:
+            rows, cols = weight.data.shape
+            ue8m0 = weight.scheme.scale_format == "ue8m0"
+            wide = x.new_empty(m, rows, dtype=torch.bfloat16)
+            with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current one
+                xq = _quantize(F.pad(x, (0, cols - weight.k)) if cols > weight.k else x, ue8m0=ue8m0)
+                load().fp8_gemm_nt(xq, (weight.data, *weight.extra), wide, disable_ue8m0_cast=not ue8m0)
+            y = wide[:, : weight.n].to(out_dtype)
+        return y if bias is None else y + bias.to(out_dtype)
+
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+        return "deep_gemm fp8_gemm_nt"
+
+
+def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K/128]`` of stride (1, M rounded up to 4).
+
+    Scales that lie so are read as they are; others DeepGEMM copies first (its csrc/jit_kernels/impls/smxx_layout.hpp).
+    """
+    if _has_kernels(x.device):
+        from .triton_kernels.quantize import Rounding, quantize_groups
+
+        fused: tuple[torch.Tensor, torch.Tensor] = quantize_groups(x, Rounding(ue8m0=ue8m0))
+        return fused
+    xq = quantize(x, GROUP_128, scale_format="ue8m0" if ue8m0 else "float32")
+    m, groups = xq.scale.shape
+    scale = xq.scale.new_empty(groups, m + -m % 4).t()[:m]
+    return xq.data, scale.copy_(xq.scale)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether our Triton kernels run there."""
+    present = device.type == "cuda" and (triton_mm.installed() or (0, 0)) >= triton_mm.OLDEST_TRITON
+    return present and not triton_mm.failure(device)
+
+
+def features() -> frozenset[str]:
+    """What a ``Machine`` with an Nvidia card has of DeepGEMM: ``"deep_gemm"`` itself, ``"nvcc"`` to compile for it."""
+    present = {"deep_gemm": find() is not None, "nvcc": _compiles()}
+    return frozenset(name for name, found in present.items() if found)
+
+
+@cache
+def find() -> tuple[str, Path] | None:
+    """DeepGEMM's module name and folder, the user's own before vLLM's; imports neither it nor vLLM."""
+    for package, inside in _PLACES:
+        spec = importlib.util.find_spec(package)
+        for place in (spec and spec.submodule_search_locations) or ():
+            folder = Path(place, inside)
+            # Version 1, which is PyPI's, has no compiled part; vLLM's wheel has one for each of several Pythons.
+            if any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+                return ".".join((package, *Path(inside).parts)), folder
+    return None
+
+
+def _compiles() -> bool:
+    """Whether DeepGEMM will find what it compiles with; looks where it looks (its README, environment variables)."""
+    on_path = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    toolkit = Path(home) if home else Path(on_path).parent.parent if on_path else Path("/usr/local/cuda")
+    if os.environ.get("DG_JIT_USE_NVRTC", "0") not in ("", "0"):
+        return toolkit.is_dir()
+    return Path(os.environ.get("DG_JIT_NVCC_COMPILER") or toolkit / "bin" / "nvcc").is_file()
+
+
+@cache
+def load() -> ModuleType:
+    """DeepGEMM, imported; vLLM's copy under its own name, but without vLLM around it, whose import takes seconds.
+
+    Raises:
+        UnsupportedError: it is not there, or it does not load.
+    """
+    found = find()
+    if found is None:
+        raise UnsupportedError(_ABSENT)
+    name, folder = found
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # another torch, or no CUDA toolkit
+        del sys.modules[name]
+        raise UnsupportedError(f"DeepGEMM in {folder} does not load: {error!r}") from error
+    return module

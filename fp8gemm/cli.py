@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from . import doctor
+import torch
+
+from . import bench, doctor
 from .checkpoint import Checkpoint, convert_checkpoint, open_checkpoint, quantize_checkpoint
 from .errors import CheckpointError, UnsupportedError
 from .scaled import SchemeName
@@ -51,16 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(command.failed(facts))
 
 
+_SOURCE = "a folder, a .safetensors file, an index, or an id on the Hub (owner/name)"
+
+
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a folder, a .safetensors file, an index, or an id on the Hub (owner/name)")
+    parser.add_argument("source", help=_SOURCE)
+    _hub_arguments(parser)
+
+
+def _hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of a repository on the Hub: a branch, a tag or a commit")
     parser.add_argument("--cache-dir", help="where downloads are kept")
     parser.add_argument("--offline", action="store_true", help="use only what was downloaded before")
 
 
-def _opened(arguments: argparse.Namespace) -> Checkpoint:
+def _opened(arguments: argparse.Namespace, source: str | None = None) -> Checkpoint:
     return open_checkpoint(
-        arguments.source, revision=arguments.revision, cache_dir=arguments.cache_dir, offline=arguments.offline
+        source or arguments.source,
+        revision=arguments.revision,
+        cache_dir=arguments.cache_dir,
+        offline=arguments.offline,
     )
 
 
@@ -172,11 +184,67 @@ def _tell_written(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--shapes", type=_listed(_shape), help="weights N x K, by default 4096x4096,28672x4096")
+    weights.add_argument("--model", help=f"with --tune: the shapes and kinds of an FP8 checkpoint, {_SOURCE}")
+    parser.add_argument("--tokens", type=_listed(int), help="values of M, such as 1,16,64")
+    parser.add_argument("--device", type=_device, help="cuda, cuda:1 or cpu; by default cuda where there is a card")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each shape and M")
+    parser.add_argument("--scheme", choices=get_args(SchemeName), help="of weights and activations, by default row")
+    parser.add_argument("--engines", type=_listed(str), help="by default those that auto tries here; auto is one too")
+    parser.add_argument("--tune", action="store_true", help="time plans of the Triton engine, and write its table")
+    parser.add_argument("--kinds", type=_listed(str), help="with --tune: of row, block, weight; by default all")
+    parser.add_argument("--overwrite", action="store_true", help="with --tune: begin the table anew")
+    _hub_arguments(parser)
+
+
+def _listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an argument that is several of ``one``, with commas between them."""
+
+    def listed(text: str) -> list[Any]:
+        return [one(part) for part in text.split(",")]
+
+    listed.__name__ = f"list of {one.__name__.strip('_')}"  # as argparse names it
+    return listed
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, k = text.split("x")
+    return int(n), int(k)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch") from error
+
+
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    other = ("scheme", "engines") if arguments.tune else ("model", "kinds", "overwrite")
+    if wrong := [f"--{name}" for name in other if getattr(arguments, name)]:
+        raise ValueError(f"{', '.join(wrong)} cannot be used {'with' if arguments.tune else 'without'} --tune")
+    names = ("tokens", "device", "seconds", "kinds", "overwrite", "scheme", "engines")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    if not arguments.tune:
+        return bench.bench(arguments.shapes or bench.SHAPES, **given)
+    what = _opened(arguments, arguments.model) if arguments.model else arguments.shapes or bench.SHAPES
+    return bench.tune(what, **given)
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command(
+        help="bfloat16 and every engine side by side; with --tune, the Triton engine's plans for this card",
+        arguments=_bench_arguments,
+        run=_bench,
+        tell=bench.tell,
+        failed=bench.failed,
+    ),
     "inspect": Command(
         help="what a checkpoint holds, and everything suspicious about it",
         arguments=_inspect_arguments,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import BLOCKS, compressed, fp8, scales, write
 
+from fp8gemm.bench import contest, plans
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.cli import main
-from fp8gemm.engines import ENGINES
+from fp8gemm.engines import ENGINES, Machine, MatmulSpec, Prepared, triton_dispatch
+from fp8gemm.engines.cpu import CpuEngine
+from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.engines.triton_mm import TritonEngine
+from fp8gemm.engines.triton_plan import Place, place
 
 
 def folder_of(tmp_path: Path) -> Path:
@@ -107,3 +113,136 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["devices"]["cpu"]["choices"]["row, float32"] == "cpu"
     assert main(["doctor"]) == 0
     assert "row, bfloat16:" in capsys.readouterr().out
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One copy of each weight is enough, and no table but an empty one."""
+    monkeypatch.setattr(contest, "COLD_BYTES", 1)
+    monkeypatch.setattr(triton_dispatch, "cache_directory", lambda: tmp_path)
+
+
+BENCH = ["bench", "--device", "cpu", "--shapes", "64x128,100x60", "--tokens", "1,5", "--seconds", "0.01"]
+
+
+@pytest.mark.usefixtures("_small")
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every product by bfloat16 and by engines, with what each takes and errs; those that reject it say why."""
+    assert main([*BENCH, "--engines", "auto,cpu,reference,triton", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["device"] == "cpu"
+    assert facts["versions"]["torch"] == torch.__version__
+    rows = {(row["n"], row["k"], row["m"], row["name"]): row for row in facts["rows"]}
+    shapes = [(64, 128), (100, 60)]
+    winner = next(row["name"] for row in facts["rows"] if row["auto"])
+    names = {"bf16", "cpu", "reference", "triton", winner}
+    assert set(rows) == {(n, k, m, name) for n, k in shapes for m in (1, 5) for name in names}
+    for (*_, name), row in rows.items():
+        if name == "triton":
+            assert "runs on cuda only, found cpu" in row["note"]
+            assert row["microseconds"] is row["x_bf16"] is row["error"] is None
+        else:
+            assert row["note"] == ""
+            assert row["microseconds"] > 0
+            assert row["error"] < 8e-3
+        if name == "bf16":
+            assert row["x_bf16"] == 1
+    assert main([*BENCH, "--scheme", "block"]) == 0
+    text = capsys.readouterr().out
+    assert "weight 128x128, activation 1x128, bfloat16" in text
+    assert "100 x 60      5  cpu" in text
+
+
+@pytest.mark.usefixtures("_small")
+def test_bench_reports_a_wrong_engine_and_does_not_time_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = CpuEngine.linear
+    monkeypatch.setattr(CpuEngine, "linear", lambda *arguments: right(*arguments) * 1.02)
+    assert main([*BENCH, "--engines", "cpu,reference", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    wrong = [row for row in rows if row["name"] == "cpu"]
+    assert all(row["note"].startswith("wrong by 2.0e-02") and row["microseconds"] is None for row in wrong)
+    assert all(row["microseconds"] for row in rows if row["name"] != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--engines", "cpu,warp"], "engines must be auto or of "),
+        (["--kinds", "row", "--overwrite"], "--kinds, --overwrite cannot be used without --tune"),
+        (["--tune", "--scheme", "row"], "--scheme cannot be used with --tune"),
+        (["--tokens", "0"], "tokens must be at least 1, found 0"),
+        (["--device", "cuda:77"], "cuda:77 is not here"),
+        (["--engines", "triton"], ""),  # it is told why, and nothing but bfloat16 was timed
+    ],
+)
+@pytest.mark.usefixtures("_small")
+def test_bench_cannot(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCH, *more]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model", "m", "--tune"], "argument --model: not allowed with argument --shapes"),
+        (["--tokens", "few"], "argument --tokens: invalid list of int value: 'few'"),
+        (["--shapes", "64"], "argument --shapes: invalid list of shape value: '64'"),
+        (["--device", "abacus"], "'abacus' is no device of torch"),
+    ],
+)
+def test_wrong_arguments_of_bench(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*BENCH, *more])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_tune_without_a_card_ends_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCH, "--tune"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fp8gemm bench: the triton engine cannot be tuned on cpu: runs on cuda only, found cpu")
+    assert main([*BENCH, "--tune", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["kind"] == "UnsupportedError"
+
+
+class OnCard(TritonEngine):
+    """The reference's products, as if on an H200; library products give zeros."""
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        return []
+
+    def place(self, device: torch.device) -> Place:
+        return place((9, 0), card="NVIDIA H200")
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        met = replace(weight, scheme=self.rounds(x.shape[0], weight, x.dtype))
+        y = ReferenceEngine().linear(x, met, bias, out_dtype)
+        return y * 0 if self.plan(x.shape[0], weight, x.dtype).path == "library" else y
+
+
+@pytest.mark.usefixtures("_small")
+def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By shapes, then by a checkpoint; the rows of both stay."""
+    monkeypatch.setattr(plans, "TritonEngine", OnCard)
+    command = ["bench", "--tune", "--device", "cpu", "--seconds", "0.01"]
+    assert main([*command, "--shapes", "64x128,64x100", "--tokens", "3,4,20", "--kinds", "row"]) == 0
+    text = capsys.readouterr().out
+    assert "cpu NVIDIA H200" in text
+    assert "row           64 x 128     32" in text
+    assert "    dropped: library: wrong by 1.0e+00" in text
+    assert "left out: row 64 x 100: N and K must be multiples of 16" in text
+    table = tmp_path / triton_dispatch.USER_FILE
+    assert f"wrote {table}" in text
+    folder = write(tmp_path / "in", {"m.weight": fp8(128, 128), "m.weight_scale_inv": scales(1, 1)}, BLOCKS)
+    assert main([*command, "--model", str(folder), "--tokens", "16", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["kind"], row["n"], row["k"], row["m"]) == ("block", 128, 128, 16)
+    assert {key[1:] for key in triton_dispatch.read_table(table)[1]} == {
+        ("row", 64, 128, 4),
+        ("row", 64, 128, 32),
+        ("block", 128, 128, 16),
+    }

@@ -1,0 +1,79 @@
+"""Where a product is timed, and which: what was asked, checked, and what a number means nothing without."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ..engines import probe
+from ..errors import UnsupportedError
+
+
+def device_of(asked: torch.device | str | None) -> torch.device:
+    """The device that was asked for: the current CUDA card by default, else the CPU.
+
+    Raises:
+        UnsupportedError: it is not there, or is neither a CPU nor a CUDA card.
+    """
+    card = torch.cuda.is_available()
+    device = torch.device(("cuda" if card else "cpu") if asked is None else asked)
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"products are timed on cpu and cuda, found {device}")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if card else 0
+    if (device.index or 0) >= count:
+        raise UnsupportedError(f"{device} is not here: torch finds {count} CUDA cards; cpu is here")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def sizes_of(tokens: Iterable[int]) -> list[int]:
+    """Every M once, in order.
+
+    Raises:
+        ValueError: there is none, or one is below 1.
+    """
+    sizes = sorted(set(tokens))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"tokens must be at least 1, found {sizes[0] if sizes else 'none'}")
+    return sizes
+
+
+def shapes_of(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Every (N, K) once.
+
+    Raises:
+        ValueError: there is none, or a size is below 1.
+    """
+    found = list(dict.fromkeys(shapes))
+    if not found or min(min(shape) for shape in found) < 1:
+        raise ValueError(f"shapes are (N, K), both at least 1; found {found or 'none'}")
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of what makes a product fast or slow."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda} | {
+        name: _version(name) for name in ("triton", "fp8gemm")
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The device, versions and date."""
+    return {
+        "device": str(device),
+        "name": probe(device).name,
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,222 @@
+"""The plans of the Triton engine timed on a card, for the shapes of a model, and the fastest written into its table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..engines import MatmulSpec, probe
+from ..engines import triton_dispatch as dispatch
+from ..engines.triton_mm import TritonEngine
+from ..engines.triton_plan import Kind, Plan, bucket
+from ..engines.triton_tune import TUNED, WORTH_IT, Cell, candidates, describe, held, open_table, stays
+from ..errors import UnsupportedError
+from ..fuse import SiblingLinear
+from ..linear import FP8Linear
+from ..progress import progress
+from ..scaled import SCHEMES
+from ..warm import TOKENS
+from .contest import Entrant, Expectation, Result, Watch, Weights, bf16_entrant, contest, entrant_of, watch_of
+from .place import device_of, facts, shapes_of, sizes_of
+
+FINALISTS = 3  # plans that are timed again, beside the formula's: the fastest of many is partly luck
+
+Problem = tuple[Kind, int, int]  # a kind, N and K
+Source = nn.Module | Checkpoint | Iterable[tuple[int, int]]
+
+
+@torch.no_grad()
+def tune(
+    what: Source,
+    *,
+    tokens: Iterable[int] = TOKENS,
+    kinds: Sequence[Kind] | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    seconds: float = 1.0,
+) -> dict[str, Any]:
+    """Times plans of the Triton engine and writes the fastest into the user's table, which counts at once.
+
+    Each candidate is checked against the float32 product first; the formula's plan stays unless another is at least
+    3 % faster. Rows of the same card that were there stay; what is done is written after every shape. Grouped products
+    of experts have no table. CUDA graphs, and layers outside of ``what`` that ran before, keep their plans.
+
+    Args:
+        what: a model whose ``FP8Linear`` layers, a checkpoint whose FP8 layers, or shapes (N, K) that are to be tuned.
+        tokens: each stands for its bucket, which ends at the next power of two.
+        kinds: ``"row"``, ``"block"``, ``"weight"`` (activations kept); by default all, or those of the layers.
+        overwrite: begin the table anew, whatever it holds.
+        seconds: of timing for each kind, shape and M.
+
+    Raises:
+        UnsupportedError: the Triton engine cannot run here, with its reasons; or a CUDA graph is being captured.
+        ValueError: there is nothing to tune, or the table is another card's.
+    """
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or (started and torch.cuda.is_current_stream_capturing()):
+        raise UnsupportedError("plans cannot be tuned while a CUDA graph is captured or a model compiled; tune before")
+    device = device_of(device)
+    engine = TritonEngine()
+    if reasons := engine.rejects(MatmulSpec(scheme=SCHEMES["weight_only"], n=4096, k=4096), probe(device)):
+        raise UnsupportedError(f"the triton engine cannot be tuned on {device}: {'; '.join(reasons)}")
+    problems, left_out = problems_of(what, kinds, native=engine.place(device).native)
+    found = tune_engine(
+        engine,
+        device,
+        problems,
+        sizes_of(tokens),
+        watches=lambda: watch_of(device),
+        overwrite=overwrite,
+        seconds=seconds,
+    )
+    if isinstance(what, nn.Module):
+        for layer in what.modules():
+            if isinstance(layer, FP8Linear):
+                layer._bound = {}  # calls that were bound with the plans before
+    return {**found, "left_out": left_out}
+
+
+def tune_engine(
+    engine: TritonEngine,
+    device: torch.device,
+    problems: Sequence[Problem],
+    sizes: Iterable[int],
+    *,
+    watches: Callable[[], Watch],
+    overwrite: bool = False,
+    seconds: float = 1.0,
+) -> dict[str, Any]:
+    """``tune`` without questions: these problems, on a device that can, with a watch for each contest."""
+    found = facts(device) | {"name": engine.place(device).card}
+    table = open_table(found["name"], found["versions"], found["date"], overwrite=overwrite)
+    ends = sorted({bucket(m) for m in sizes})
+    cells = [Cell(kind=kind, n=n, k=k, m=m) for (kind, n, k), m in itertools.product(problems, ends)]
+    shown = progress(cells, what="tune", total=len(cells), unit="product")
+    told = []
+    for _, group in itertools.groupby(shown, key=lambda cell: (cell.kind, cell.n, cell.k)):
+        booth: _Booth | None = None
+        rows: dict[dispatch.Key, Plan] = {}
+        for cell in group:
+            booth = booth or _Booth(engine, Weights(cell.n, cell.k, cell.scheme, device))
+            chosen, row = booth.decide(cell, watches, seconds)
+            told.append(row)
+            if chosen is not None:
+                rows[dispatch.key_of(engine.place(device), cell.kind, cell.n, cell.k, cell.m)] = chosen
+        table.add(rows)
+    return {**found, "table": str(table.path), "rows": told}
+
+
+class _Booth:
+    """One weight, its copies for the engine and for bfloat16, and the contests over them."""
+
+    def __init__(self, engine: TritonEngine, weights: Weights) -> None:
+        self.engine, self.weights = engine, weights
+        self.copies, self.dense = weights.prepared(engine), weights.dense()
+
+    def decide(self, cell: Cell, watches: Callable[[], Watch], seconds: float) -> tuple[Plan | None, dict[str, Any]]:
+        """The plan that a cell gets, None where none ran, and what to tell of it."""
+        expectation = Expectation(self.weights.tokens(cell.m), self.weights)
+        where, fast = self.engine.place(expectation.x.device), self.copies[0].fast
+        plans = candidates(where, cell, fast=fast)
+        entrants: dict[Plan | None, Entrant] = {
+            plan: entrant_of(held(self.engine, plan), self.copies, expectation) for plan in plans
+        }
+        entrants[None] = bf16_entrant(self.dense, expectation)
+        first = contest(entrants, watches(), seconds=seconds / 2)
+        ahead = [plan for plan in sorted(first, key=lambda plan: _time(first[plan])) if plan is not None][:FINALISTS]
+        finalists = {plan: entrants[plan] for plan in (*ahead, plans[0], None) if first[plan].seconds is not None}
+        final = {plan: _time(result) for plan, result in contest(finalists, watches(), seconds=seconds / 2).items()}
+        dense = final.pop(None, math.inf)
+        timed = {plan: time for plan, time in final.items() if plan is not None and time < math.inf}
+        chosen = stays(timed, plans[0])
+        row = {
+            **{name: getattr(cell, name) for name in ("kind", "n", "k", "m")},
+            "plan": None if chosen is None else describe(chosen),
+            "formula": describe(plans[0]),
+            "microseconds": _micro(timed.get(chosen)) if chosen else None,
+            "formula_microseconds": _micro(timed.get(plans[0])),
+            "bf16_microseconds": _micro(dense),
+            "candidates": len(plans),
+            "dropped": {describe(plan): result.note for plan, result in first.items() if plan and result.note},
+        }
+        if chosen is None:
+            return None, row
+        return replace(chosen, kept_is_faster=dense <= WORTH_IT * timed[chosen]), row
+
+
+def _time(result: Result) -> float:
+    return math.inf if result.seconds is None else result.seconds
+
+
+def _micro(seconds: float | None) -> float | None:
+    return None if seconds is None or seconds == math.inf else seconds * 1e6
+
+
+def problems_of(what: Source, kinds: Sequence[Kind] | None, *, native: bool) -> tuple[list[Problem], dict[str, str]]:
+    """What is to be tuned, one problem for each row of the table; and what is left out, with its reason.
+
+    Raises:
+        ValueError: a kind has no such name, or nothing is left.
+    """
+    if wrong := [kind for kind in kinds or () if kind not in TUNED]:
+        raise ValueError(f"kinds must be of {', '.join(TUNED)}, found {', '.join(wrong)}")
+    left_out: dict[str, str] = {}
+    rows: dict[tuple[Kind, int, int], Problem] = {}
+    # The largest first: it serves the others of its row.
+    for kind, n, k in sorted(_asked(what, kinds, native), key=lambda asked: (-asked[1] * asked[2], asked)):
+        row = (kind, dispatch.size_bucket(n), dispatch.size_bucket(k))
+        reason = _reason(kind, n, k, native)
+        if not reason and rows.setdefault(row, (kind, n, k)) != (kind, n, k):
+            reason = "shares the plans of {1} x {2}".format(*rows[row])
+        if reason:
+            left_out[f"{kind} {n} x {k}"] = reason
+    if not rows:
+        found = "; ".join(f"{problem}: {reason}" for problem, reason in left_out.items())
+        raise ValueError(f"nothing to tune: {found or 'no FP8 Linears of these kinds'}; give shapes such as 4096x4096")
+    return sorted(rows.values()), left_out
+
+
+def _asked(what: Source, kinds: Sequence[Kind] | None, native: bool) -> set[Problem]:
+    if isinstance(what, nn.Module):
+        layers = [(layer.scheme, _stored(layer), shape) for layer, shape in _linears(what)]
+    elif isinstance(what, Checkpoint):
+        stacked = {name for stack in what.stacks.values() for part in stack.parts for name in part}
+        single = [layer for name, layer in what.layers.items() if name not in stacked and len(layer.shape) == 2]
+        layers = [(layer.scheme, layer.dtype, (layer.shape[0], layer.shape[1])) for layer in single]
+    else:
+        shapes = shapes_of(what)
+        return {(kind, n, k) for kind in kinds or (TUNED if native else ("weight",)) for n, k in shapes}
+    found = {(dispatch.kind_for(scheme, stored, native=native), *shape) for scheme, stored, shape in layers}
+    return {problem for problem in found if kinds is None or problem[0] in kinds}
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[FP8Linear, tuple[int, int]]]:
+    """FP8 Linears and the shape that they are multiplied in: joined siblings have one together."""
+    for layer in model.modules():
+        if isinstance(layer, FP8Linear):
+            group, _ = layer.__dict__.get("_place", (None, 0)) if isinstance(layer, SiblingLinear) else (None, 0)
+            together = [layer] if group is None else group.members
+            yield layer, (sum(member.out_features for member in together), layer.in_features)
+
+
+def _stored(layer: FP8Linear) -> torch.dtype:
+    data = layer._buffers["weight"]
+    return layer.options.weight_dtype if data is None else data.dtype
+
+
+def _reason(kind: Kind, n: int, k: int, native: bool) -> str:
+    """Why a problem has no row in a table; empty if it has one."""
+    if kind not in TUNED:
+        return "scales along K have no table, the formula serves it"
+    if kind != "weight" and not native:
+        return "this card has no FP8 products, its kind is weight"
+    if n % 16 or k % 16:
+        return "N and K must be multiples of 16, the formula serves others"
+    return ""

@@ -26,9 +26,11 @@ from fp8gemm import (
     UnsupportedError,
     dequantize,
     enable_fp8_gemm,
+    fuse_gated,
     probe,
     quantize,
 )
+from fp8gemm.engines import triton_mm
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton_mm import TritonEngine
 from fp8gemm.fuse import fuse_siblings
@@ -258,6 +260,47 @@ def test_warm_layers_compile_nothing_more() -> None:
     for m in (1, 13, 16, 90):
         layer(torch.randn(m, 1536, device=CUDA, dtype=BF16))
     assert len(_compiled) <= known + 1  # 9 to 15 tokens differ from 16 in whether M is a multiple of 16
+
+
+def test_the_card_is_trusted() -> None:
+    assert triton_mm.failure(torch.device("cuda", torch.cuda.current_device())) == ""
+
+
+@torch.no_grad()
+def test_gated_mlps() -> None:
+    """Activation and rounding in one kernel from 65 tokens on, with gate and up joined or not."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(512, 1024), nn.Linear(512, 1024), nn.Linear(1024, 512)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    for scheme in ("row", "block"):
+        model = Mlp().to(device=CUDA, dtype=BF16).requires_grad_(False)
+        options = FP8GemmOptions(engine="triton", scheme=scheme, fp16_weight_storage="discard")  # type: ignore[arg-type]
+        enable_fp8_gemm(model, options=options)
+        xs = [torch.randn(m, 512, device=CUDA, dtype=BF16) for m in (1, 64, 65, 300)]
+        plain = [model(x) for x in xs]
+        assert len(fuse_gated(model).groups) == 1
+        found = [model(x) for x in xs]
+        fuse_siblings(model, [("gate", "up")])
+        found += [model(x.clone()) for _ in range(3) for x in xs]
+        for y, expected in zip(found, plain * 4, strict=True):
+            assert (y - expected).norm() <= 4e-2 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_kept_weight_where_fp8_would_lose() -> None:
+    """256 outputs of 4096 tokens: rounding the tokens costs more than their product gains."""
+    linear = nn.Linear(4096, 256, device=CUDA, dtype=BF16)
+    layer = FP8Linear.from_linear(linear, FP8GemmOptions(engine="triton"))
+    x = torch.randn(4096, 4096, device=CUDA, dtype=BF16)
+    for _ in range(3):
+        assert layer(x).equal(linear(x))
+    assert not layer(x[:16]).equal(linear(x[:16]))
 
 
 def test_joined_siblings_in_a_graph() -> None:

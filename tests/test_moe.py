@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from fp8gemm import FP8Experts, FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, report
+from fp8gemm import ENGINES, FP8Experts, FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, report, warmup
 from fp8gemm.einsum import batched_operands
 from fp8gemm.moe import is_transposed
 
@@ -237,6 +237,22 @@ def test_einsum_over_a_stack(equation: str, x_shape: tuple[int, ...], runs: bool
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
     row = report(model).converted[0]
     assert (row.calls, row.dequantizations) == ((1, 1) if runs else (0, 2))
+
+
+def test_warmup_spreads_tokens_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks of one kind once, for each M, with ends that rise to M."""
+    model = enable_fp8_gemm(nn.ModuleList([Einsum("ebk,enk->ebn", 4, 24, 32) for _ in range(2)]))
+    stack = next(module for module in model.modules() if isinstance(module, FP8Experts))
+    engine = type(ENGINES[stack.engine or ""])
+    real, found = engine.grouped, []
+
+    def grouped(self, x, weight, ends, bias, out_dtype):
+        found.append((x.shape[0], ends.tolist()))
+        return real(self, x, weight, ends, bias, out_dtype)
+
+    monkeypatch.setattr(engine, "grouped", grouped)
+    assert warmup(model, tokens=[8, 2]) == 2
+    assert found == [(2, [0, 1, 1, 2]), (8, [2, 4, 6, 8])]
 
 
 def test_equations_that_are_no_such_product() -> None:

@@ -14,11 +14,14 @@ def multiply_rows(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch's row-wise product of operands that are quantized already; N and K are multiples of 16."""
+    from .triton_kernels import tape
+
     w, w_scale = weight.extra
     if x_scale.numel() != xq.shape[0]:
         x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
     fused = bias if bias is not None and bias.dtype == out_dtype else None
-    y = torch._scaled_mm(xq, w, x_scale, w_scale, bias=fused, out_dtype=out_dtype, use_fast_accum=weight.fast)
+    options = {"bias": fused, "out_dtype": out_dtype, "use_fast_accum": weight.fast}
+    y: torch.Tensor = tape.call(torch._scaled_mm, xq, w, x_scale, w_scale, **options)
     return y if bias is None or fused is not None else y + bias.to(out_dtype)
 
 
@@ -26,20 +29,18 @@ def multiply_blocks(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch's 1x128 by 128x128 product (cuBLASLt, always precise), which takes 4 tokens at a time (vllm#49932)."""
+    from .triton_kernels import tape
+
     w, w_scale = weight.extra
     m = xq.shape[0]
     if m % 4:
         xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
         x_scale = F.pad(x_scale.t(), (0, -m % 4)).t()
-    y = F.scaled_mm(
-        xq,
-        w,
-        scale_a=x_scale,
-        scale_recipe_a=F.ScalingType.BlockWise1x128,
-        scale_b=w_scale,
-        scale_recipe_b=F.ScalingType.BlockWise128x128,
-        output_dtype=torch.bfloat16,
-    )[:m].to(out_dtype)
+    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    y: torch.Tensor = tape.call(
+        F.scaled_mm, xq, w, x_scale, recipes[0], w_scale, recipes[1], output_dtype=torch.bfloat16
+    )
+    y = (y[:m] if m % 4 else y).to(out_dtype)
     return y if bias is None else y + bias.to(out_dtype)
 
 

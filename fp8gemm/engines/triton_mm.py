@@ -101,15 +101,12 @@ class TritonEngine(Engine):
     def bind(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        rows = x.view(-1, weight.k)
-        if self.plan(rows.shape[0], weight, x.dtype).path in ("library", "dense"):  # torch's products, not launches
-            return None
         from .triton_kernels import tape
 
-        fixed = [weight.data, weight.scale, weight.input_scale, bias]
+        fixed = [weight.data, weight.scale, weight.input_scale, *weight.extra, bias]
         return tape.record(
             lambda tokens: self.linear(tokens, weight, bias, out_dtype),
-            rows,
+            x.view(-1, weight.k),
             tuple(tensor for tensor in fixed if tensor is not None),
             (*x.shape[:-1], weight.n),
         )

@@ -150,11 +150,12 @@ def _library(product: Product) -> torch.Tensor:
 
 
 def _dense(product: Product) -> torch.Tensor:
-    from .triton_kernels import w8a16
+    from .triton_kernels import tape, w8a16
 
     x, bias = product.x, product.bias
     w = w8a16.dense(product.weight, x.dtype, native=product.where.decodes)
-    return F.linear(x, w, None if bias is None else bias.to(x.dtype)).to(product.out_dtype)
+    y: torch.Tensor = tape.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
+    return y.to(product.out_dtype)
 
 
 PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(

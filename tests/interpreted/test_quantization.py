@@ -84,7 +84,7 @@ def test_static_scale() -> None:
 def test_rows_too_long_for_registers(gated: bool, rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes over the row give the bits of one."""
     x = special(2, 80, torch.bfloat16)
-    up = torch.randn(2, 80).to(torch.bfloat16) if gated else None
+    up = torch.randn(x.shape).to(torch.bfloat16) if gated else None
     once = kernels.quantize_rows(x, rounding, up=up)
     monkeypatch.setattr(kernels, "LONGEST_ROW", 16)
     twice = kernels.quantize_rows(x, rounding, up=up)

@@ -2,9 +2,10 @@
 # Triton is untyped, and not installed everywhere.
 """A product's launches, noted once and run again on other tensors of the same shapes: nothing is planned or keyed anew.
 
-What a product allocates comes from ``empty``, what it runs goes through ``launch``; both tell the tape that is being
-recorded. An argument is known by the memory it lies in: the activations, something allocated, or the weight. A product
-that uses any other memory is not recorded, so nothing can be replayed on a tensor that is gone.
+What a product allocates comes from ``empty``, what it runs goes through ``launch``, or ``call`` for functions of
+torch's; all tell the tape that is being recorded. An argument is known by the memory it lies in: the activations,
+something allocated, or the weight. A product that uses any other memory is not recorded, so nothing can be replayed on
+a tensor that is gone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     if tape is not None:
         tape.tensors.append(tensor)
     return tensor
+
+
+def call(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``function(*args, **kwargs)``, which allocates its result; noted by the tape that is being recorded."""
+    y = function(*args, **kwargs)
+    tape = recording()
+    if tape is not None:
+        tape.note_call(function, args, kwargs, y)
+    return y
 
 
 def record(
@@ -73,6 +83,17 @@ class Step:
     counters: list[int] = field(default_factory=list)  # arguments
 
 
+@dataclass(eq=False)
+class Call:
+    """One function of torch's: its arguments, the place in memory of those that are put in anew, and its result."""
+
+    run: Callable[..., torch.Tensor]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    tensors: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]]  # (argument, tensor, ...)
+    result: int
+
+
 class Tape:
     """Callable: ``x [..., K]``, contiguous and as aligned as the recorded one, to ``y [..., N]``."""
 
@@ -80,9 +101,9 @@ class Tape:
         self.device, self.on_card, self.fixed = x.device, x.is_cuda, fixed
         self.tensors = [x]  # of the recording: x, then what was allocated
         self.zeros: set[int] = set()  # memory of counters
-        self.steps: list[Step] = []
-        self.made: list[tuple[tuple[int, ...], torch.dtype]] = []
-        self.result = 0
+        self.steps: list[Step | Call] = []
+        self.made: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: what a call gives
+        self.result, self.shape = 0, ()
 
     def note(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """A launch of ``compiled``, None in the interpreter, with all its arguments in order."""
@@ -93,19 +114,41 @@ class Tape:
             step.args.append(self._resolve(step, place, arg))
         self.steps.append(step)
 
+    def note_call(
+        self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor
+    ) -> None:
+        """A call of a function; its keyword arguments are no activations."""
+        noted = Call(run=function, args=[], kwargs=kwargs, tensors=[], result=len(self.tensors))
+        for place, arg in enumerate(args):
+            slot = self._slot(arg) if isinstance(arg, torch.Tensor) else None
+            noted.args.append(arg if slot is None else None)
+            if slot is not None:
+                start = (arg.data_ptr() - self.tensors[slot].data_ptr()) // arg.itemsize
+                noted.tensors.append((place, slot, tuple(arg.shape), arg.stride(), start))
+        for arg in kwargs.values():
+            if isinstance(arg, torch.Tensor) and self._slot(arg) is not None:
+                raise NotReplayable
+        self.steps.append(noted)
+        self.tensors.append(y)
+
+    def _slot(self, tensor: torch.Tensor) -> int | None:
+        """Which of the activations and what was allocated a tensor lies in, None for the weight."""
+        memory = _memory(tensor)
+        slot = next((slot for slot, known in enumerate(self.tensors) if _memory(known) == memory), None)
+        if slot is None and memory not in self.fixed:
+            raise NotReplayable
+        return slot
+
     def _resolve(self, step: Step, place: int, arg: Any) -> Any:
         """An argument as it stays, None where it is put in anew."""
         tensor = getattr(arg, "base", arg)
         if not isinstance(tensor, torch.Tensor):
             return arg
-        memory = _memory(tensor)
-        if memory in self.zeros:
+        if _memory(tensor) in self.zeros:
             step.counters.append(place)
             return None
-        slot = next((slot for slot, known in enumerate(self.tensors) if _memory(known) == memory), None)
+        slot = self._slot(tensor)
         if slot is None:
-            if memory not in self.fixed:
-                raise NotReplayable
             return arg.data_ptr() if tensor is arg else arg
         if tensor is arg:
             step.pointers.append((place, slot, tensor.data_ptr() - self.tensors[slot].data_ptr()))
@@ -120,9 +163,15 @@ class Tape:
         self.result = next((slot for slot, known in enumerate(self.tensors) if known is y), 0)
         if self.result == 0 or not self.steps:
             raise NotReplayable
-        self.made = [(tuple(tensor.shape), tensor.dtype) for tensor in self.tensors[1:]]
-        self.made[self.result - 1] = (shape, y.dtype)
-        self.tensors = []
+        given = {step.result for step in self.steps if isinstance(step, Call)}
+        self.made = [
+            None if slot in given else (tuple(tensor.shape), tensor.dtype)
+            for slot, tensor in enumerate(self.tensors)
+            if slot > 0
+        ]
+        if self.result not in given:
+            self.made[self.result - 1] = (shape, y.dtype)
+        self.tensors, self.shape = [], shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         device, stream = self.device, None
@@ -132,10 +181,16 @@ class Tape:
                     return self(x)
             stream = driver.active.get_current_stream(device.index)
         tensors = [x]
-        for shape, dtype in self.made:
-            tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        for made in self.made:
+            tensors.append(x if made is None else torch.empty(made[0], dtype=made[1], device=device))
         for step in self.steps:
             args = step.args.copy()
+            if isinstance(step, Call):
+                for place, slot, size, stride, start in step.tensors:
+                    tensor = tensors[slot]
+                    args[place] = tensor.as_strided(size, stride, tensor.storage_offset() + start)
+                tensors[step.result] = step.run(*args, **step.kwargs)
+                continue
             for place, slot, offset in step.pointers:
                 args[place] = tensors[slot].data_ptr() + offset
             for place, slot, block in step.descriptors:
@@ -145,7 +200,8 @@ class Tape:
                 for place in step.counters:
                     args[place] = zeros.data_ptr()
             step.run(*args, stream=stream)
-        return tensors[self.result]
+        y = tensors[self.result]
+        return y if y.shape == self.shape else y.view(self.shape)
 
 
 # Counters of split products by (device, stream): zero between launches, as the last program of a tile resets its own.

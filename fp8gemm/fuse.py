@@ -166,10 +166,7 @@ class Group:
         if layer is None:
             return None
         y = layer.forward(x)
-        parts, start = {}, 0
-        for place, member in enumerate(self.members):
-            parts[place] = y.narrow(-1, start, member.out_features)
-            start += member.out_features
+        parts = dict(enumerate(y.split_with_sizes([member.out_features for member in self.members], -1)))
         mine = parts.pop(index)
         given = weakref.ref(x, self._forget)
         self.waiting = (_Given(tensor=given, state=state), parts)
@@ -188,7 +185,7 @@ class Group:
             version = 0
         else:
             version = x._version
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (version, stream, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -253,10 +250,8 @@ class Group:
 
     def _counted(self, index: int, y: torch.Tensor) -> torch.Tensor:
         """Counts the call for the report, under the joined product's kernel."""
-        member = self.members[index]
         assert self.joined is not None
-        member.activity.calls += 1
-        member.activity.kernels.update(set(self.joined.activity.kernels))
+        self.members[index].activity.count(self.joined.activity.latest)
         return y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
@@ -291,7 +286,7 @@ def join(members: Sequence[FP8Linear]) -> FP8Linear:
 
 def share_memory(joined: FP8Linear, members: Sequence[FP8Linear]) -> None:
     """Makes the members' FP8 bytes views of the joined ones, where its engine keeps those as plain rows."""
-    data = joined._buffers["weight"]
+    data = joined._buffers["fp8_weight"]
     assert data is not None
     if tuple(data.shape) != (joined.out_features, joined.in_features) or not data.is_contiguous():
         return

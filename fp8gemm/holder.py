@@ -17,17 +17,18 @@ from .prepared import prepare_for, quantized
 from .product import dense
 from .quick import Bound, Key, Unbound
 from .scaled import FP8GemmOptions, ScaledTensor, Scheme
-from .state import load_weight, save_weight
+from .state import KEYS, load_weight, save_weight
 from .weight import FP8Weight
 
 _LOCK = threading.RLock()  # of quantization, which two threads may ask for at once; one for all layers, as it is rare
-OURS = ("weight", "weight_scale", "input_scale")
+# Not "weight": who moves buffers by name (accelerate) reads the attribute of that name, which is the lazy weight.
+OURS = ("fp8_weight", "weight_scale", "input_scale")
 
 
 class FP8Holder(nn.Module):
     """The storage side of ``FP8Linear`` and ``FP8Experts``.
 
-    The buffers ``weight`` (FP8) and ``weight_scale`` (float32) hold the bytes in the layout of the engine that runs
+    The buffers ``fp8_weight`` and ``weight_scale`` (float32) hold the bytes in the layout of the engine that runs
     them; they are made when wrapping or at the first call, and again when a kept original changes.
     """
 
@@ -48,7 +49,7 @@ class FP8Holder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        home = self._buffers["weight"]
+        home = self._buffers["fp8_weight"]
         if home is not None:
             return home.device
         assert self._original.weight is not None
@@ -57,7 +58,7 @@ class FP8Holder(nn.Module):
     @property
     def materialized(self) -> bool:
         """Whether the FP8 bytes exist."""
-        return self._buffers["weight"] is not None
+        return self._buffers["fp8_weight"] is not None
 
     @property
     def original_weight(self) -> nn.Parameter | None:
@@ -72,7 +73,7 @@ class FP8Holder(nn.Module):
     @property
     def fp8_nbytes(self) -> int:
         """Bytes of the FP8 weight and its scales, 0 before they exist; an engine's layout need not be undone for it."""
-        data, scale = self._buffers["weight"], self._buffers["weight_scale"]
+        data, scale = self._buffers["fp8_weight"], self._buffers["weight_scale"]
         if data is None or scale is None:
             return 0
         return math.prod(self.weight_shape) * data.element_size() + scale.nbytes
@@ -81,7 +82,7 @@ class FP8Holder(nn.Module):
         """The plain FP8 bytes and float32 scales, bit for bit; quantizes first if that is still due."""
         if not self.materialized:
             self.materialize_fp8_weight(self.device)
-        data, scale = self._buffers["weight"], self._buffers["weight_scale"]
+        data, scale = self._buffers["fp8_weight"], self._buffers["weight_scale"]
         assert data is not None
         assert scale is not None
         if self._layout is None:
@@ -94,7 +95,7 @@ class FP8Holder(nn.Module):
     def _current(self, device: torch.device) -> Prepared:
         """The weight as the engine of ``device`` takes it; makes it where that is still due."""
         prepared = self._published
-        if prepared is not None and prepared.data is self._buffers["weight"] and not self._original.changed:
+        if prepared is not None and prepared.data is self._buffers["fp8_weight"] and not self._original.changed:
             if prepared.device == device:
                 return prepared
             if (copied := self._elsewhere.get(device)) is not None:
@@ -119,9 +120,7 @@ class FP8Holder(nn.Module):
             rows = rows.contiguous()
         y = compute(rows, run_dtype)
         if not torch.compiler.is_compiling():
-            self.activity.calls += 1
-            kernel = kernel or ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype)
-            self.activity.kernels[kernel] += 1
+            self.activity.count(kernel or ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype))
         return y.reshape(*x.shape[:-1], prepared.n).to(given)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -162,7 +161,7 @@ class FP8Holder(nn.Module):
         """Forgets what can be made again: the FP8 bytes if the original is kept, else only the engine's views."""
         with _LOCK:
             if self._original.weight is not None:
-                self._buffers.update({"weight": None, "weight_scale": None})
+                self._buffers.update({"fp8_weight": None, "weight_scale": None})
                 self._layout = None
             elif self.materialized:
                 self._hold(self.scaled())
@@ -215,7 +214,7 @@ class FP8Holder(nn.Module):
                 original.version = version
                 self._keep_original(original.weight, quantized=True)
             home = self.device
-            if self._published is None or self._published.data is not self._buffers["weight"]:
+            if self._published is None or self._published.data is not self._buffers["fp8_weight"]:
                 self._publish(self._prepared_on(home))
             assert self._published is not None
             if device == home:
@@ -238,11 +237,11 @@ class FP8Holder(nn.Module):
         """Holds plain bytes and scales; the engine's form of them is made at the next call."""
         self._layout = None
         self._published, self._elsewhere, self._bound = None, {}, {}
-        self._buffers.update({"weight": weight.data, "weight_scale": weight.scale})
+        self._buffers.update({"fp8_weight": weight.data, "weight_scale": weight.scale})
 
     def _publish(self, prepared: Prepared) -> None:
         """Makes an engine's form of the weight what calls use; the last assignment is what other threads see."""
-        self._buffers.update({"weight": prepared.data, "weight_scale": prepared.scale})
+        self._buffers.update({"fp8_weight": prepared.data, "weight_scale": prepared.scale})
         self._layout = prepared.engine
         self._elsewhere, self._bound = {}, {}
         self._published = prepared
@@ -279,7 +278,7 @@ class FP8Holder(nn.Module):
         return self
 
     def _apply_bytes(self, fn: Callable[[torch.Tensor], torch.Tensor], *, moved: bool) -> None:
-        home = self._buffers["weight"]
+        home = self._buffers["fp8_weight"]
         assert home is not None
         # As integers, which casts to a floating dtype leave alone.
         if not moved and fn(home.view(torch.uint8)).data_ptr() == home.data_ptr():
@@ -297,7 +296,8 @@ class FP8Holder(nn.Module):
         state = {**self.__dict__, "_layout": None, "_published": None, "_elsewhere": {}, "_bound": {}}
         if self.materialized:
             plain = self.scaled()
-            state["_buffers"] = {**self._buffers, "weight": plain.data.view(torch.uint8), "weight_scale": plain.scale}
+            data = plain.data.view(torch.uint8)
+            state["_buffers"] = {**self._buffers, "fp8_weight": data, "weight_scale": plain.scale}
             state["_fp8_dtype"] = plain.data.dtype
         return state
 
@@ -305,9 +305,9 @@ class FP8Holder(nn.Module):
         fp8_dtype = state.pop("_fp8_dtype", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if fp8_dtype is not None:
-            code = self._buffers["weight"]
+            code = self._buffers["fp8_weight"]
             assert code is not None
-            self._buffers["weight"] = code.view(fp8_dtype)
+            self._buffers["fp8_weight"] = code.view(fp8_dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         plain = self.scaled()
@@ -326,7 +326,7 @@ class FP8Holder(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        ours = {prefix + name for name in OURS}
+        ours = {prefix + name for name in KEYS}
         rest = {key: value for key, value in state_dict.items() if key.startswith(prefix) and key not in ours}
         held = {name: self._buffers.pop(name) for name in OURS}
         try:

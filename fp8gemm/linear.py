@@ -84,7 +84,7 @@ class FP8Linear(FP8Holder, nn.Linear):
             ("_bound", {}),
         ):
             object.__setattr__(layer, name, value)
-        layer._buffers.update({"weight": None, "weight_scale": None, "input_scale": input_scale})
+        layer._buffers.update({"fp8_weight": None, "weight_scale": None, "input_scale": input_scale})
         if prepared is not None:
             layer._publish(prepared)
         elif weight is not None:
@@ -169,8 +169,7 @@ class FP8Linear(FP8Holder, nn.Linear):
         y = ENGINES[prepared.engine].gated(gates, ups, prepared, bias, gate.dtype)
         if y is None:
             return None
-        self.activity.calls += 1
-        self.activity.kernels[ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype)] += 1
+        self.activity.count(ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype))
         return y.view(*gate.shape[:-1], self.out_features)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -46,7 +46,14 @@ class Activity:
 
     calls: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
+    latest: str = ""  # kernel
     dequantizations: int = 0
+
+    def count(self, kernel: str) -> None:
+        """One call, which ran ``kernel``."""
+        self.calls += 1
+        self.kernels[kernel] += 1
+        self.latest = kernel
 
 
 def tensor_version(weight: torch.Tensor) -> int | None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .checkpoint import give_saving_back, redirect_saving
 from .experts import FP8Experts
 from .linear import FP8Linear
 from .plan import ModuleFilter, Step, plan
@@ -32,6 +33,7 @@ def enable_fp8_gemm(
 
     Each layer stays the same object under the same name, so hooks, shared modules and references of any kind
     survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
+    ``save_pretrained`` of a transformers model writes what ``save_checkpoint`` does from then on.
 
     Args:
         options: see ``FP8GemmOptions``.
@@ -49,11 +51,14 @@ def enable_fp8_gemm(
     options = options or FP8GemmOptions()
     steps = plan(model, options=options, module_filter=module_filter)
     if not inplace:
-        return _converted_copy(model, steps, options)
+        twin = _converted_copy(model, steps, options)
+        redirect_saving(twin)
+        return twin
     _convert_all(steps, options)
     if options.fp16_weight_storage == "discard":
         _return_freed_memory()
     _remember_kept(steps)
+    redirect_saving(model)
     return model
 
 
@@ -65,6 +70,7 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
     """
     rows = []
+    give_saving_back(model)
     for name, module in list(model.named_modules()):
         module.__dict__.pop(KEPT, None)
         plain = getattr(type(module), "_fp8gemm_plain", None)

@@ -112,6 +112,8 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return f"its weight has no elements: {tuple(weight.shape)}"
+    if weight.is_meta and getattr(module.__dict__.get("_hf_hook"), "offload", False):
+        return "its weight is offloaded by accelerate: patch the model before it is offloaded"
     if weight.is_meta or not options.materialize_fp8_on_wrap:
         return ""  # the engine is chosen where the weight will be
     return _engine_reason(name, weight, tuple(weight.shape), options)

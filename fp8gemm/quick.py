@@ -60,7 +60,7 @@ class Bound:
         prepared, bias = self.prepared, self.bias
         return (
             layer._published is prepared
-            and layer._buffers["weight"] is prepared.data
+            and layer._buffers["fp8_weight"] is prepared.data
             and prepared.data.data_ptr() == self.address
             and layer._parameters.get("bias", layer) is bias
             and (bias is None or bias.data_ptr() == self.bias_address)
@@ -69,9 +69,7 @@ class Bound:
         )
 
     def __call__(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        activity = layer.activity
-        activity.calls += 1
-        activity.kernels[self.kernel] += 1
+        layer.activity.count(self.kernel)
         return self.compute(x)
 
 
@@ -104,7 +102,7 @@ def _bind(layer: Layer, x: torch.Tensor) -> Bound | Unbound | None:
     prepared, bias = layer._published, layer._parameters.get("bias", x)
     if (
         prepared is None
-        or prepared.data is not layer._buffers["weight"]
+        or prepared.data is not layer._buffers["fp8_weight"]
         or prepared.device != x.device
         or layer._original.changed
         or bias is x

@@ -9,6 +9,8 @@ import torch
 
 from .scaled import FP8_DTYPES, ScaledTensor, Scheme
 
+KEYS = ("weight", "weight_scale", "input_scale")
+
 
 class Loadable(Protocol):
     """The layer that a weight is loaded into."""

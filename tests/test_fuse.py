@@ -93,8 +93,8 @@ def test_memory_is_not_doubled() -> None:
     for _ in range(2):
         joined(torch.randn(3, 24))
     group = joined[0].q_proj._place[0]
-    data = group.joined._buffers["weight"]
-    storages = {one._buffers["weight"].untyped_storage().data_ptr() for one in group.members}
+    data = group.joined._buffers["fp8_weight"]
+    storages = {one._buffers["fp8_weight"].untyped_storage().data_ptr() for one in group.members}
     assert storages == {data.untyped_storage().data_ptr()}
 
 

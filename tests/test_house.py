@@ -23,9 +23,9 @@ FLOORS = [
     {"holder", "stack"},
     {"linear", "experts"},
     {"report", "plan"},
-    {"patch", "doctor", "fuse", "warm"},
+    {"doctor", "fuse", "warm"},
     {"checkpoint", "gated"},
-    {"bench"},
+    {"patch", "bench"},
     {"__init__"},
     {"cli"},
 ]

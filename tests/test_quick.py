@@ -107,7 +107,7 @@ def _load(layer: FP8Linear) -> None:
 
 def _move_bytes(layer: FP8Linear) -> None:
     """As offloading hooks do it: other memory behind the very buffer."""
-    weight, scale = layer._buffers["weight"], layer._buffers["weight_scale"]
+    weight, scale = layer._buffers["fp8_weight"], layer._buffers["weight_scale"]
     assert weight is not None
     assert scale is not None
     weight.data = weight.data.view(torch.uint8).flip(0).contiguous().view(weight.dtype)

@@ -207,7 +207,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[FP8Linear, tuple[int, int]]]:
 
 
 def _stored(layer: FP8Linear) -> torch.dtype:
-    data = layer._buffers["weight"]
+    data = layer._buffers["fp8_weight"]
     return layer.options.weight_dtype if data is None else data.dtype
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .convert import WriteReport, convert_checkpoint
 from .load import LoadReport, load_checkpoint
+from .pretrained import give_saving_back, redirect_saving
 from .quantized import quantize_checkpoint
 from .read import Checkpoint, open_checkpoint
 from .save import save_checkpoint
@@ -13,8 +14,10 @@ __all__ = [
     "LoadReport",
     "WriteReport",
     "convert_checkpoint",
+    "give_saving_back",
     "load_checkpoint",
     "open_checkpoint",
     "quantize_checkpoint",
+    "redirect_saving",
     "save_checkpoint",
 ]

@@ -21,6 +21,7 @@ from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from .fill import fill, scheme_of, take
 from .places import Place, initialise_transient, places, transient
 from .plan import Step, holds_fp8, nbytes, plan_load, some
+from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
 
 
@@ -111,6 +112,7 @@ def load_checkpoint(
             for place in (*places(model).values(), *transient(model).values()):
                 _move(place, target)
     _note_kept(steps, checkpoint)
+    redirect_saving(model)
     return LoadReport(
         report(model).rows,
         format=checkpoint.format.name,

@@ -16,9 +16,10 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..experts import FP8Experts
 from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
-from ..holder import OURS, FP8Holder
+from ..holder import FP8Holder
 from ..linear import FP8Linear
 from ..scaled import ScaledTensor
+from ..state import KEYS
 from .expert_names import Slice, expert_slices, file_name
 from .write import Piece, write_checkpoint
 
@@ -162,7 +163,7 @@ def _dense(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     holders = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, FP8Holder)]
-    ours = {f"{name}.{own}".strip(".") for name in holders for own in OURS}
+    ours = {f"{name}.{own}".strip(".") for name in holders for own in KEYS}
     for name, tensor in model.state_dict().items():
         if name in ours or not isinstance(tensor, torch.Tensor):
             continue

@@ -1,0 +1,132 @@
+"""``save_pretrained`` of a patched transformers model writes a checkpoint that says it is FP8, or refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from fp8gemm import FP8GemmOptions, FP8Linear, UnsupportedError, disable_fp8_gemm, enable_fp8_gemm, load_checkpoint
+
+TOKENS = torch.arange(11).view(1, 11) % 64
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def same_weights(folder: Path, model: nn.Module) -> bool:
+    """Whether the folder holds exactly the model's FP8 bytes and scales."""
+    with torch.device("meta"):
+        loaded = llama()
+    load_checkpoint(loaded, folder)
+    found, expected = loaded.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    return all(torch.equal(_plain(found[name]), _plain(expected[name])) for name in expected)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+@pytest.mark.parametrize("storage", ["keep", "discard"])
+def test_what_is_written_says_what_it_is(storage: str, tmp_path: Path) -> None:
+    model = enable_fp8_gemm(llama(), options=FP8GemmOptions(fp16_weight_storage=storage))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path, safe_serialization=True, token=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["model_type"] == "llama"
+    assert (tmp_path / "generation_config.json").is_file()
+    assert same_weights(tmp_path, model)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_copies_save_themselves(tmp_path: Path) -> None:
+    model = enable_fp8_gemm(llama())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.up_proj.weight.mul_(2)
+    for name, one in (("model", model), ("twin", twin), ("pickled", pickle.loads(pickle.dumps(twin)))):
+        one.save_pretrained(tmp_path / name)
+        assert same_weights(tmp_path / name, one)
+    assert same_weights(tmp_path / "pickled", twin)
+    assert not same_weights(tmp_path / "model", twin)
+    other = enable_fp8_gemm(llama(), inplace=False)
+    other.save_pretrained(tmp_path / "other")
+    assert same_weights(tmp_path / "other", other)
+
+
+def test_a_model_inside_a_model_and_one_that_was_loaded(tmp_path: Path) -> None:
+    outer = nn.ModuleDict({"llm": llama(), "head": nn.Linear(4, 4)})
+    enable_fp8_gemm(outer)
+    outer["llm"].save_pretrained(tmp_path / "inner")
+    assert same_weights(tmp_path / "inner", outer["llm"])
+    with torch.device("meta"):
+        loaded = llama()
+    load_checkpoint(loaded, tmp_path / "inner")
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_weights(tmp_path / "again", loaded)
+
+
+def test_what_is_not_written_is_refused(tmp_path: Path) -> None:
+    model = enable_fp8_gemm(llama())
+    for refused in ({"push_to_hub": True}, {"state_dict": {"a": 1}}, {"variant": "fp8"}, {"safe_serialization": False}):
+        with pytest.raises(UnsupportedError, match=r"takes no .*fp8gemm.save_checkpoint"):
+            model.save_pretrained(tmp_path, **refused)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_undoing_gives_the_models_own_way_back(tmp_path: Path) -> None:
+    model = llama()
+    enable_fp8_gemm(model)
+    disable_fp8_gemm(model)
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path)
+    assert type(transformers.LlamaForCausalLM.from_pretrained(tmp_path).lm_head) is nn.Linear
+
+
+def test_models_of_diffusers_are_told_what_would_work(tmp_path: Path) -> None:
+    class ModelMixin(nn.Module):
+        def save_pretrained(self, directory: Path) -> None:
+            raise AssertionError("raw FP8 values written as weights")
+
+    ModelMixin.__module__ = "diffusers.models.modeling_utils"
+
+    class Transformer(ModelMixin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+    model = enable_fp8_gemm(Transformer())
+    with pytest.raises(UnsupportedError, match="diffusers reads no FP8 checkpoint"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_dense_part_keeps_its_own_way() -> None:
+    outer = nn.ModuleDict({"llm": llama(), "head": nn.Linear(4, 4)})
+    enable_fp8_gemm(outer, module_filter="head")
+    assert isinstance(outer["head"], FP8Linear)
+    assert "save_pretrained" not in vars(outer["llm"])
+
+
+def test_generating() -> None:
+    model = enable_fp8_gemm(llama())
+    found = model.generate(TOKENS, max_new_tokens=3, do_sample=False)
+    logits = model(found[:, :-1]).logits
+    assert found.shape == (1, 14)
+    assert found[0, -1] == logits[0, -1].argmax()

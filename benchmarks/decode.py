@@ -1,6 +1,6 @@
 """A Llama-like decoder of 1.1 billion random parameters: tokens per second and time to the first token, dense and FP8.
 
-    python benchmarks/decode.py [--dtype bfloat16] [--engines auto,cpu] [--prompt 512] [--new 64] [--save NAME]
+    python benchmarks/decode.py [--dtype bfloat16] [--engines cpu,cpu+joined] [--prompt 512] [--new 64] [--save NAME]
 
 Batch 1, greedy, with a key-value cache. Each phase of each model is timed in turn, ``--repeats`` times, medians.
 """
@@ -18,13 +18,13 @@ import transformers
 from harness import paired_seconds, save, table
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, enable_fp8_gemm, report
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm, fuse_siblings, report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engines", default="cpu")
+    parser.add_argument("--engines", default="cpu,cpu+joined", help="+joined: with fuse_siblings")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -33,9 +33,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     dense = llama(getattr(torch, arguments.dtype))
     models = {"dense": dense}
-    for engine in arguments.engines.split(","):
+    for name in arguments.engines.split(","):
+        engine, _, joined = name.partition("+")
         options = FP8GemmOptions(engine=engine, fp16_weight_storage="discard")
-        models[engine] = enable_fp8_gemm(copy.deepcopy(dense), options=options)
+        models[name] = enable_fp8_gemm(copy.deepcopy(dense), options=options)
+        if joined:
+            fuse_siblings(models[name], share_in_inference_mode=True)
         gc.collect()
     prompt = torch.randint(0, 32000, (1, arguments.prompt))
     first = {name: (lambda m=model: step(m, prompt)) for name, model in models.items()}

@@ -3,9 +3,9 @@
     python benchmarks/host.py [--calls 2000] [--save cpu_host]
 
 nn.Linear and FP8Linear of the ``cpu`` engine are timed whole, on one thread and layers so small that their products
-take next to nothing. Of the ``triton`` engine, where Triton is installed, everything is timed but the launches themselves,
-which need a card: kernels count as compiled, and launching one does nothing. "bound" is a call of a shape that the
-layer has seen before, "first" one that it has not.
+take next to nothing. Of the ``triton`` engine, where Triton is installed, everything is timed but the launches
+themselves, which need a card: kernels count as compiled, and launching one does nothing. "bound" is a call of a shape
+that the layer has seen before, "first" one that it has not.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ AUTO = "fp8gemm auto"
 LARGE = 25e6  # bytes of an FP8 weight from which memory alone should count
 MOST = 0.9  # the share of cells in which the best peer is to be reached
 
-Verdict = dict[
-    str, Any
-]  # goal, cell, wanted, found, met; where there is nothing to compare with found and met are None
+# goal, cell, wanted, found, met; where there is nothing to compare with found and met are None
+Verdict = dict[str, Any]
 
 
 @dataclass(frozen=True)

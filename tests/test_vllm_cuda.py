@@ -128,6 +128,33 @@ def test_quantized_before(name: str, dtype: torch.dtype, static: bool) -> None:
         assert (y.double() - expected).norm() <= engine.tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_bound_calls(with_bias: bool, dtype: torch.dtype) -> None:
+    engine = OnCard()
+    weight = engine.prepare(quantize(torch.randn(48, 64), ROW), SCHEMES["row"])
+    bias = torch.randn(48).to(dtype) if with_bias else None
+    bound = vllm_cuda.bind(torch.empty(2, 3, 64, dtype=dtype), weight, bias, dtype)
+    assert bound is not None
+    for _ in range(2):
+        x = torch.randn(2, 3, 64).to(dtype)
+        assert bound(x).view(6, 48).equal(engine.linear(x.view(6, 64), weight, bias, dtype))
+
+
+def test_calls_that_need_more_than_two_ops_are_not_bound() -> None:
+    engine, x = OnCard(), torch.randn(8, 64).to(BF16)
+    row, static = SCHEMES["row"], Scheme(weight=ROW, activation=ROW, static=True)
+    assert vllm_cuda.bind(x, engine.prepare(quantize(torch.randn(40, 64), ROW), row), None, BF16) is None
+    assert (
+        vllm_cuda.bind(x.float(), engine.prepare(quantize(torch.randn(48, 64), ROW), row), None, torch.float32) is None
+    )
+    assert vllm_cuda.bind(x, engine.prepare(quantize(torch.randn(48, 64), ROW), row), torch.randn(48), BF16) is None
+    scaled = engine.prepare(quantize(torch.randn(48, 64), ROW), static, input_scale=torch.tensor(0.1))
+    assert vllm_cuda.bind(x, scaled, None, BF16) is None
+    block = engine.prepare(quantize(torch.randn(128, 128), BLOCK_128), SCHEMES["block"])
+    assert vllm_cuda.bind(torch.randn(8, 128).to(BF16), block, None, BF16) is None
+
+
 def _dense(weight: ScaledTensor) -> torch.Tensor:
     return weight.data.double() * expand_scale(weight.scale, weight.granularity, weight.shape)
 

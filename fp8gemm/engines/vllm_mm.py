@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,11 @@ class VllmEngine(Engine):
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return None if weight.device.type == "cpu" else vllm_cuda.bind(x, weight, bias, out_dtype)
 
     def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
         return None if weight.device.type == "cpu" else weight.scheme.activation

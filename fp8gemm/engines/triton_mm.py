@@ -93,8 +93,7 @@ class TritonEngine(Engine):
     ) -> torch.Tensor:
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
-            y = x.new_zeros(m, weight.n, dtype=out_dtype)
-            return y if bias is None else y + bias.to(out_dtype)
+            return _nothing(m, weight, bias, out_dtype)
         chosen, where = self.plan(m, weight, x.dtype), self.place(weight.device)
         return PATHS[chosen.path](Product(x=x, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where))
 
@@ -137,6 +136,8 @@ class TritonEngine(Engine):
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         m = x.shape[0]
+        if m == 0 or weight.n == 0 or weight.k == 0:
+            return _nothing(m, weight, bias, out_dtype)
         where = self.place(weight.device)
         kind = dispatch.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
@@ -209,6 +210,12 @@ def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     )
 
 
+def _nothing(m: int, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """The product of nothing, or of no features."""
+    y = torch.zeros(m, weight.n, dtype=out_dtype, device=weight.device)
+    return y if bias is None else y + bias.to(out_dtype)
+
+
 def _rounds_first(chosen: Plan, m: int) -> bool:
     """Whether activations are rounded by a launch of their own."""
     return chosen.path in ("rows", "library") or (chosen.path == "blocks" and m > INLINE_UP_TO)
@@ -244,7 +251,7 @@ def failure(device: torch.device) -> str:
         try:
             y = engine.linear(x[:m].to(torch.bfloat16), layout, None, torch.bfloat16)
         except Exception as error:  # whatever Triton, its compiler or the driver may raise
-            return f"Triton's kernels fail here: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            return f"Triton's kernels fail here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not y.equal(expected[:m]):
             return f"Triton's kernel for {m} tokens gives wrong products here"
     return ""

@@ -36,6 +36,10 @@ class Product:
     where: Place
     x_scale: torch.Tensor | None = None
 
+    @property
+    def operands(self) -> tuple[torch.Tensor, Prepared, torch.Tensor | None, torch.dtype]:
+        return self.x, self.weight, self.bias, self.out_dtype
+
     def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
         """The activations in e4m3, and their scales."""
         return (self.x, self.x_scale) if self.x_scale is not None else quantize(self.x, self.weight, kind)
@@ -66,96 +70,57 @@ def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
 def _vectors(product: Product) -> torch.Tensor:
     from .triton_kernels import w8a16
 
-    plan = product.plan
-    return w8a16.multiply_vectors(
-        product.x,
-        product.weight,
-        product.bias,
-        product.out_dtype,
-        native=product.where.decodes,
-        block_n=plan.block_n,
-        block_k=plan.block_k,
-        splits=plan.splits,
-        warps=plan.warps,
-    )
+    x, weight, bias, out_dtype = product.operands
+    return w8a16.multiply_vectors(x, weight, bias, out_dtype, native=product.where.decodes, **product.plan.tiles)
 
 
 def _tokens(product: Product) -> torch.Tensor:
     from .triton_kernels import w8a16
 
-    plan = product.plan
-    return w8a16.multiply_tokens(
-        product.x,
-        product.weight,
-        product.bias,
-        product.out_dtype,
-        native=product.where.decodes,
-        block_m=plan.block_m,
-        block_n=plan.block_n,
-        block_k=plan.block_k,
-        splits=plan.splits,
-        warps=plan.warps,
-        stages=plan.stages,
-    )
+    x, weight, bias, out_dtype = product.operands
+    return w8a16.multiply_tokens(x, weight, bias, out_dtype, native=product.where.decodes, **product.plan.tiles)
 
 
 def _rows(product: Product) -> torch.Tensor:
     from .triton_kernels import row
 
-    plan = product.plan
+    _, weight, bias, out_dtype = product.operands
     return row.multiply_rows(
         *product.quantized("row"),
-        product.weight,
-        product.bias,
-        product.out_dtype,
-        accumulate="fast" if product.weight.fast else "precise",
-        tma=plan.tma,
+        weight,
+        bias,
+        out_dtype,
+        accumulate="fast" if weight.fast else "precise",
         programs=product.where.multiprocessors,
-        block_m=plan.block_m,
-        block_n=plan.block_n,
-        block_k=plan.block_k,
-        warps=plan.warps,
-        stages=plan.stages,
+        **product.plan.tiles,
     )
 
 
 def _blocks(product: Product) -> torch.Tensor:
     from .triton_kernels import block
 
-    plan = product.plan
-    x, x_scale = product.x, product.x_scale
+    x, weight, bias, out_dtype = product.operands
+    x_scale = product.x_scale
     if x_scale is None and x.shape[0] > INLINE_UP_TO:
         x, x_scale = product.quantized("block")
-    return block.multiply_blocks(
-        x,
-        x_scale,
-        product.weight,
-        product.bias,
-        product.out_dtype,
-        ue8m0=product.weight.scheme.scale_format == "ue8m0",
-        block_m=plan.block_m,
-        block_n=plan.block_n,
-        splits=plan.splits,
-        warps=plan.warps,
-        stages=plan.stages,
-    )
+    ue8m0 = weight.scheme.scale_format == "ue8m0"
+    return block.multiply_blocks(x, x_scale, weight, bias, out_dtype, ue8m0=ue8m0, **product.plan.tiles)
 
 
 def _library(product: Product) -> torch.Tensor:
-    if product.weight.scheme.weight.cols is not None:
-        return triton_library.multiply_blocks(
-            *product.quantized("block"), product.weight, product.bias, product.out_dtype
-        )
-    return triton_library.multiply_rows(*product.quantized("row"), product.weight, product.bias, product.out_dtype)
+    _, weight, bias, out_dtype = product.operands
+    if weight.scheme.weight.cols is not None:
+        return triton_library.multiply_blocks(*product.quantized("block"), weight, bias, out_dtype)
+    return triton_library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
 
 
 def _dense(product: Product) -> torch.Tensor:
     from .triton_kernels import tape, w8a16
 
-    x, bias = product.x, product.bias
-    w = w8a16.dense(product.weight, x.dtype, native=product.where.decodes)
+    x, weight, bias, out_dtype = product.operands
+    w = w8a16.dense(weight, x.dtype, native=product.where.decodes)
     y: torch.Tensor = tape.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
-    return y.to(product.out_dtype)
+    return y.to(out_dtype)
 
 
 PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 # What a problem is to a kernel: FP8 activations a row, or a group of 128; else activations as they are, with scales of
 # the weight that are constant along K, or not.
@@ -39,6 +40,17 @@ class Place:
         return self.arch in ("sm100", "sm103")
 
 
+# What the kernel of a path takes of a plan.
+TILES: Mapping[PathName, tuple[str, ...]] = {
+    "vectors": ("block_n", "block_k", "splits", "warps"),
+    "tokens": ("block_m", "block_n", "block_k", "splits", "warps", "stages"),
+    "rows": ("block_m", "block_n", "block_k", "warps", "stages", "tma"),
+    "blocks": ("block_m", "block_n", "splits", "warps", "stages"),
+    "library": (),
+    "dense": (),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A kernel and its tiles; ``splits`` parts along K, ``stages`` of the software pipeline.
@@ -55,6 +67,11 @@ class Plan:
     stages: int = 1
     tma: bool = False
     kept_is_faster: bool = False
+
+    @property
+    def tiles(self) -> dict[str, Any]:
+        """The arguments that the path's kernel takes of it."""
+        return {name: getattr(self, name) for name in TILES[self.path]}
 
 
 # Bytes of shared memory a program may have, by compute capability (CUDA programming guide, technical specifications).

@@ -12,7 +12,7 @@ from typing import Any
 from ..scaled import SCHEMES, Scheme
 from . import triton_dispatch as dispatch
 from .triton_mm import TritonEngine
-from .triton_plan import Kind, PathName, Place, Plan, formula, precise
+from .triton_plan import TILES, Kind, Place, Plan, formula, precise
 
 MOST = 24  # candidates of one cell; each costs about a second of compiling
 # The formula's plan stays unless another takes at most this part of its time: less is noise.
@@ -22,16 +22,6 @@ TUNED: Mapping[Kind, Scheme] = {
     "row": SCHEMES["row"],
     "block": SCHEMES["block"],
     "weight": SCHEMES["weight_only"],
-}
-
-# What a path's kernel takes of a plan.
-_FIELDS: Mapping[PathName, frozenset[str]] = {
-    "vectors": frozenset({"block_n", "block_k", "splits", "warps"}),
-    "tokens": frozenset({"block_m", "block_n", "block_k", "splits", "warps", "stages"}),
-    "rows": frozenset({"block_m", "block_n", "block_k", "warps", "stages", "tma"}),
-    "blocks": frozenset({"block_m", "block_n", "splits", "warps", "stages"}),
-    "library": frozenset(),
-    "dense": frozenset(),
 }
 # Steps to a neighbour, likeliest first: each field is doubled (1) or halved (-1).
 _STEPS: tuple[Mapping[str, int], ...] = (
@@ -83,7 +73,7 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     cols = cell.scale_cols
     home = formula(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
     starts = {start.path: start for start in (*_starts(where, cell), home)}  # the formula's own where it has that path
-    tiled = sorted((start for start in starts.values() if _FIELDS[start.path]), key=lambda start: start != home)
+    tiled = sorted((start for start in starts.values() if TILES[start.path]), key=lambda start: start != home)
     near = [list(_neighbours(where, start))[: None if start == tiled[0] else _FEW] for start in tiled]
     current = dispatch.plan(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
     ordered = [home, current, *starts.values(), *chain.from_iterable(near)]
@@ -109,7 +99,7 @@ def _starts(where: Place, cell: Cell) -> Iterator[Plan]:
 
 def _neighbours(where: Place, plan: Plan) -> Iterator[Plan]:
     """Plans one step away, with fewer stages where shared memory asks for it."""
-    taken = _FIELDS[plan.path]
+    taken = frozenset(TILES[plan.path])
     for step in _STEPS:
         if taken.issuperset(step):
             sizes = {name: getattr(plan, name) * 2 if up > 0 else getattr(plan, name) // 2 for name, up in step.items()}
@@ -129,7 +119,7 @@ def _fitted(where: Place, plan: Plan) -> Plan:
 
 def shared_bytes(plan: Plan) -> int:
     """Shared memory of a plan's pipeline, nearly: tiles of x and w in every stage, x in bfloat16 for ``tokens``."""
-    if "stages" not in _FIELDS[plan.path]:
+    if "stages" not in TILES[plan.path]:
         return 0
     x_bytes = 2 if plan.path == "tokens" else 1
     return plan.stages * (plan.block_m * x_bytes + plan.block_n) * plan.block_k
@@ -139,7 +129,7 @@ def _fits(where: Place, cell: Cell, plan: Plan) -> bool:
     """Whether a plan can run a cell, and is not absurd for it: idle splits, rows of no tokens, spilling sums."""
     if not dispatch.runs(where, cell.kind, plan, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols):
         return False
-    if not _FIELDS[plan.path]:
+    if not TILES[plan.path]:
         return True
     tiles = -(-cell.n // max(plan.block_n, 1)) * -(-cell.m // max(plan.block_m, 1))
     most = _MOST_SPLITS if tiles <= 4 * where.multiprocessors else 1
@@ -177,7 +167,7 @@ def stays(seconds: Mapping[Plan, float], home: Plan) -> Plan | None:
 
 def describe(plan: Plan) -> str:
     """A plan in a few words: ``rows 128x256x128, 8 warps, 4 stages, TMA``."""
-    taken = _FIELDS[plan.path]
+    taken = TILES[plan.path]
     if not taken:
         return plan.path
     tile = [plan.block_m] * ("block_m" in taken) + [plan.block_n, plan.block_k]

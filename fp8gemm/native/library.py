@@ -116,11 +116,7 @@ class Library:
             ValueError: for another shape, dtype, stride or device.
             MemoryError: for want of workspace.
         """
-        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
-        if wrong:
-            raise ValueError(f"native linear: {'; '.join(wrong)}")
-        problem = _problem(x, data, scale, rows, cols, bias, out)
-        _check(self.functions.fp8gemm_linear(self.level, torch.get_num_threads(), byref(problem)))
+        self.bind(x, data, scale, rows, cols, bias, out)(x.data_ptr(), out.data_ptr())
 
     def bind(
         self,

@@ -236,6 +236,8 @@ def test_activations_quantized_before(name: str, library: bool) -> None:
     weight = quantize(torch.randn(48, 128), scheme.weight, scale_format=scheme.scale_format)
     layout = engine.prepare(weight, scheme, input_scale=static)
     bias = torch.randn(48).to(BF16)
+    empty = quantize(torch.empty(0, 128), engine._rounding(layout))
+    assert engine.linear_quantized(empty, layout, bias, BF16).shape == (0, 48)
     for m in (3, 65, 130):
         x = torch.randn(m, 128).to(BF16)
         rounding = engine.apart(m, layout, BF16)

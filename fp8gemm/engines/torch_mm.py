@@ -115,15 +115,7 @@ class TorchEngine(Engine):
     ) -> torch.Tensor:
         w, w_scale = weight.extra
         xq = quantize(F.pad(x, (0, -weight.k % ALIGNMENT)), ROW)
-        y = torch._scaled_grouped_mm(
-            xq.data, w, xq.scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=weight.fast
-        )[:, : weight.n]
-        token = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
-        if bias is not None:
-            expert = torch.searchsorted(ends, token, right=True).clamp_(max=weight.experts - 1)
-            y = y + bias[expert].to(y.dtype)
-        # torch leaves rows past the last end unwritten.
-        return torch.where((token < ends[-1]).unsqueeze(1), y, 0).to(out_dtype)
+        return multiply_grouped(xq.data, xq.scale, (w, w_scale), weight, ends, bias, out_dtype)
 
     def _row(self, x: torch.Tensor, weight: Prepared, out_dtype: torch.dtype) -> torch.Tensor:
         scheme = weight.scheme
@@ -169,6 +161,28 @@ class TorchEngine(Engine):
 
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
+
+
+def multiply_grouped(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    stack: tuple[torch.Tensor, torch.Tensor],
+    weight: Prepared,
+    ends: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """torch's product of e4m3 tokens ``[T, K]`` with ``stack``: weights ``[E, K, N]`` and scales ``[E, N]``."""
+    w, w_scale = stack
+    y = torch._scaled_grouped_mm(
+        xq, w, x_scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=weight.fast
+    )[:, : weight.n]
+    token = torch.arange(xq.shape[0], device=xq.device, dtype=ends.dtype)
+    if bias is not None:
+        expert = torch.searchsorted(ends, token, right=True).clamp_(max=weight.experts - 1)
+        y = y + bias[expert].to(y.dtype)
+    # torch leaves rows past the last end unwritten.
+    return torch.where((token < ends[-1]).unsqueeze(1), y, 0).to(out_dtype)
 
 
 def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ..scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
 from . import triton_dispatch as dispatch
 from . import triton_library
 from .base import Engine, Machine, MatmulSpec, Prepared
+from .torch_mm import multiply_grouped
 from .triton_paths import INLINE_UP_TO, PATHS, Product, quantize
 from .triton_plan import Place, Plan, grouped_plan, place, precise, quantized_plan
 
@@ -168,10 +169,14 @@ class TritonEngine(Engine):
         kind = dispatch.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
         wide = x.dtype == torch.float32
-        chosen = grouped_plan(where, kind, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
+        chosen = grouped_plan(where, kind, weight.n, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
         scale = None
         if chosen.quantize_first:
             x, scale = quantize(x, weight, kind)
+        if chosen.mode == "library" and scale is not None:
+            w, w_scale = weight.extra
+            scale = scale.expand(tokens, 1).contiguous()  # a static one is one for all
+            return multiply_grouped(x, scale, (w, w_scale.squeeze(-2)), weight, ends, bias, out_dtype)
         return grouped.multiply_grouped(
             x,
             scale,
@@ -182,6 +187,7 @@ class TritonEngine(Engine):
             mode=chosen.mode,
             native=where.decodes if chosen.mode == "weight" else True,
             ue8m0=weight.scheme.scale_format == "ue8m0",
+            accumulate="fast" if weight.fast else "precise",
             block_m=chosen.block_m,
             block_n=chosen.block_n,
             block_k=chosen.block_k,

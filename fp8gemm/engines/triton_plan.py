@@ -236,20 +236,25 @@ def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
 class GroupedPlan:
     """How a grouped product runs: its mode, whether activations are quantized by a launch before it, and its tiles."""
 
-    mode: Literal["weight", "row", "block"]
+    mode: Literal["weight", "row", "block", "library"]
     quantize_first: bool
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    warps: int = 4
+    stages: int = 1
 
 
 def grouped_plan(
-    where: Place, kind: Kind, k: int, tokens: int, experts: int, *, wide: bool = False, scale_cols: int = 0
+    where: Place, kind: Kind, n: int, k: int, tokens: int, experts: int, *, wide: bool = False, scale_cols: int = 0
 ) -> GroupedPlan:
-    """By the mean number of tokens an expert has; up to 16 of them activations stay as they are, as in ``formula``."""
+    """By the mean number of tokens an expert has; up to 16 of them activations stay as they are, as in ``formula``.
+
+    Beyond 64 torch's CUTLASS kernels take rows: published, Triton's lose to such from about there on (vllm#13932).
+    """
     mean = bucket(max(1, tokens // max(experts, 1)))
+    if kind == "row" and mean > 64 and not wide and in_library(where, kind, n, k):
+        return GroupedPlan(mode="library", quantize_first=True)
     unaligned = k % 16 != 0  # loaded byte by byte: small tiles
     block_m, warps = (16, 8) if unaligned else (min(max(mean, 16), 64), 8 if mean >= 64 else 4)
     if kind == "block":

@@ -148,13 +148,15 @@ def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
     scheme = PROBLEMS[problem]
-    engine = Elsewhere(capability=capability).engine()
+    engine = Elsewhere(capability=capability, library=False).engine()
     for (experts, n, k), mean in itertools.product([(8, 4096, 2048), (256, 512, 7168), (3, 36, 60)], (1, 16, 64, 512)):
         x = torch.empty(experts * mean, k, dtype=torch.bfloat16, device="meta")
         ends = torch.empty(experts, dtype=torch.int32, device="meta")
         weight = engine.prepare_stack(_weight(scheme, experts, n, k), scheme)
-        calls = lambda x=x, w=weight, e=ends: engine.grouped(x, w, e, None, torch.bfloat16)  # noqa: E731
-        _check(recorded(calls, monkeypatch), capability, seen)
+        for accumulate in ("fast", "precise"):
+            own = replace(weight, accumulate=accumulate)
+            calls = lambda x=x, w=own, e=ends: engine.grouped(x, w, e, None, torch.bfloat16)  # noqa: E731
+            _check(recorded(calls, monkeypatch), capability, seen)
     assert seen
 
 

@@ -12,7 +12,7 @@ from stage import AMPERE, HOPPER, OnCard
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, MatmulSpec, ScaledTensor, Scheme, quantize
 from fp8gemm.engines import Prepared, triton_mm
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_plan import GroupedPlan
+from fp8gemm.engines.triton_plan import GroupedPlan, grouped_plan
 
 CPU = torch.device("cpu")
 SCHEMES = {
@@ -48,6 +48,53 @@ def expected(x: torch.Tensor, weight: ScaledTensor, ends: list[int], bias: torch
         w = conformance._dense(ScaledTensor(weight.data[expert], weight.scale[expert], weight.granularity))
         y[start:end] = x[start:end].double() @ w.t() + (0 if bias is None else bias[expert].double())
     return y
+
+
+def _scaled_grouped_mm(a, b, a_scale, b_scale, *, offs, out_dtype, use_fast_accum):
+    """What torch's does on a card: rows past the last end are left as they come."""
+    (tokens, k), (experts, _, n) = a.shape, b.shape
+    assert a.is_contiguous()
+    assert b.transpose(-2, -1).is_contiguous()
+    assert (a_scale.shape, b_scale.shape) == ((tokens,), (experts, n))
+    assert a_scale.is_contiguous()
+    assert b_scale.is_contiguous()
+    assert (n % 16, k % 16, offs.dtype) == (0, 0, torch.int32)
+    y = torch.full((tokens, n), float("nan"), dtype=torch.float64)
+    for expert, (start, end) in enumerate(zip([0, *offs.tolist()], offs.tolist(), strict=False)):
+        y[start:end] = (a[start:end].double() * a_scale[start:end, None]) @ (b[expert].double() * b_scale[expert])
+    return y.to(out_dtype)
+
+
+@pytest.mark.parametrize("spread", list(SPREADS))
+@pytest.mark.parametrize("static", [False, True])
+def test_torchs_grouped_product(static: bool, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind our quantization, where each expert has many tokens."""
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", _scaled_grouped_mm)
+    monkeypatch.setattr(
+        triton_mm, "grouped_plan", lambda *args, **more: GroupedPlan(mode="library", quantize_first=True)
+    )
+    scheme, (ends, tokens) = replace(SCHEMES["row"], static=static), SPREADS[spread]
+    weight = stack(scheme, 3, 32, 144)
+    x = conformance._integer_tokens(tokens, MatmulSpec(scheme=scheme, n=32, k=144), scheme, CPU)
+    bias = torch.randint(-3, 4, (3, 32)).to(torch.bfloat16)
+    engine = OnCard(HOPPER)
+    layout = engine.prepare_stack(weight, scheme)
+    if static:
+        layout, x = replace(layout, input_scale=torch.tensor(2.0)), x.clamp(-3, 3)
+    y = engine.grouped(x, layout, torch.tensor(ends, dtype=torch.int32), bias, torch.bfloat16)
+    found = expected(x, weight, ends, None)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        found[start:end] = found[start:end].to(torch.bfloat16).double() + bias[expert].double()
+    assert y.equal(found.to(torch.bfloat16))
+
+
+def test_many_tokens_an_expert_are_torchs() -> None:
+    many = {"n": 256, "k": 256, "tokens": 8 * 65, "experts": 8}
+    assert grouped_plan(HOPPER, "row", **many).mode == "library"
+    assert grouped_plan(HOPPER, "row", **{**many, "n": 250}).mode == "row"
+    assert grouped_plan(HOPPER, "row", **{**many, "tokens": 8 * 64}).mode == "row"
+    assert grouped_plan(HOPPER, "block", **many).mode == "block"
+    assert grouped_plan(AMPERE, "weight", **many).mode == "weight"
 
 
 @pytest.mark.parametrize("spread", list(SPREADS))

@@ -17,6 +17,7 @@ from ..base import Prepared
 from .block import round_group
 from .launch import divide_up, launch
 from .parts import decode, format_of
+from .row import PROMOTION, Accumulate
 from .tape import empty
 
 
@@ -31,6 +32,7 @@ def multiply_grouped(
     mode: str,
     native: bool,
     ue8m0: bool = False,
+    accumulate: Accumulate = "fast",
     block_m: int,
     block_n: int,
     block_k: int,
@@ -42,6 +44,7 @@ def multiply_grouped(
     Args:
         mode: ``"weight"`` multiplies floating x as it is; ``"row"`` takes e4m3 x with ``x_scale [T, 1]`` or ``[1, 1]``;
             ``"block"`` quantizes 128 features at a time, or takes e4m3 x and its M-major ``x_scale [T, K / 128]``.
+        accumulate: as in ``row``; blocks are always precise.
     """
     tokens, k = x.shape
     n, experts = weight.n, weight.experts
@@ -62,6 +65,7 @@ def multiply_grouped(
         "EVEN_K": k % block_k == 0,
         "HAS_BIAS": bias is not None,
         "FORMAT": decoding,
+        "PROMOTION": min(PROMOTION, block_k) if accumulate == "precise" and mode == "row" else 0,
     }
     scales, pitch = (weight.scale, 0) if x_scale is None else (x_scale, x_scale.stride(1))
     given = y if bias is None else bias
@@ -119,6 +123,7 @@ def grouped_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
+    PROMOTION: tl.constexpr,
 ):
     # Neighbours share an expert's tile of w through the L2 cache.
     tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
@@ -148,7 +153,7 @@ def grouped_kernel(
                     a = tl.load(x_row[:, None] + (start + step)[None, :], mask=inside[None, :], other=0.0)
                     b = tl.load(w_row[None, :] + (start + step)[:, None], mask=inside[:, None], other=0.0)
                 if MODE == "row":
-                    total = tl.dot(a, b, total)
+                    total = tl.dot(a, b, total, max_num_imprecise_acc=PROMOTION if PROMOTION > 0 else None)
                 else:
                     if INLINE:
                         a, s = round_group(a, UE8M0)

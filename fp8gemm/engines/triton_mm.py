@@ -15,8 +15,8 @@ from . import triton_dispatch as dispatch
 from . import triton_library
 from .base import Engine, Machine, MatmulSpec, Prepared
 from .torch_mm import multiply_grouped
-from .triton_paths import INLINE_UP_TO, PATHS, Product, quantize
-from .triton_plan import Place, Plan, grouped_plan, place, precise, quantized_plan
+from .triton_paths import PATHS, Product, quantize
+from .triton_plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
 
 OLDEST_TRITON = (3, 6)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -131,7 +131,8 @@ class TritonEngine(Engine):
             return rounding if _rounds_first(self.plan(max(m, 1), weight, dtype), m) else None
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
 
-        return rounding if guard_or_false(m > INLINE_UP_TO) else None
+        few = AS_THEY_ARE_UP_TO if rounding.cols is None else INLINE_UP_TO
+        return rounding if guard_or_false(m > few) else None
 
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -185,7 +186,7 @@ class TritonEngine(Engine):
             None if bias is None else bias.contiguous(),
             out_dtype,
             mode=chosen.mode,
-            native=where.decodes if chosen.mode == "weight" else True,
+            native=where.native,
             ue8m0=weight.scheme.scale_format == "ue8m0",
             accumulate="fast" if weight.fast else "precise",
             block_m=chosen.block_m,

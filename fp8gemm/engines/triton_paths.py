@@ -12,12 +12,10 @@ import torch.nn.functional as F
 
 from . import triton_library
 from .base import Prepared
-from .triton_plan import Kind, PathName, Place, Plan
+from .triton_plan import INLINE_UP_TO, Kind, PathName, Place, Plan
 
 if TYPE_CHECKING:
     from .triton_kernels.quantize import Rounding
-
-INLINE_UP_TO = 64  # tokens of a block product that are quantized inside it; more are quantized once, not by every tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,14 @@ def _vectors(product: Product) -> torch.Tensor:
     from .triton_kernels import w8a16
 
     x, weight, bias, out_dtype = product.operands
-    return w8a16.multiply_vectors(x, weight, bias, out_dtype, native=product.where.decodes, **product.plan.tiles)
+    return w8a16.multiply_vectors(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
 
 
 def _tokens(product: Product) -> torch.Tensor:
     from .triton_kernels import w8a16
 
     x, weight, bias, out_dtype = product.operands
-    return w8a16.multiply_tokens(x, weight, bias, out_dtype, native=product.where.decodes, **product.plan.tiles)
+    return w8a16.multiply_tokens(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
 
 
 def _rows(product: Product) -> torch.Tensor:
@@ -118,7 +116,7 @@ def _dense(product: Product) -> torch.Tensor:
     from .triton_kernels import tape, w8a16
 
     x, weight, bias, out_dtype = product.operands
-    w = w8a16.dense(weight, x.dtype, native=product.where.decodes)
+    w = w8a16.dense(weight, x.dtype, native=product.where.native)
     y: torch.Tensor = tape.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
     return y.to(out_dtype)
 

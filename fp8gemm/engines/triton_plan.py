@@ -14,22 +14,23 @@ Kind = Literal["row", "block", "weight", "weight_k"]
 PathName = Literal["vectors", "tokens", "rows", "blocks", "library", "dense"]
 
 LARGEST_M = 16384  # more tokens change nothing
+# Tokens that a product takes as they are, or, under block scales, quantizes inside: there every tile along N quantizes
+# its tokens again, which for more of them costs more than a launch (sm_90: 20 instructions a weight at 32).
+AS_THEY_ARE_UP_TO, INLINE_UP_TO = 64, 16
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Place:
     """What of a card decides; one object a device, so that looking a plan up compares nothing.
 
-    ``native``: multiplies e4m3. ``decodes``: turns e4m3 into bfloat16, which compute capability 8.9 cannot. ``tma``:
-    has tensor memory accelerators. ``shared``: bytes of shared memory a program may have. ``library``: kinds for which
-    torch has an FP8 product here.
+    ``native``: multiplies and decodes e4m3. ``tma``: has tensor memory accelerators. ``shared``: bytes of shared memory
+    a program may have. ``library``: kinds for which torch has an FP8 product here.
     """
 
     arch: str
     card: str = ""
     multiprocessors: int = 132
     native: bool = True
-    decodes: bool = True
     tma: bool = True
     shared: int = 227 * 1024
     library: frozenset[Kind] = frozenset()
@@ -92,7 +93,6 @@ def place(
         card=card,
         multiprocessors=multiprocessors,
         native=capability >= (8, 9),
-        decodes=capability >= (9, 0),
         tma=capability >= (9, 0),
         shared=_SHARED_KIB.get(capability, 99) * 1024,
         library=frozenset(library),
@@ -123,7 +123,7 @@ def _kept_is_faster(chosen: Plan, n: int, k: int, m: int) -> bool:
     """By the floors of both products: only a launch of its own for quantization can make FP8 lose, where N is small."""
     if chosen.path == "dense":
         return True  # the same product after one more pass over the weight
-    if chosen.path in ("vectors", "tokens") or (chosen.path == "blocks" and m <= 64):
+    if chosen.path in ("vectors", "tokens") or (chosen.path == "blocks" and m <= INLINE_UP_TO):
         return False
     products = 2 * m * n * k
     bf16 = max(products / BF16_FLOPS, 2 * (m * k + n * k + m * n) / BYTES_PER_SECOND)
@@ -136,9 +136,11 @@ def _formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool, sc
         if m >= 512 and in_library(where, kind, n, k) and not wide:
             return Plan(path="library")
         return _blocks(where, n, k, m)
-    if m <= 4 and kind != "weight_k":
+    # Without tensor cores 4 tokens take 16 instructions a weight, one takes 4.4; with them up to 16 tokens take 3.3, or
+    # 5.4 where decoding has no instruction of its own (compiled with Triton 3.6).
+    if kind != "weight_k" and (m <= 4 if wide else m == 1 and where.native):
         return _vectors(where, n, k, m)
-    if kind == "row" and (m > 64 or wide):
+    if kind == "row" and (m > AS_THEY_ARE_UP_TO or wide):
         if m >= 128 and in_library(where, kind, n, k) and not wide:
             return Plan(path="library")
         return _rows(where, n, k, m)
@@ -179,20 +181,23 @@ def _vectors(where: Place, n: int, k: int, m: int) -> Plan:
 
 
 def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int) -> Plan:
-    largest = 32 if where.tensor_memory else 64  # sums come out of tensor memory all at once
+    largest = 64 if where.arch == "sm90" else 32  # 64 spill where there is no instruction of Hopper's for them
     block_m, block_n, block_k = min(max(m, 16), largest), 64, 32 if wide or k % 16 else 128
     while scale_cols and scale_cols % block_k:
         block_k //= 2
     splits = _splits(where, -(-m // block_m) * -(-n // block_n), -(-k // block_k), at_least=4)
-    # Scales along K keep a second set of sums: from tensor memory 32 rows of them spill with 4 warps (Triton 3.6).
-    two_sums = where.tensor_memory and block_m == 32 and scale_cols > 0
+    # Decoding is what costs beside memory. Instructions a weight, compiled with Triton 3.6 for sm_90: two warps along N
+    # decode each weight once, 8 bytes at a time (3.4 and 4.2 for 16 and 32 tokens); four at 64 tokens share Hopper's
+    # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers do not suffice.
+    tight = wide or (block_m > 16 and n % 16)
+    warps = 8 if k % 16 else (4 if block_m == 64 else 2) * (2 if tight else 1)
     return Plan(
         path="tokens",
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
         splits=splits,
-        warps=8 if block_m == 64 or k % 16 or two_sums else 4,
+        warps=warps,
         stages=2 if wide else 4,
     )
 
@@ -218,17 +223,21 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
 
 
 def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
-    """Tiles of vLLM's tuned tables for an H200: 64 x 128 from M = 256, narrower below; the largest take 8 warps."""
+    """Tiles of vLLM's tuned tables for an H200, 64 x 128, beyond 64 tokens; the largest take 8 warps.
+
+    Below, what costs fewest instructions a weight, compiled for sm_90: 64 rows for Hopper's own FP8 instruction, even
+    for fewer tokens (2.0; 16 or 32 rows are multiplied in float16), and 16 x 128 where the tokens are quantized inside,
+    so that few tiles do it again (4.7; 16 x 64 takes 7.6).
+    """
     if k % 16:
         return Plan(path="blocks", block_m=16, block_n=32, block_k=128, warps=8, stages=1)
     if m > 64:
         large = m >= 1024 and where.shared >= 163 * 1024
         block_m, warps = (128, 8) if large else (64, 4 if n % 16 == 0 else 8)
         return Plan(path="blocks", block_m=block_m, block_n=128, block_k=128, warps=warps, stages=3)
-    block_m = max(m, 16)
-    block_n = 32 if block_m == 64 else 64  # 64 x 64 keeps more of x in registers than there are
+    block_m, block_n = (16, 128) if m <= INLINE_UP_TO else (64, 64)
     splits = _splits(where, -(-n // block_n), -(-k // 128), at_least=4)
-    warps = 8 if where.tensor_memory and block_m == 64 else 4
+    warps = 4 if block_m == 16 or (where.arch == "sm90" and n % 16 == 0) else 8
     return Plan(path="blocks", block_m=block_m, block_n=block_n, block_k=128, splits=splits, warps=warps, stages=3)
 
 
@@ -256,12 +265,13 @@ def grouped_plan(
     if kind == "row" and mean > 64 and not wide and in_library(where, kind, n, k):
         return GroupedPlan(mode="library", quantize_first=True)
     unaligned = k % 16 != 0  # loaded byte by byte: small tiles
-    block_m, warps = (16, 8) if unaligned else (min(max(mean, 16), 64), 8 if mean >= 64 else 4)
+    # Tiles as in ``_blocks`` and ``_tokens``.
+    block_m, warps = (16, 8) if unaligned else (16, 4) if mean <= INLINE_UP_TO else (64, 4)
     if kind == "block":
-        block_n = 32 if unaligned else 64
+        block_n = 32 if unaligned else 128 if block_m == 16 else 64
         return GroupedPlan(
             mode="block",
-            quantize_first=mean > 64,
+            quantize_first=mean > INLINE_UP_TO,
             block_m=block_m,
             block_n=block_n,
             block_k=128,
@@ -278,7 +288,7 @@ def grouped_plan(
         block_m=block_m,
         block_n=128 if rounds and not unaligned else 64,
         block_k=32 if unaligned and not rounds else block_k,
-        warps=warps,
+        warps=2 if block_m == 16 and not (unaligned or rounds or wide or scale_cols) else warps,
         stages=1 if unaligned else 3,
     )
 

@@ -91,7 +91,7 @@ def _starts(where: Place, cell: Cell) -> Iterator[Plan]:
     if m <= 512:
         yield formula(where, "weight_k", n, k, min(m, 64), scale_cols=cell.scale_cols)
     if m <= 4:
-        yield formula(where, "weight", n, k, m)
+        yield formula(where, "weight", n, k, m, wide=True)  # float32 takes vectors for up to 4 tokens
     yield Plan(path="library")
     if m >= 128:
         yield Plan(path="dense")
@@ -137,14 +137,14 @@ def _fits(where: Place, cell: Cell, plan: Plan) -> bool:
     if plan.path == "vectors":
         sums = cell.m * plan.block_n * plan.block_k / (32 * max(plan.warps, 1))
         return splits_fit and sums <= _SUMS and plan.block_n >= 1 and plan.block_k >= 128 and 1 <= plan.warps <= 8
-    smallest = 64 if plan.path == "rows" else 16  # rows of a matrix instruction
+    smallest = 16 if plan.path == "tokens" else 64  # rows of a matrix instruction
     return (
         splits_fit
         and 16 <= plan.block_m <= max(cell.m, smallest)
         and 16 <= plan.block_n <= 256
         and 32 <= plan.block_k <= 256
         and plan.block_m * plan.block_n <= (_SUMS // 2 if plan.path == "blocks" else _SUMS) * 32 * plan.warps
-        and 4 <= plan.warps <= 8
+        and 2 <= plan.warps <= 8
         and 1 <= plan.stages <= _MOST_STAGES
         and shared_bytes(plan) <= where.shared
     )

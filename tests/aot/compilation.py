@@ -41,12 +41,16 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What ptxas made of a kernel: registers a thread, bytes that left them, shared memory, matrix instructions."""
+    """What ptxas made of a kernel: registers a thread, bytes that left them, shared memory, matrix instructions.
+
+    ``slow`` counts conversions from float16 to bfloat16, which run at a quarter of the rate of others.
+    """
 
     registers: int
     spills: int
     shared: int
     matrix: tuple[str, ...]
+    slow: int
 
 
 def recorded(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
@@ -78,6 +82,7 @@ def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
     return Compiled(
         **_resources(binary.asm["cubin"]),
         shared=binary.metadata.shared,
+        slow=len(re.findall(r"\bF2F\.BF16\.F16", _assembly(binary.asm["cubin"]))),
         matrix=tuple(
             sorted(set(re.findall(r"\b(?:Q|H|I)G?MMA[\w.]*|\bUTC\w*MMA[\w.]*", _assembly(binary.asm["cubin"]))))
         ),

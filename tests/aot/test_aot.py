@@ -99,6 +99,7 @@ def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object
         floating = {arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor)}
         assert compiled.spills == 0, f"{capability} {launch.name}: {compiled}"
         assert compiled.shared <= limit, f"{capability} {launch.name}: {compiled}"
+        assert compiled.slow == 0, f"{capability} {launch.name}: {compiled}"
         product = any(name in launch.kernel.__name__ for name in MATRIX_KERNELS) and "ROWS" not in launch.constants
         if product and launch.args[0] is not None and torch.float32 not in {_dtype(launch.args[0])}:
             assert compiled.matrix, f"{capability} {launch.name}: no matrix instruction, {floating}"

@@ -64,7 +64,14 @@ def _cast_impl(builder: InterpreterBuilder, source: TensorHandle, to: tl.dtype) 
     return _cast(builder, source, to)
 
 
+def _fma(builder: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """One rounding, of float32 operands, whose product float64 holds."""
+    wide = x.data.astype(numpy.float64) * y.data.astype(numpy.float64) + z.data.astype(numpy.float64)
+    return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
 InterpreterBuilder.create_fp_to_fp = _convert
+InterpreterBuilder.create_fma = _fma
 InterpreterBuilder.cast_impl = _cast_impl
 InterpreterBuilder.create_dot = _dot
 InterpreterBuilder.create_fmul = _fmul

@@ -254,10 +254,11 @@ def test_activations_quantized_before(name: str, library: bool) -> None:
 def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
     engine = OnCard(replace_library(HOPPER))
     layout = engine.prepare(quantize(torch.randn(40, 256), scheme.weight), scheme)
-    for m in (64, 70):
+    few = 16 if scheme is BLOCK else 64  # so few tokens are not rounded by a launch of their own
+    for m in (few, few + 6):
         gate, up = torch.randn(m, 512).to(BF16).split(256, dim=1)
         y = engine.gated(gate, up, layout, None, FP32)
-        assert (y is None) == (m == 64)  # so few tokens are not rounded by a launch of their own
+        assert (y is None) == (m == few)
         if y is not None:
             product = quantize(torch.nn.functional.silu(gate.float()) * up.float(), engine._rounding(layout))
             expected = dequantize(product) @ dequantize(engine.restore(layout)).t()

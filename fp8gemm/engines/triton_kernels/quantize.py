@@ -122,9 +122,15 @@ def scale_of(amax, bound, BOUNDED: tl.constexpr, UE8M0: tl.constexpr):
 def encode(value, scale, dtype: tl.constexpr):
     """``value / scale`` rounded to ``dtype``, saturating; what is not finite becomes NaN.
 
-    ``tl.clamp`` turns NaN into a bound, so NaN is put back after it.
+    The division is that by a reciprocal, one for all that share a scale, and its remainder, which rounds as a division
+    does (Markstein, 1990) in 3 instructions an element where ``div_rn`` takes about 15. Bounds come first, so that no
+    quotient overflows; they turn NaN into numbers, so it is put back at the end.
     """
-    quotient = tl.clamp(tl.div_rn(value, scale), -_LARGEST, _LARGEST)
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    bound = scale * _LARGEST
+    inside = tl.minimum(tl.maximum(value, -bound), bound)
+    quotient = inside * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, scale, inside), reciprocal, quotient)
     return tl.where(finite(value), quotient, float("nan")).to(dtype)
 
 

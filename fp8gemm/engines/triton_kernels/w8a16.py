@@ -4,7 +4,7 @@
 
 Reference: ``ReferenceEngine`` under a weight-only scheme. A product split along K goes through a workspace and is added
 up by the last program of each tile in a fixed order: no atomics on values, the same bits at every call. ``native`` says
-whether the card itself decodes e4m3 into bfloat16 (compute capability 9.0 and newer).
+whether the card itself decodes e4m3 into bfloat16 (compute capability 8.9 and newer).
 """
 
 from __future__ import annotations

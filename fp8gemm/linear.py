@@ -13,7 +13,7 @@ from .engines import ENGINES, Prepared
 from .holder import OURS, FP8Holder
 from .original import Activity, Original
 from .prepared import prepare_for, quantized
-from .product import dense, jit_tracing, multiply
+from .product import dense, jit_tracing, multiply, wants_derivative
 from .quick import KEPT_KERNEL, UNBOUND, Bound, notice
 from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .weight import FP8Weight
@@ -157,8 +157,8 @@ class FP8Linear(FP8Holder, nn.Linear):
         if not alike or {gate.dtype, up.dtype} != {self.compute_dtype} or gate.shape[-1:] != (self.in_features,):
             return None
         bias, kind = self.bias, gate.device.type
-        needs = gate.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
-        if torch.is_autocast_enabled(kind) or (torch.is_grad_enabled() and needs) or gate.numel() == 0:
+        needs = wants_derivative(gate, bias) or wants_derivative(up, None)
+        if torch.is_autocast_enabled(kind) or needs or gate.numel() == 0:
             return None
         prepared = self._current(gate.device)
         if gate.dtype not in prepared.dtypes or self.faster_kept(gate, bias, prepared) is not None:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from .engines import ENGINES, Prepared, restore
 from .quantize import dequantize, quantize
@@ -17,10 +18,16 @@ from .scaled import Accumulate, Granularity, ScaledTensor, Scheme
 
 def multiply(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """``y [M, N] = x [M, K] @ w.T + bias [N]``, differentiable in ``x`` and ``bias``; the weight is frozen."""
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants_derivative(x, bias):
         y: torch.Tensor = _Product.apply(x, bias, weight, out_dtype)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, weight, bias, out_dtype)
+
+
+def wants_derivative(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether autograd has to see a product; inside ``forward_ad.dual_level`` it then says that it cannot."""
+    backwards = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return backwards or forward_ad._current_level >= 0
 
 
 def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:

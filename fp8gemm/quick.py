@@ -15,6 +15,7 @@ from torch import nn
 
 from .engines import ENGINES, Prepared
 from .original import Activity, Original
+from .product import wants_derivative
 
 Key = tuple[torch.Size, torch.dtype, torch.device]
 SHAPES = 32  # that a layer keeps bound; one more and it starts again
@@ -74,13 +75,10 @@ class Bound:
 
 
 class Unbound:
-    """A call that no engine makes shorter."""
-
-    def fits(self, layer: Layer, x: torch.Tensor) -> bool:
-        return False
+    """A call that goes the long way."""
 
 
-UNBOUND = Unbound()
+UNBOUND = Unbound()  # no engine makes it shorter
 SEEN = Unbound()  # once
 
 
@@ -130,6 +128,6 @@ def _plain(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> bool:
     return (
         x.is_contiguous()
         and x.data_ptr() % ALIGNMENT == 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not wants_derivative(x, bias)
         and not torch.is_autocast_enabled(kind)
     )

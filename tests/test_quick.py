@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, quick
 from fp8gemm.engines import ENGINES, Engine, Prepared
@@ -178,6 +179,16 @@ def test_a_trained_bias_gets_its_gradient(engine: Binding) -> None:
     layer(x).sum().backward()
     assert layer.bias.grad is not None
     assert layer.bias.grad.eq(4).all()
+
+
+def test_forward_mode_derivatives_are_refused_not_lost(engine: Binding) -> None:
+    layer = layer_of(dtype=torch.float32)
+    x, along = torch.randn(4, 64), torch.randn(4, 64)
+    for _ in range(3):
+        layer(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
+        layer(forward_ad.make_dual(x, along))
+    assert layer(x).equal(long_way(layer, x))
 
 
 def test_casting_the_layer_casts_its_calls(engine: Binding) -> None:

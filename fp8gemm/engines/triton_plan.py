@@ -165,10 +165,10 @@ def in_library(where: Place, kind: Kind, n: int, k: int) -> bool:
     return kind in where.library and n % multiple == 0 and k % multiple == 0
 
 
-def _splits(where: Place, tiles: int, steps: int, *, at_least: int) -> int:
-    """Parts along K that make about two programs a multiprocessor, each of ``at_least`` steps: 1, 2, 4 or 8."""
+def _splits(where: Place, tiles: int, steps: int, *, at_least: int, programs: int = 2) -> int:
+    """Parts along K that make about ``programs`` a multiprocessor, each of ``at_least`` steps: 1, 2, 4 or 8."""
     splits = 1
-    while splits < 8 and 3 * tiles * splits < 4 * where.multiprocessors and steps >= 2 * splits * at_least:
+    while splits < 8 and 3 * tiles * splits < 2 * programs * where.multiprocessors and steps >= 2 * splits * at_least:
         splits *= 2
     return splits
 
@@ -185,7 +185,9 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
     block_m, block_n, block_k = min(max(m, 16), largest), 64, 32 if wide or k % 16 else 128
     while scale_cols and scale_cols % block_k:
         block_k //= 2
-    splits = _splits(where, -(-m // block_m) * -(-n // block_n), -(-k // block_k), at_least=4)
+    # Two warps leave a multiprocessor idle where four do not, and parts of 16 tokens are small.
+    tiles, programs = -(-m // block_m) * -(-n // block_n), 4 if block_m == 16 else 2
+    splits = _splits(where, tiles, -(-k // block_k), at_least=4, programs=programs)
     # Decoding is what costs beside memory. Instructions a weight, compiled with Triton 3.6 for sm_90: two warps along N
     # decode each weight once, 8 bytes at a time (3.4 and 4.2 for 16 and 32 tokens); four at 64 tokens share Hopper's
     # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers do not suffice.

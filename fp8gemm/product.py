@@ -60,7 +60,7 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
     compiling = torch.compiler.is_compiling()
     if engine.traceable or not (compiling or jit_tracing()):
         return engine.linear(x, weight, bias, out_dtype)
-    rounding = engine.apart(x.shape[0], weight, x.dtype) if compiling else None
+    rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None
     if rounding is not None:  # as plain operations, which the compiler fuses with those before them
         static = weight.input_scale if weight.scheme.static else None
@@ -81,6 +81,13 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
         out_dtype,
     )
     return y
+
+
+def _more_than(m: int, few: int) -> bool:
+    """Whether there are more than ``few`` tokens; where their number is symbolic, a guard, and no if it cannot be."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
+
+    return bool(guard_or_false(m > few))
 
 
 @torch.library.custom_op("fp8gemm::linear", mutates_args=())

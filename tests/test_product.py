@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear, Granularity, ScaledTensor, dequantize, product
-from fp8gemm.engines import ENGINES, Prepared
+import fp8gemm
+from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize, product
+from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.engines.triton_mm import TritonEngine
+from fp8gemm.engines.triton_plan import place
 
 BEYOND = 8
 
@@ -27,10 +30,9 @@ class Apart(ReferenceEngine):
         scheme = self.rounds(x.shape[0], weight)
         return super().linear(x, replace(weight, scheme=scheme), bias, out_dtype)
 
-    def apart(self, m, weight: Prepared, dtype) -> Granularity | None:
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-        return weight.scheme.activation if guard_or_false(m > BEYOND) else None
+    def prepare(self, weight, scheme, *, input_scale=None):
+        prepared = super().prepare(weight, scheme, input_scale=input_scale)
+        return replace(prepared, apart=scheme.activation, few=BEYOND)
 
     def linear_quantized(self, x: ScaledTensor, weight, bias, out_dtype):
         unrounded = replace(weight, scheme=weight.scheme.weight_only())
@@ -54,7 +56,9 @@ class Graphs:
 @pytest.fixture(autouse=True)
 def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(product, "ENGINES", {**ENGINES, "reference": Apart()})
+    engines = {**ENGINES, "reference": Apart()}
+    for room in (product, fp8gemm.engines):
+        monkeypatch.setattr(room, "ENGINES", engines)
 
 
 def layer_of(scheme: str = "row", **more: object) -> FP8Linear:
@@ -122,3 +126,28 @@ def test_jit_tracing_records_the_product() -> None:
     for m in (20, 33):
         x = torch.randn(m, 256)
         torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", ["row", "block"])
+def test_the_triton_engine_is_traced_without_a_card(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of its dispatch is looked into, which reads files and asks drivers."""
+    monkeypatch.setattr(TritonEngine, "place", lambda engine, device: place((9, 0)))
+    monkeypatch.setattr(TritonEngine, "rejects", lambda engine, spec, machine: [])
+    linear = nn.Linear(512, 64, dtype=torch.bfloat16).requires_grad_(False)
+    options = FP8GemmOptions(engine="triton", scheme=scheme, fp16_weight_storage="discard")  # type: ignore[arg-type]
+    layer = FP8Linear.from_linear(linear, options)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+
+        def run(*given: object) -> tuple[torch.Tensor]:
+            x = next(one for one in given if isinstance(one, torch.Tensor) and one.shape[1:] == (512,))
+            return (torch.zeros(x.shape[0], 64),)
+
+        return run
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for m in (7, 3, 100, 16, 700):
+        assert compiled(torch.randn(m, 512, dtype=torch.bfloat16)).shape == (m, 64)
+    assert ["amax" in names for names in graphs] == [False, True]

@@ -33,9 +33,6 @@ class OnCard(VllmEngine):
     restore = staticmethod(vllm_cuda.restore)
     linear = staticmethod(vllm_cuda.linear)
 
-    def apart(self, m, weight, dtype):
-        return weight.scheme.activation
-
 
 def _cutlass(y: Any, a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any) -> None:
     (m, k), n = a.shape, b.shape[1]
@@ -120,8 +117,8 @@ def test_quantized_before(name: str, dtype: torch.dtype, static: bool) -> None:
     bias = torch.randn(n).to(dtype)
     for m in (1, 5, 8):
         x = torch.randn(m, k).to(dtype)
-        rounding = engine.apart(m, weight, dtype)
-        y = engine.linear_quantized(quantize(x, rounding, scale=input_scale), weight, bias, dtype)
+        assert weight.few == 0
+        y = engine.linear_quantized(quantize(x, weight.apart, scale=input_scale), weight, bias, dtype)
         assert y.equal(engine.linear(x, weight, bias, dtype))
         rounded = ReferenceEngine().rounded(x, weight).double()
         expected = rounded @ _dense(engine.restore(weight)).t() + bias.double()

@@ -60,7 +60,9 @@ class Prepared:
 
     ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
     tensors derived from them that the kernel takes (views, padded or expanded scales). ``scheme`` is what the engine
-    really does: its ``activation`` is None where activations stay as they are.
+    really does: its ``activation`` is None where activations stay as they are. ``apart`` is how ``linear`` rounds more
+    than ``few`` tokens before its product, where ``linear_quantized`` takes them so rounded: torch.compile traces these
+    values and no method of an engine, so it sees the rounding and fuses it into what comes before.
     """
 
     engine: str
@@ -73,6 +75,8 @@ class Prepared:
     extra: tuple[torch.Tensor, ...] = ()
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
     accumulate: Accumulate = "auto"
+    apart: Granularity | None = None
+    few: int = 0
     experts: int = 0
     parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
 
@@ -140,17 +144,10 @@ class Engine(ABC):
         """
         return None
 
-    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
-        """How ``linear`` rounds ``m`` tokens before its product, where ``linear_quantized`` takes them so rounded.
-
-        torch.compile then sees the rounding and fuses it into what comes before. ``m`` may be symbolic.
-        """
-        return None
-
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        """``linear`` of activations that were rounded as ``apart`` said."""
+        """``linear`` of activations that were rounded as ``weight.apart`` says."""
         raise NotImplementedError(f"engine {self.name} rounds activations inside its product")
 
     def gated(

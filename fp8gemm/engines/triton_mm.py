@@ -35,7 +35,10 @@ class TritonEngine(Engine):
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         if weight.device.type == "cuda" and (problem := failure(weight.device)):
             raise UnsupportedError(problem)
-        return _layout(weight, scheme, input_scale)
+        layout = _layout(weight, scheme, input_scale)
+        rounding = self._rounding(layout)
+        few = INLINE_UP_TO if rounding == GROUP_128 else AS_THEY_ARE_UP_TO
+        return replace(layout, apart=rounding, few=few)
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
         if weight.device.type == "cuda" and (problem := failure(weight.device)):
@@ -122,17 +125,6 @@ class TritonEngine(Engine):
         return PATHS[chosen.path](
             Product(x=x, x_scale=scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
         )
-
-    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
-        rounding = self._rounding(weight)
-        if rounding is None:
-            return None
-        if isinstance(m, int):
-            return rounding if _rounds_first(self.plan(max(m, 1), weight, dtype), m) else None
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
-
-        few = AS_THEY_ARE_UP_TO if rounding.cols is None else INLINE_UP_TO
-        return rounding if guard_or_false(m > few) else None
 
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype

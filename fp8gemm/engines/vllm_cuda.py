@@ -71,6 +71,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         scale=weight.scale,
         input_scale=input_scale,
         extra=(data.t(), kernel_scale),
+        apart=scheme.activation,
     )
 
 

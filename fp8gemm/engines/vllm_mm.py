@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ..scaled import Granularity, ScaledTensor, Scheme
+from ..scaled import ScaledTensor, Scheme
 from . import vllm_cpu, vllm_cuda
 from .base import Engine, Machine, MatmulSpec, Prepared
 
@@ -72,9 +72,6 @@ class VllmEngine(Engine):
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None if weight.device.type == "cpu" else vllm_cuda.bind(x, weight, bias, out_dtype)
-
-    def apart(self, m: int, weight: Prepared, dtype: torch.dtype) -> Granularity | None:
-        return None if weight.device.type == "cpu" else weight.scheme.activation
 
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype

@@ -84,7 +84,13 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
 
 
 def _more_than(m: int, few: int) -> bool:
-    """Whether there are more than ``few`` tokens; where their number is symbolic, a guard, and no if it cannot be."""
+    """Whether there are more than ``few`` tokens.
+
+    Where their number is symbolic that is a guard, and a no where there can be none. An exported program has one graph,
+    in which the engine decides when it runs, unless it decides alike for all.
+    """
+    if torch.compiler.is_exporting():
+        return few == 0
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
 
     return bool(guard_or_false(m > few))

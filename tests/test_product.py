@@ -104,6 +104,16 @@ def test_two_graphs_serve_every_number_of_tokens() -> None:
     assert len(graphs.seen) == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_serves_every_number_of_tokens(strict: bool) -> None:
+    layer = layer_of().eval()
+    shapes = ({0: torch.export.Dim("m", max=1000)},)
+    exported = torch.export.export(layer, (torch.randn(40, 256),), dynamic_shapes=shapes, strict=strict).module()
+    for m in (3, 40, 700):
+        x = torch.randn(m, 256)
+        assert exported(x).equal(layer(x)), m
+
+
 def test_inductor_and_gradients() -> None:
     model = nn.Sequential(nn.LayerNorm(256), layer_of()).requires_grad_(False)
     compiled = torch.compile(model, fullgraph=True)

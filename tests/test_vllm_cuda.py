@@ -115,7 +115,7 @@ def test_quantized_before(name: str, dtype: torch.dtype, static: bool) -> None:
     scheme = Scheme(weight=scheme.weight, activation=scheme.activation, static=static)
     weight = engine.prepare(quantize(torch.randn(n, k), scheme.weight), scheme, input_scale=input_scale)
     bias = torch.randn(n).to(dtype)
-    for m in (1, 5, 8):
+    for m in (0, 1, 5, 8):
         x = torch.randn(m, k).to(dtype)
         assert weight.few == 0
         y = engine.linear_quantized(quantize(x, weight.apart, scale=input_scale), weight, bias, dtype)

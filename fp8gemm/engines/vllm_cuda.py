@@ -121,6 +121,8 @@ def linear_quantized(
     x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     m, k = x.shape
+    if m == 0:
+        return x.scale.new_empty(0, weight.n, dtype=out_dtype)
     w, _ = weight.extra
     block = weight.scheme.activation == GROUP_128
     rows = -m % 4 if block else 0

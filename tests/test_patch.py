@@ -177,6 +177,13 @@ def test_from_linear_leaves_the_linear_alone() -> None:
     assert layer.bias is linear.bias
 
 
+@pytest.mark.parametrize("storage", ["keep", "discard"])
+def test_a_converted_copy_is_ready_before_its_first_call(storage: str) -> None:
+    options = FP8GemmOptions(fp16_weight_storage=storage)  # type: ignore[arg-type]
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)), options=options, inplace=False)
+    assert all(row.engine for row in report(model).converted)
+
+
 def test_optimizers_see_only_what_trains() -> None:
     model = enable_fp8_gemm(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
     assert [name for name, _ in model.named_parameters()] == ["0.bias", "1.weight", "1.bias"]

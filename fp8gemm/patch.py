@@ -124,7 +124,7 @@ def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) ->
     result = copy.deepcopy(model, memo)
     for layer in result.modules():
         if isinstance(layer, FP8Linear) and layer.materialized and layer.device.type != "meta":
-            layer.materialize_fp8_weight()  # a copy holds plain bytes: the engine's form of them now, not at its first call
+            layer.materialize_fp8_weight()  # a copy holds plain bytes; the engine's form of them is made now
     stacked = [step for step in steps if step.converts and step.stack]
     for step in progress(stacked, what="quantizing experts to FP8", total=len(stacked)):
         owner, _, _ = step.name.rpartition(".")

@@ -48,4 +48,4 @@ class Held(OnCard):
 
 def prepared(weight: ScaledTensor, scheme: Scheme) -> Prepared:
     """A weight as the kernels' launchers take it."""
-    return TritonEngine().prepare(weight, scheme)
+    return OnCard().prepare(weight, scheme)

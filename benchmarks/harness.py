@@ -6,15 +6,16 @@ import argparse
 import datetime
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fp8gemm import probe
+from fp8gemm.bench.contest import medians
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,14 +37,8 @@ def paired_seconds(
     """Median seconds of each candidate, called in turn so that a noisy moment meets all of them alike."""
     for call in candidates.values():
         call()
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    deadline = time.perf_counter() + seconds
-    for turn in range(most):
-        for name, call in candidates.items():
-            samples[name].append(clock(call))
-        if turn + 1 >= least and time.perf_counter() > deadline:
-            break
-    return {name: statistics.median(values) for name, values in samples.items()}
+    watches = {name: partial(clock, call) for name, call in candidates.items()}
+    return medians(watches, seconds=seconds, most=most, least=least)
 
 
 def facts() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .engines import ENGINES
 from .holder import OURS, FP8Holder
-from .original import Activity, Original
+from .original import Activity, Original, renamed_subclass
 from .prepared import prepare_for, quantized
 from .product import dense, multiply
 from .scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
@@ -198,19 +198,9 @@ def stacked_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     def stack_property(name: str) -> property:
         return property(lambda owner: owner._modules[name].lazy())
 
-    def reduce(owner: nn.Module, protocol: Any) -> Any:
-        get_state = getattr(owner, "__getstate__", None)  # every object has it from Python 3.11 on
-        return (_rebuild, (base, names), owner.__dict__ if get_state is None else get_state())
-
     members: dict[str, Any] = {name: stack_property(name) for name in names}
-    members |= {
-        "_fp8gemm_base": base,
-        "_fp8gemm_stacks": names,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (base,), members)
+    members |= {"_fp8gemm_base": base, "_fp8gemm_stacks": names}
+    return renamed_subclass(base, members, _rebuild, base, names)
 
 
 def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .fuse import Fused
 from .linear import FP8Linear
+from .original import renamed_subclass
 
 Names = tuple[str, str, str]  # of the children gate, up and down
 
@@ -44,6 +45,14 @@ def fuse_gated(model: nn.Module) -> Fused:
             module.__class__ = gated_class(kind, names)
             groups.append(full)
     return Fused(tuple(groups), refused)
+
+
+def split_gated(model: nn.Module) -> None:
+    """Gives every MLP that ``fuse_gated`` found its own code back."""
+    for module in model.modules():
+        plain = getattr(type(module), "_fp8gemm_plain", None)
+        if plain is not None:
+            module.__class__ = plain
 
 
 class _Tracer(fx.Tracer):
@@ -96,18 +105,7 @@ def gated_class(base: Any, names: Names) -> type[nn.Module]:
             return down.gated(gate(args[0]), up(args[0]))
         return base.forward(module, *args, **kwargs)
 
-    def reduce(module: nn.Module, protocol: Any) -> Any:
-        get_state = getattr(module, "__getstate__", None)  # every object has it from Python 3.11 on
-        return (_rebuild, (base, names), module.__dict__ if get_state is None else get_state())
-
-    members = {
-        "forward": forward,
-        "_fp8gemm_plain": base,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (base,), members)
+    return renamed_subclass(base, {"forward": forward, "_fp8gemm_plain": base}, _rebuild, base, names)
 
 
 def _rebuild(base: Any, names: Names) -> nn.Module:

@@ -56,6 +56,17 @@ class Activity:
         self.latest = kernel
 
 
+def renamed_subclass(base: Any, members: dict[str, Any], rebuild: Callable[..., Any], *key: Any) -> type[Any]:
+    """A subclass of ``base`` under its name and from its module; pickle makes an instance by ``rebuild(*key)``."""
+
+    def reduce(instance: Any, protocol: Any) -> Any:
+        get_state = getattr(instance, "__getstate__", None)  # every object has it from Python 3.11 on
+        return (rebuild, key, instance.__dict__ if get_state is None else get_state())
+
+    own = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**members, **own})
+
+
 def tensor_version(weight: torch.Tensor) -> int | None:
     """How often a tensor was written to, as autograd counts; tensors made in inference mode are not counted."""
     return None if weight.is_inference() else weight._version

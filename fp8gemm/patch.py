@@ -13,6 +13,7 @@ from torch import nn
 
 from .checkpoint import give_saving_back, redirect_saving
 from .experts import FP8Experts
+from .gated import split_gated
 from .linear import FP8Linear
 from .plan import ModuleFilter, Step, plan
 from .progress import progress
@@ -71,11 +72,9 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
     """
     rows = []
     give_saving_back(model)
+    split_gated(model)
     for name, module in list(model.named_modules()):
         module.__dict__.pop(KEPT, None)
-        plain = getattr(type(module), "_fp8gemm_plain", None)
-        if plain is not None:
-            module.__class__ = plain  # of fuse_gated
         if not isinstance(module, (FP8Linear, FP8Experts)):
             continue
         shape, size = module.weight_shape, math.prod(module.weight_shape) * module.compute_dtype.itemsize

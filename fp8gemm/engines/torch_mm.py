@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         scale = weight.scale
         extra: tuple[torch.Tensor, ...]
         if scheme.weight == BLOCK_128:
-            extra = (data.t(), _block_scales(scale))
+            extra = (data.t(), block_scales(scale))
         else:
             row_scale = scale
             if scheme.weight.by_row:
@@ -149,18 +149,23 @@ class TorchEngine(Engine):
         w, w_scale = weight.extra
         # cuBLASLt takes 4 tokens at a time (vllm#49932); rows of zeros are cut off again by the caller.
         xq = quantize(F.pad(x, (0, w.shape[0] - weight.k, 0, -x.shape[0] % 4)), GROUP_128)
-        return F.scaled_mm(
-            xq.data,
-            w,
-            scale_a=xq.scale.t().contiguous().t(),
-            scale_recipe_a=F.ScalingType.BlockWise1x128,
-            scale_b=w_scale,
-            scale_recipe_b=F.ScalingType.BlockWise128x128,
-            output_dtype=torch.bfloat16,
-        ).to(out_dtype)
+        return multiply_blocks(xq.data, w, xq.scale.t().contiguous().t(), w_scale).to(out_dtype)
 
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
+
+
+def multiply_blocks(xq: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """torch's product (cuBLASLt, always precise) of e4m3 tokens and ``w [K, N]``, scales as it reads them; bfloat16."""
+    return F.scaled_mm(
+        xq,
+        w,
+        scale_a=x_scale,
+        scale_recipe_a=F.ScalingType.BlockWise1x128,
+        scale_b=w_scale,
+        scale_recipe_b=F.ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
 
 
 def multiply_grouped(
@@ -227,9 +232,9 @@ def from_fnuz(data: torch.Tensor) -> torch.Tensor:
     return torch.where(code == 0x80, 0x7F, code).view(torch.float8_e4m3fn)
 
 
-def _block_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scales [N/128, K/128] as cuBLASLt reads them: [K/128 rounded up to 4, N/128], each column contiguous."""
-    return F.pad(scale, (0, -scale.shape[1] % 4)).t()
+def block_scales(scale: torch.Tensor) -> torch.Tensor:
+    """Scales [..., N/128, K/128] as cuBLASLt reads them: [K/128 rounded up to 4, N/128], each column contiguous."""
+    return F.pad(scale, (0, -scale.shape[-1] % 4)).transpose(-2, -1)
 
 
 def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:

@@ -22,7 +22,7 @@ from .triton_plan import Kind, PathName, Place, Plan, bucket, formula, in_librar
 
 SHIPPED = Path(__file__).with_name("triton_table.json")
 USER_FILE = "triton_table.json"
-MOST_SPLIT_TILES = 4096  # as many as a split product has counters, see triton_kernels/tape.py
+MOST_SPLIT_TILES = 4096  # each has a counter of its own; a product of more needs no split
 
 Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 

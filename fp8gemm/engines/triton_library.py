@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..quantize import expand_scale
 from ..scaled import ScaledTensor
+from . import torch_mm
 from .base import Prepared
 
 
@@ -28,7 +29,7 @@ def multiply_rows(
 def multiply_blocks(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """torch's 1x128 by 128x128 product (cuBLASLt, always precise), which takes 4 tokens at a time (vllm#49932)."""
+    """torch's 1x128 by 128x128 product of any number of tokens; cuBLASLt takes 4 at a time (vllm#49932)."""
     from .triton_kernels import tape
 
     w, w_scale = weight.extra
@@ -36,10 +37,7 @@ def multiply_blocks(
     if m % 4:
         xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
         x_scale = F.pad(x_scale.t(), (0, -m % 4)).t()
-    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    y: torch.Tensor = tape.call(
-        F.scaled_mm, xq, w, x_scale, recipes[0], w_scale, recipes[1], output_dtype=torch.bfloat16
-    )
+    y: torch.Tensor = tape.call(torch_mm.multiply_blocks, xq, w, x_scale, w_scale)
     y = (y[:m] if m % 4 else y).to(out_dtype)
     return y if bias is None else y + bias.to(out_dtype)
 
@@ -51,6 +49,6 @@ def operands(weight: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     w = weight.data.transpose(-2, -1)
     if weight.granularity.cols is not None:
-        return w, F.pad(weight.scale, (0, -weight.scale.shape[-1] % 4)).transpose(-2, -1)
+        return w, torch_mm.block_scales(weight.scale)
     scale = expand_scale(weight.scale, weight.granularity, weight.shape)
     return w, scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)

@@ -33,16 +33,14 @@ class TritonEngine(Engine):
     tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, beside the bfloat16 output
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
-        if weight.device.type == "cuda" and (problem := failure(weight.device)):
-            raise UnsupportedError(problem)
+        _refuse_broken(weight.device)
         layout = _layout(weight, scheme, input_scale)
         rounding = self._rounding(layout)
         few = INLINE_UP_TO if rounding == GROUP_128 else AS_THEY_ARE_UP_TO
         return replace(layout, apart=rounding, few=few)
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
-        if weight.device.type == "cuda" and (problem := failure(weight.device)):
-            raise UnsupportedError(problem)
+        _refuse_broken(weight.device)
         return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
@@ -73,7 +71,7 @@ class TritonEngine(Engine):
         kind = dispatch.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
         chosen = dispatch.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
-        return chosen if weight.fast or chosen.path != "rows" else precise(chosen)
+        return chosen if weight.fast else precise(chosen)
 
     def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``m`` tokens really meet: activations as they are, or rounded as the kernel for them does."""
@@ -98,8 +96,21 @@ class TritonEngine(Engine):
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
             return _nothing(m, weight, bias, out_dtype)
-        chosen, where = self.plan(m, weight, x.dtype), self.place(weight.device)
-        return PATHS[chosen.path](Product(x=x, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where))
+        return self._run(self.plan(m, weight, x.dtype), x, None, weight, bias, out_dtype)
+
+    def _run(
+        self,
+        chosen: Plan,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        weight: Prepared,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The product by one plan, of ``x`` that is quantized where it comes with scales."""
+        where = self.place(weight.device)
+        product = Product(x=x, x_scale=x_scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
+        return PATHS[chosen.path](product)
 
     def bind(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -118,13 +129,11 @@ class TritonEngine(Engine):
         self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor | None:
         m = gate.shape[0]
-        chosen, where = self.plan(m, weight, gate.dtype), self.place(weight.device)
+        chosen = self.plan(m, weight, gate.dtype)
         if not _rounds_first(chosen, m):
             return None
-        x, scale = quantize(gate, weight, dispatch.kind_of(weight, native=where.native), up=up)
-        return PATHS[chosen.path](
-            Product(x=x, x_scale=scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
-        )
+        kind = dispatch.kind_of(weight, native=self.place(weight.device).native)
+        return self._run(chosen, *quantize(gate, weight, kind, up=up), weight, bias, out_dtype)
 
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -135,12 +144,9 @@ class TritonEngine(Engine):
         where = self.place(weight.device)
         kind = dispatch.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
-        chosen = chosen if weight.fast or chosen.path != "rows" else precise(chosen)
         # M-major, which is what quantize_groups gives and torch's quantization does not.
         scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
-        return PATHS[chosen.path](
-            Product(x=x.data, x_scale=scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
-        )
+        return self._run(chosen if weight.fast else precise(chosen), x.data, scale, weight, bias, out_dtype)
 
     def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
         return self.plan(m, weight, dtype).kept_is_faster
@@ -207,6 +213,12 @@ def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         extra=triton_library.operands(weight),
         dtypes=_DTYPES,
     )
+
+
+def _refuse_broken(device: torch.device) -> None:
+    """Raises UnsupportedError on a card where our kernels fail."""
+    if device.type == "cuda" and (problem := failure(device)):
+        raise UnsupportedError(problem)
 
 
 def _nothing(m: int, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:

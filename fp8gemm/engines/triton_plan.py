@@ -300,6 +300,6 @@ def precise(chosen: Plan) -> Plan:
 
     Two accumulators are alive then: 128 x 256 spills, 256 x 128 in 3 stages takes 254 registers (compiled, sm_90).
     """
-    if chosen.block_n != 256:
+    if chosen.path != "rows" or chosen.block_n != 256:
         return chosen
     return replace(chosen, block_m=256, block_n=128, stages=3)

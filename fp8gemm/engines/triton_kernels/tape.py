@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from ..triton_dispatch import MOST_SPLIT_TILES
+
 _local = threading.local()
 
 
@@ -206,7 +208,7 @@ class Tape:
 
 # Counters of split products by (device, stream): zero between launches, as the last program of a tile resets its own.
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
-COUNTERS = 4096  # tiles of a split product; one that has more needs no split
+COUNTERS = MOST_SPLIT_TILES
 
 
 def counters(device: torch.device) -> torch.Tensor:

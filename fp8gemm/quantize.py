@@ -118,8 +118,8 @@ def block_scale(
 
 
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``data * scale`` of shape ``[..., N, K]``, computed in float32 and rounded once to ``dtype``."""
-    values = scaled.data.to(torch.float32)
+    """``data * scale`` of shape ``[..., N, K]``, computed in float32 and rounded once to ``dtype``; exact in float64."""
+    values = scaled.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return values.mul_(expand_scale(scaled.scale, scaled.granularity, scaled.shape)).to(dtype)
 
 

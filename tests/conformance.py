@@ -143,13 +143,32 @@ def exact_restoration(engine: Engine, spec: MatmulSpec, device: torch.device) ->
 
 
 def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Tokens cut out of a wider tensor; and the same answer twice."""
+    """Tokens cut out of a wider tensor, whose rows begin at any address.
+
+    The inputs make the product exact: a library may take another kernel for unaligned rows, and sum in another order.
+    """
+    weight, prepared = _prepared(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
+    tokens = _integer_tokens(6, spec, prepared.scheme, device)
+    wide = torch.nn.functional.pad(tokens, (0, 5), value=3.0)
+    y = engine.linear(wide[:, : spec.k], prepared, None, spec.compute_dtype)
+    assert y.double().equal(tokens.double() @ _dense(weight).t()), f"{spec}: the row stride changes the answer"
+
+
+def float64_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
+    """Operands with more than float32's 24 bits: float64 in is float64 throughout.
+
+    A sum of K products errs by at most K units of 2**-53 of the sum of magnitudes, in whatever order.
+    """
+    if spec.compute_dtype != torch.float64:
+        return
     weight = quantize(torch.randn(spec.n, spec.k, device=device), spec.scheme.weight)
     prepared = engine.prepare(weight, spec.scheme)
-    wide = torch.randn(6, spec.k + 5, device=device).to(spec.compute_dtype)
-    strided = engine.linear(wide[:, : spec.k], prepared, None, spec.compute_dtype)
-    packed = engine.linear(wide[:, : spec.k].contiguous(), prepared, None, spec.compute_dtype)
-    assert strided.equal(packed), f"{spec}: the row stride changes the answer"
+    x = torch.randn(3, spec.k, device=device, dtype=torch.float64)
+    rounded = _rounded(x, replace(prepared, scheme=engine.rounds(x.shape[0], prepared, x.dtype)), weight)
+    expected = rounded @ _dense(weight).t()
+    allowed = (spec.k + 2) * 2.0**-53 * (rounded.abs() @ _dense(weight).abs().t())
+    error = (engine.linear(x, prepared, None, torch.float64) - expected).abs()
+    assert (error <= allowed).all(), f"{spec}: not computed in float64, off by {(error / allowed).max():.1e} bounds"
 
 
 def grouped_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
@@ -185,6 +204,7 @@ CHECKS: list[Callable[[Engine, MatmulSpec, torch.device], None]] = [
     special_values,
     exact_restoration,
     any_row_stride,
+    float64_products,
 ]
 
 

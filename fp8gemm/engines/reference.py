@@ -1,4 +1,4 @@
-"""The engine that defines what is right: float32 products of exactly the operands that a scheme asks for."""
+"""The engine that defines what is right: wide products of exactly the operands that a scheme asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .base import Engine, Machine, MatmulSpec, Prepared
 class ReferenceEngine(Engine):
     """Quantizes activations exactly as the scheme says, dequantizes both operands, multiplies in float32.
 
-    Slow, and so never chosen by ``auto``. float64 activations are multiplied in float64.
+    Slow, and so never chosen by ``auto``. For float64 activations both operands are dequantized and multiplied in
+    float64, where ``data * scale`` is exact.
     """
 
     name = "reference"
@@ -26,16 +27,20 @@ class ReferenceEngine(Engine):
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        w = dequantize(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), wide)
+        w = dequantize(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), wide)  # exact in float64
         y = F.linear(self.rounded(x, weight).to(wide), w, None if bias is None else bias.to(wide))
         return y.to(out_dtype)
 
     def rounded(self, x: torch.Tensor, weight: Prepared) -> torch.Tensor:
-        """``x [M, K]`` as the scheme's activation rounding leaves it, float32; as it is for weight-only schemes."""
+        """``x [M, K]`` as the scheme's activation rounding leaves it, in float32, or float64 for float64 activations.
+
+        Weight-only schemes leave it as it is.
+        """
         scheme = weight.scheme
         if scheme.activation is None:
             return x
         scale = weight.input_scale if scheme.static else None
         if scale is not None and scheme.activation == GROUP_128:
             raise ValueError("static activation scales are per tensor or per row, found 1x128 groups")
-        return dequantize(quantize(x, scheme.activation, scale=scale, scale_format=scheme.scale_format))
+        rounded = quantize(x, scheme.activation, scale=scale, scale_format=scheme.scale_format)
+        return dequantize(rounded, torch.float64 if x.dtype == torch.float64 else torch.float32)

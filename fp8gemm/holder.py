@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ class FP8Holder(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
         if not rows.is_contiguous():
             rows = rows.contiguous()
+        elif not torch.compiler.is_compiling() and rows.numel() == 0:  # contiguous by definition, whatever its strides
+            rows = rows.clone(memory_format=torch.contiguous_format)
         y = compute(rows, run_dtype)
         if not torch.compiler.is_compiling():
             self.activity.count(kernel or ENGINES[prepared.engine].kernel(rows.shape[0], prepared, run_dtype))
@@ -140,14 +143,16 @@ class FP8Holder(nn.Module):
         return self.compute_dtype, x.dtype if self.options.cast_output_back else self.compute_dtype
 
     def _traced(self) -> Prepared:
-        """The weight inside a torch.compile trace, where it must exist already."""
+        """The weight inside a trace, where it must exist already; its bytes from the buffers, which export keeps."""
         prepared = self._published
         if prepared is None:
             raise UnsupportedError(
                 "an FP8 weight cannot be quantized inside torch.compile; run the model once before compiling it, or "
                 "call materialize_fp8_weight(device), or leave materialize_fp8_on_wrap=True"
             )
-        return prepared
+        data, scale, input_scale = (self._buffers[name] for name in OURS)
+        assert data is not None and scale is not None  # noqa: PT018
+        return replace(prepared, data=data, scale=scale, input_scale=input_scale)
 
     def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
         """Quantizes the weight for ``device`` now (by default where it is) instead of at the first call there.

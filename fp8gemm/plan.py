@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .engines import MatmulSpec, choose, probe
 from .errors import UnsupportedError
@@ -108,6 +109,8 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
     others = [holder for holder in holders[id(weight)] if holder != (f"{name}.weight" if name else "weight")]
     if others:
         return f"its weight is tied to {', '.join(others)}"
+    if is_traceable_wrapper_subclass(weight):
+        return _wrapped(weight)
     if weight.dtype not in COMPUTE_DTYPES:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
@@ -117,6 +120,10 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
     if weight.is_meta or not options.materialize_fp8_on_wrap:
         return ""  # the engine is chosen where the weight will be
     return _engine_reason(name, weight, tuple(weight.shape), options)
+
+
+def _wrapped(weight: nn.Parameter) -> str:
+    return f"its weight is a {type(weight).__name__}: patch the model before it is distributed or wrapped"
 
 
 def _router_reason(module: nn.Module, choosing: dict[int, str]) -> str:
@@ -159,6 +166,8 @@ def _stack_steps(
             parameter, transposed = owner._parameters[stack], is_transposed(owner, stack)
             assert parameter is not None
             others = [holder for holder in holders[id(parameter)] if holder != name]
+            if not reason and is_traceable_wrapper_subclass(parameter):
+                reason = _wrapped(parameter)
             if not reason and others:
                 reason = f"it is tied to {', '.join(others)}"
             if not reason and not parameter.is_meta and options.materialize_fp8_on_wrap:

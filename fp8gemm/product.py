@@ -1,16 +1,19 @@
-"""One product by a prepared weight: a plain call in eager, an op while compiling, gradients to x and bias.
+"""One product by a prepared weight: a plain call in eager, an op where somebody watches, gradients to x and bias.
 
+An op is what torch.compile, torch.jit.trace, dispatch modes and tensor subclasses can see; C only sees plain memory.
 While compiling activations are rounded outside of the op wherever the engine rounds them apart from its product.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
+from . import native
 from .engines import ENGINES, Prepared, restore
 from .quantize import dequantize, quantize
 from .scaled import Accumulate, Granularity, ScaledTensor, Scheme
@@ -58,7 +61,8 @@ class _Product(torch.autograd.Function):
 def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     engine = ENGINES[weight.engine]
     compiling = torch.compiler.is_compiling()
-    if engine.traceable or not (compiling or jit_tracing()):
+    watched = compiling or jit_tracing() or not native.plain(x, weight.data, weight.scale, bias)
+    if engine.traceable or not watched:
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None
@@ -66,18 +70,19 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
         static = weight.input_scale if weight.scheme.static else None
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
         x, x_scale = rounded.data, rounded.scale
+    # What is derived from the bytes would be a constant of an exported program, and stale once other bytes are loaded.
+    derive = bool(weight.extra) and torch.compiler.is_exporting()
+    rounded_as = _encode_grid(rounding) if rounding else ""
     y: torch.Tensor = torch.ops.fp8gemm.linear(
         x,
         x_scale,
         weight.data,
         weight.scale,
         weight.input_scale,
-        list(weight.extra),
+        [] if derive else list(weight.extra),
         bias,
         [weight.n, weight.k],
-        "/".join(
-            (weight.engine, weight.accumulate, _encode(weight.scheme), _encode_grid(rounding) if rounding else "")
-        ),
+        "/".join((weight.engine, weight.accumulate, _encode(weight.scheme), rounded_as, "derive" if derive else "")),
         out_dtype,
     )
     return y
@@ -111,9 +116,10 @@ def _linear_op(
 ) -> torch.Tensor:
     """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales.
 
-    ``shape`` is (n, k); ``how`` is the engine, its accumulation, the scheme, and the granularity of ``x_scale``.
+    ``shape`` is (n, k); ``how`` is the engine, its accumulation, the scheme, the granularity of ``x_scale``, and
+    whether ``extra`` is to be derived.
     """
-    engine, accumulate, scheme, rounding = how.split("/")
+    engine, accumulate, scheme, rounding, derive = how.split("/")
     weight = Prepared(
         engine=engine,
         scheme=_decode(scheme),
@@ -125,6 +131,9 @@ def _linear_op(
         extra=tuple(extra),
         accumulate=cast(Accumulate, accumulate),
     )
+    if derive:
+        prepared = ENGINES[engine].prepare(restore(weight), weight.scheme, input_scale=input_scale)
+        weight = replace(prepared, accumulate=weight.accumulate)
     if x_scale is None:
         return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
     rounded = ScaledTensor(x, x_scale, _decode_grid(rounding))

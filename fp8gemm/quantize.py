@@ -88,7 +88,7 @@ def quantize_weight(
 def _compiled(w: torch.Tensor, device: torch.device, dtype: torch.dtype) -> native.Library | None:
     """The compiled quantizer, where there is one and it takes this weight; it gives the same bits, ten times sooner."""
     fits = w.dtype in native.TYPES and dtype == torch.float8_e4m3fn and (w.stride(-1) == 1 or w.shape[-1] <= 1)
-    if device.type != "cpu" or w.device.type != "cpu" or not fits or w.requires_grad:
+    if device.type != "cpu" or w.device.type != "cpu" or not fits or w.requires_grad or not native.plain(w):
         return None
     library = native.find()
     return library if isinstance(library, native.Library) else None
@@ -96,7 +96,9 @@ def _compiled(w: torch.Tensor, device: torch.device, dtype: torch.dtype) -> nati
 
 def _empty(shape: torch.Size, granularity: Granularity) -> ScaledTensor:
     return ScaledTensor(
-        torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(granularity.scale_shape(shape)), granularity
+        torch.empty(shape, dtype=torch.float8_e4m3fn, device="cpu"),
+        torch.empty(granularity.scale_shape(shape), dtype=torch.float32, device="cpu"),
+        granularity,
     )
 
 
@@ -118,7 +120,7 @@ def block_scale(
 
 
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``data * scale`` of shape ``[..., N, K]``, computed in float32 and rounded once to ``dtype``; exact in float64."""
+    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64."""
     values = scaled.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return values.mul_(expand_scale(scaled.scale, scaled.granularity, scaled.shape)).to(dtype)
 
@@ -157,8 +159,9 @@ def decode_ue8m0(byte: torch.Tensor) -> torch.Tensor:
     """``2**(b - 127)`` as float32 for E8M0 bytes given as uint8 or float8_e8m0fnu; 255 is NaN."""
     if byte.dtype == torch.float8_e8m0fnu:
         byte = byte.view(torch.uint8)
-    one = torch.ones_like(byte, dtype=torch.float32)
-    value = torch.ldexp(one, byte.to(torch.int32) - 127)
+    # As float32's own exponent field, which is the same byte; 2**-127 is float32's subnormal of one bit.
+    bits = byte.to(torch.int32) << 23
+    value = torch.where(byte == 0, 1 << 22, bits).view(torch.float32)
     return torch.where(byte == 255, torch.nan, value)
 
 

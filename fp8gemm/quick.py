@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import native
 from .engines import ENGINES, Prepared
 from .original import Activity, Original
 from .product import wants_derivative
@@ -124,9 +125,10 @@ def _bind(layer: Layer, x: torch.Tensor) -> Bound | Unbound | None:
 
 
 def _plain(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> bool:
-    """Whether ``x`` lies as kernels want it, and neither autograd nor autocast has anything to do with it."""
+    """Whether ``x`` lies as kernels want it, and neither autograd, autocast nor a mode has anything to do with it."""
     return (
-        x.is_contiguous()
+        native.unseen()
+        and x.is_contiguous()
         and x.data_ptr() % ALIGNMENT == 0
         and not wants_derivative(x, bias)
         and not torch.is_autocast_enabled(kind)

@@ -54,7 +54,7 @@ def _run(layer: FP8Holder, weight: Prepared, bias: torch.Tensor | None, m: int, 
     engine = ENGINES[weight.engine]
     x = torch.zeros(m, weight.k, dtype=dtype, device=weight.device)
     if isinstance(layer, FP8Experts):
-        expert = torch.arange(1, weight.experts + 1, device=weight.device)
+        expert = torch.arange(1, weight.experts + 1, dtype=torch.int64, device=weight.device)
         ends = (expert * m // weight.experts).to(torch.int32)
         engine.grouped(x, weight, ends, None, dtype)
     else:

@@ -109,6 +109,32 @@ def test_only_the_street_prints() -> None:
             assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
 
 
+FACTORIES = {"arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+FACTORIES |= {"scalar_tensor", "tensor", "zeros"}
+
+
+def unnamed(source: str) -> list[str]:
+    """Calls of torch's factories that leave dtype or device to defaults, which are the user's to set."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        function = node.func if isinstance(node, ast.Call) else None
+        if (
+            isinstance(function, ast.Attribute)
+            and ast.unparse(function.value) == "torch"
+            and function.attr in FACTORIES
+        ):
+            missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+            found += [f"line {node.lineno}: torch.{function.attr} without {name}" for name in sorted(missing)]
+    return found
+
+
+def test_every_tensor_that_is_made_names_dtype_and_device() -> None:
+    found = {str(file.relative_to(PACKAGE)): unnamed(file.read_text()) for _, file in rooms()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert unnamed("torch.ones(3, device=x.device)") == ["line 1: torch.ones without dtype"]
+    assert unnamed("x.new_ones(3); torch.zeros(3, dtype=x.dtype, device=x.device)") == []
+
+
 def test_importing_touches_nothing() -> None:
     """No driver, no vLLM, no Triton, no compiler, no environment variable."""
     script = """

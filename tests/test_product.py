@@ -161,3 +161,45 @@ def test_the_triton_engine_is_traced_without_a_card(scheme: str, monkeypatch: py
     for m in (7, 3, 100, 16, 700):
         assert compiled(torch.randn(m, 512, dtype=torch.bfloat16)).shape == (m, 64)
     assert ["amax" in names for names in graphs] == [False, True]
+
+
+class Remembers(nn.Module):
+    """Changes a dict before its product, as caches and keyword arguments do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["seen"] = x
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_forward_that_changes_a_dict_compiles_whole(engine: str) -> None:
+    model = fp8gemm.enable_fp8_gemm(Remembers(), options=FP8GemmOptions(engine=engine))
+    x, cache = torch.randn(2, 64), {}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x, cache), model(x, {}), atol=1e-5)
+    assert cache["seen"] is x
+    assert torch._dynamo.explain(model)(x, {}).graph_break_count == 0
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "derived"])
+def test_an_exported_program_holds_its_bytes_once_and_takes_others(extra: bool, monkeypatch, tmp_path) -> None:
+    """Also where the engine multiplies by tensors that it derived from the bytes, such as a scale a column."""
+    if extra:
+        monkeypatch.setattr(fp8gemm.engines.cpu, "_library", lambda *operands: None)
+    monkeypatch.setattr(product, "ENGINES", ENGINES)
+    linears = (nn.Linear(512, 512), nn.Linear(512, 512))
+    first, second = (fp8gemm.enable_fp8_gemm(linear.requires_grad_(False)) for linear in linears)
+    assert bool(first._published.extra) == extra or not extra  # machines without a compiler derive in both cases
+    x = torch.randn(2, 512)
+    exported = torch.export.export(first, (x,))
+    torch.export.save(exported, tmp_path / "program.pt2")
+    assert (tmp_path / "program.pt2").stat().st_size < 1.3 * 512 * 512
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    assert program(x).equal(first(x))
+    state = {"fp8_weight": second._buffers["fp8_weight"], "weight_scale": second._buffers["weight_scale"]}
+    program.load_state_dict({**state, "bias": second.bias})
+    assert program(x).equal(second(x))

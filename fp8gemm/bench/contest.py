@@ -142,7 +142,7 @@ class Weights:
 
     def __init__(self, n: int, k: int, scheme: Scheme, device: torch.device) -> None:
         self.scheme = scheme
-        self.scaled = quantize_weight(torch.randn(n, k, device=device) * k**-0.5, scheme.weight)
+        self.scaled = quantize_weight(torch.randn(n, k, dtype=torch.float32, device=device) * k**-0.5, scheme.weight)
         self.count = max(1, min(MOST_COPIES, -(-COLD_BYTES // max(self.scaled.nbytes, 1))))
 
     def prepared(self, engine: Engine) -> list[Prepared]:
@@ -158,7 +158,7 @@ class Weights:
 
     def tokens(self, m: int) -> torch.Tensor:
         """Random, as zeros run faster."""
-        return torch.randn(m, self.scaled.shape[1], device=self.scaled.device).to(BF16)
+        return torch.randn(m, self.scaled.shape[1], dtype=torch.float32, device=self.scaled.device).to(BF16)
 
 
 class Expectation:

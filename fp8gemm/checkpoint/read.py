@@ -173,9 +173,12 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         """All experts in one tensor; one of them at a time beside it."""
         first = self._expert(stack, 0)
         kind = _kind(first)
-        data = torch.empty(len(stack.parts), *first.shape, dtype=kind[0])
-        scale = torch.empty(len(stack.parts), *first.scale.shape) if isinstance(first, ScaledTensor) else None
-        for index in range(len(stack.parts)):
+        count = len(stack.parts)
+        data = torch.empty(count, *first.shape, dtype=kind[0], device="cpu")
+        scale = None
+        if isinstance(first, ScaledTensor):
+            scale = torch.empty(count, *first.scale.shape, dtype=torch.float32, device="cpu")
+        for index in range(count):
             expert = self._expert(stack, index)
             if _kind(expert) != kind:
                 found = f"expert 0 is {_told(kind)}, expert {index} is {_told(_kind(expert))}"

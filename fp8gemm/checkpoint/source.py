@@ -82,7 +82,7 @@ class Tensors:
     def read(self, key: str) -> torch.Tensor:
         info, memory = self.infos[key], self._memory[self.file_of[key]]
         if info.numel == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.empty(info.shape, dtype=info.dtype, device="cpu")
         flat = torch.frombuffer(memory, dtype=torch.uint8, offset=self._start[key], count=info.nbytes)
         # The format does not ask writers to align tensors to their dtype.
         aligned = flat if flat.data_ptr() % info.dtype.itemsize == 0 else flat.clone()

@@ -36,32 +36,29 @@ __all__ = [
     "restore",
 ]
 
-ENGINES: MappingProxyType[str, Engine] = MappingProxyType(
-    {
-        engine.name: engine
-        for engine in (
-            VllmEngine(),
-            TorchEngine(),
-            TritonEngine(),
-            DeepGemmEngine(),
-            CpuEngine(),
-            ReferenceEngine(),
-        )
-    }
-)
+# Read-only by its type alone: torch.compile gives up on a MappingProxyType where a forward changes any dict.
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        VllmEngine(),
+        TorchEngine(),
+        TritonEngine(),
+        DeepGemmEngine(),
+        CpuEngine(),
+        ReferenceEngine(),
+    )
+}
 # What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first. Triton comes before
 # torch: its large products are torch's own behind one quantization launch, where torch takes a handful and so loses to
 # bfloat16 in eager (published: 0.76x on Flux). It checks itself on a card before it is taken; it was not timed yet.
-AUTO: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "native": ("cpu", "vllm"),
-        "cpu": ("vllm", "cpu"),
-        "cuda": ("vllm", "triton", "torch"),
-        "rocm": ("torch",),
-        "xpu": ("torch",),
-        "mps": ("torch",),
-    }
-)
+AUTO: Mapping[str, tuple[str, ...]] = {
+    "native": ("cpu", "vllm"),
+    "cpu": ("vllm", "cpu"),
+    "cuda": ("vllm", "triton", "torch"),
+    "rocm": ("torch",),
+    "xpu": ("torch",),
+    "mps": ("torch",),
+}
 
 
 def prepare(

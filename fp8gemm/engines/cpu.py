@@ -23,8 +23,9 @@ class CpuEngine(WeightOnlyEngine):
     """Weight-only: the activations are multiplied as they are, by weights that are exact in their dtype.
 
     The compiled kernels do it where there are any; torch alone does the rest, panel by panel: float64, e5m2, and all of
-    it where there is no compiler. With block scales torch alone rounds the scaled weight to the compute dtype first,
-    as dequantized weights are.
+    it where there is no compiler. With block scales torch alone rounds the scaled weight to bfloat16 first where that
+    is the compute dtype, as dequantized weights are. float16 it computes in float32: products of unscaled codes, up to
+    448 or 57344 each, leave float16's range long before the scaled ones do.
     """
 
     name = "cpu"
@@ -61,14 +62,15 @@ class CpuEngine(WeightOnlyEngine):
     def linear(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        library = _library(weight.data.dtype, x.dtype)
+        library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, bias)
         if library is not None:
             y = x.new_empty(x.shape[0], weight.n)
             rows, cols = weight.scheme.weight.block((weight.n, weight.k))
             own = None if bias is None else bias.to(x.dtype)
             library.linear(x, weight.data, weight.scale, rows, cols, own, y)
             return y.to(out_dtype)
-        y = torch.cat([_multiply(x, panel) for panel in _panels(weight, x.dtype)], dim=1)
+        wide = x.to(torch.float32) if x.dtype == torch.float16 else x
+        y = torch.cat([_multiply(wide, panel) for panel in _panels(weight, wide.dtype)], dim=1)
         if weight.extra:
             (column_scale,) = weight.extra
         else:
@@ -78,7 +80,7 @@ class CpuEngine(WeightOnlyEngine):
     def bind(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        library = _library(weight.data.dtype, x.dtype)
+        library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, bias)
         if library is None or out_dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             return None
         shape = (*x.shape[:-1], weight.n)
@@ -88,7 +90,7 @@ class CpuEngine(WeightOnlyEngine):
         run = library.bind(flat, weight.data, weight.scale, rows, cols, bias, out)
 
         def bound(x: torch.Tensor) -> torch.Tensor:
-            y = torch.empty(shape, dtype=out_dtype)
+            y = torch.empty(shape, dtype=out_dtype, device="cpu")
             run(x.data_ptr(), y.data_ptr())
             return y
 
@@ -102,7 +104,7 @@ class CpuEngine(WeightOnlyEngine):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        library = _library(weight.data.dtype, x.dtype)
+        library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, ends, bias)
         if library is None:
             return super().grouped(x, weight, ends, bias, out_dtype)
         y = x.new_empty(x.shape[0], weight.n)
@@ -121,9 +123,9 @@ class CpuEngine(WeightOnlyEngine):
         return f"native {library.path_for(m, dtype, k=weight.k, cols=cols)}"
 
 
-def _library(stored: torch.dtype, dtype: torch.dtype) -> native.Library | None:
-    """The compiled kernels, where there are any and they take these dtypes."""
-    if stored != torch.float8_e4m3fn or dtype == torch.float64:
+def _library(stored: torch.dtype, dtype: torch.dtype, *operands: torch.Tensor | None) -> native.Library | None:
+    """The compiled kernels, where there are any and they take these dtypes and these operands."""
+    if stored != torch.float8_e4m3fn or dtype == torch.float64 or not native.plain(*operands):
         return None
     library = native.find()
     return library if isinstance(library, native.Library) else None
@@ -149,7 +151,7 @@ def _panels(weight: Prepared, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     varies = weight.scale.shape[-1] > 1
     if varies:
         rows = max(1, rows // rows_per_scale) * rows_per_scale
-    buffer = torch.empty(rows, weight.k, dtype=_decoded_bits(weight.data.dtype, dtype))
+    buffer = torch.empty(rows, weight.k, dtype=_decoded_bits(weight.data.dtype, dtype), device=weight.device)
     for start in range(0, weight.n, rows):
         data = weight.data[start : start + rows]
         panel = decode_panel(data, dtype, buffer[: data.shape[0]])
@@ -170,16 +172,14 @@ def decode_panel(data: torch.Tensor, dtype: torch.dtype, buffer: torch.Tensor) -
     """The exact values of FP8 ``data [P, K]`` in ``dtype``, through an integer ``buffer [P, K]``; NaN codes aside.
 
     An e4m3 code, sign-extended and shifted so that its exponent field ends where the float's does, is a float whose
-    value is too small by a power of two: 2**8 for float16, 2**120 for bfloat16 and float32. One multiplication
-    makes up for it, exactly, subnormals included; without it bfloat16 products would flush them to zero. An e5m2
-    code is the upper byte of a float16.
+    value is too small by 2**120, for bfloat16 and float32 alike. One multiplication makes up for it, exactly,
+    subnormals included; without it bfloat16 products would flush them to zero. An e5m2 code is the upper byte of a
+    float16.
     """
     buffer.copy_(data.view(torch.int8))
     if data.dtype == torch.float8_e5m2:
         return buffer.mul_(2**8).view(torch.float16).to(dtype)
     # Multiplying integers by a power of two is the faster shift in torch 2.13.
-    if dtype == torch.float16:
-        return buffer.mul_(2**7).bitwise_and_(-0x4080).view(torch.float16).mul_(2.0**8)
     if dtype == torch.bfloat16:
         return buffer.mul_(2**4).bitwise_and_(-0x7810).view(torch.bfloat16).mul_(2.0**120)
     panel = buffer.mul_(2**20).bitwise_and_(-0x78100000).view(torch.float32).mul_(2.0**120)

@@ -252,9 +252,10 @@ def failure(device: torch.device) -> str:
     Seconds, once a machine: Triton keeps what it compiled on disk.
     """
     engine, row = TritonEngine(), SCHEMES["row"]
-    generator = torch.Generator().manual_seed(0)
-    w, x = (torch.randint(-3, 4, (rows, 256), generator=generator).to(device) for rows in (128, 128))
-    weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, device=device), ROW)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randint(-3, 4, (2, 128, 256), generator=generator, dtype=torch.int64, device="cpu")
+    w, x = drawn.to(device)
+    weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, dtype=torch.float32, device=device), ROW)
     x[:, 0] = 448  # so that every token's scale is 1 and its rounding exact
     layout = _layout(weight, row)
     expected = (x.double() @ w.double().t()).to(torch.bfloat16)

@@ -56,7 +56,8 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     if scheme.weight == BLOCK_128:
         blocks = weight.scale.contiguous()
     else:
-        blocks = torch.full(grid, float(weight.scale) if scheme.weight == TENSOR else 1.0)
+        value = float(weight.scale) if scheme.weight == TENSOR else 1.0
+        blocks = torch.full(grid, value, dtype=torch.float32, device=data.device)
     return Prepared(
         engine="vllm",
         scheme=scheme.weight_only(),

@@ -135,7 +135,7 @@ class Layer:
         """The float32 scales in the shape that ``granularity`` gives them."""
         grid = self.granularity.scale_shape(self.shape)
         if self.scale is None:
-            return torch.ones(grid)
+            return torch.ones(grid, dtype=torch.float32, device="cpu")
         scale = widen(read(self.scale))
         if self.part is not None:
             scale = self.part(scale)

@@ -6,8 +6,9 @@ import functools
 
 from .build import Unavailable, build
 from .library import TYPES, Instructions, Library, open_library
+from .memory import plain, unseen
 
-__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "find"]
+__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "find", "plain", "unseen"]
 
 
 @functools.cache

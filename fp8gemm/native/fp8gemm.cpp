@@ -696,7 +696,8 @@ int detect() {
 
 }  // namespace
 
-// ---- 5  C interface: levels as in Level; 0 is success, -1 is out of memory, -2 is ends that do not ascend to m
+// ---- 5  C interface: levels as in Level; 0 is success, -1 is out of memory, -2 is ends that do not ascend to m, -3 is
+// a null pointer where there are elements
 
 extern "C" {
 
@@ -715,6 +716,7 @@ int fp8gemm_has_threads() { return GOMP_parallel && omp_get_thread_num; }
 const char* fp8gemm_kernel(int level, const Problem* p) { return choose(smaller(level, fp8gemm_level()), *p)->name; }
 
 int fp8gemm_linear(int level, int threads, const Problem* p) {
+    if (p->m && p->n && (!p->out || !p->scale || (p->k && (!p->x || !p->data)))) return -3;
     return multiply(*p, *choose(smaller(level, fp8gemm_level()), *p), threads) ? 0 : -1;
 }
 
@@ -722,6 +724,7 @@ int fp8gemm_linear(int level, int threads, const Problem* p) {
 int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_stride, const int32_t* ends,
                     int64_t experts) {
     int64_t start = 0;
+    if (experts && !ends) return -3;
     for (int64_t e = 0; e < experts; start = ends[e++])
         if (ends[e] < start || ends[e] > p->m) return -2;
     if (start != p->m) return -2;
@@ -738,6 +741,7 @@ int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_str
 }
 
 int fp8gemm_quantize(int level, int threads, const Quantization* q) {
+    if (q->n && q->k && (!q->x || !q->data || !q->scale)) return -3;
     return quantize(*q, choose_quantizer(smaller(level, fp8gemm_level())), threads) ? 0 : -1;
 }
 

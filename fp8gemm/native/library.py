@@ -14,12 +14,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from .build import Unavailable
+from .memory import plain
 
 # In the order of the levels in fp8gemm.cpp: each includes those before it.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Instructions, ...] = get_args(Instructions)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCALE_FLOOR = 2.0**-126
+NULL = -3  # status: a null pointer where there are elements
 
 
 class _Problem(ctypes.Structure):
@@ -211,6 +213,8 @@ class Library:
 
 
 def _check(status: int) -> None:
+    if status == NULL:
+        raise ValueError("native kernels: an operand has elements but no memory, as tensor subclasses have")
     if status:
         raise MemoryError("the native kernels found no memory for their workspace")
 
@@ -292,12 +296,15 @@ def _quantize_mistakes(
 
 
 def _rows_are_dense(tensor: torch.Tensor) -> bool:
-    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    """Whether rows lie in memory as kernels read them; an empty tensor, whatever its strides, has nothing to read."""
+    return tensor.numel() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
 
 
 def _away(tensor: torch.Tensor) -> bool:
-    return tensor.device.type != "cpu"
+    """Whether a tensor is not in this process's memory: on another device, or without memory of its own."""
+    return tensor.device.type != "cpu" or not plain(tensor)
 
 
 def _describe(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+    kind = "" if type(tensor) in (torch.Tensor, torch.nn.Parameter) else f"{type(tensor).__name__}, "
+    return f"{kind}{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -1,0 +1,179 @@
+"""Only plain memory reaches C: what has none runs through the registered op, or is refused in words."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm, native, quantize, report
+from fp8gemm.native.library import _problem
+
+FOUND = native.find()
+compiled = pytest.mark.skipif(isinstance(FOUND, native.Unavailable), reason="there are no compiled kernels here")
+
+
+class Watch(TorchDispatchMode):
+    """Remembers every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).requires_grad_(False)
+    patched = enable_fp8_gemm(mlp.to(getattr(torch, request.param)))
+    for _ in range(3):  # so that calls of this shape are bound
+        patched(inputs(patched))
+    return patched
+
+
+def inputs(model: nn.Module) -> torch.Tensor:
+    return torch.linspace(-2, 2, 3 * 64).reshape(3, 64).to(model[0].compute_dtype)
+
+
+def test_modes_see_the_product(model: nn.Module) -> None:
+    x = inputs(model)
+    with Watch() as watch:
+        y = model(x)
+    assert y.equal(model(x))
+    assert watch.seen.count("fp8gemm.linear.default") == 2
+    graph = make_fx(model)(x)
+    assert [str(node.target) for node in graph.graph.nodes].count("fp8gemm.linear.default") == 2
+    assert graph(x).equal(model(x))
+    other = torch.randn(3, 64).to(x.dtype)
+    assert graph(other).equal(model(other))
+
+
+def test_functional_tensors(model: nn.Module) -> None:
+    x = inputs(model)
+    assert torch.func.functionalize(model)(x).equal(model(x))
+    with FunctionalTensorMode():
+        y = torch._from_functional_tensor(model(FunctionalTensor.to_functional(x)).elem)
+    assert y.equal(model(x))
+
+
+def test_fake_tensors(model: nn.Module) -> None:
+    x = inputs(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = model(mode.from_tensor(x))
+        assert isinstance(y, FakeTensor)
+        assert y.shape == (3, 64)
+    with FakeTensorMode():
+        fake = enable_fp8_gemm(nn.Linear(64, 32))
+        assert isinstance(fake(torch.empty(3, 64)), FakeTensor)
+    with FakeTensorMode() as mode, pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        model(mode.from_tensor(x))  # what a dense model raises
+
+
+def test_vmap_is_refused_in_words(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="fp8gemm::linear"):
+        torch.func.vmap(model)(inputs(model))
+
+
+DISTRIBUTED = """
+import copy, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm, report
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 96)).requires_grad_(False))
+x = torch.randn(3, 64)
+for _ in range(3):
+    model(x)
+for run in (
+    lambda: model(distribute_tensor(x, mesh, [Replicate()])),
+    lambda: parallelize_module(copy.deepcopy(model), mesh, {"0": ColwiseParallel()})(x),
+):
+    try:
+        run()
+    except RuntimeError as error:
+        print("refused", str(error).splitlines()[0])
+sharded = distribute_module(nn.Sequential(nn.Linear(64, 96)), mesh)
+enable_fp8_gemm(sharded, options=FP8GemmOptions(strict=False))
+print("kept", report(sharded).kept[0].reason)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_distributed_tensors_are_refused_and_kill_nothing() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DISTRIBUTED], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    refused, *_, kept = done.stdout.splitlines()
+    assert done.stdout.count("refused") == 2, done.stdout
+    assert "mixed torch.Tensor and DTensor" in refused
+    assert kept == "kept its weight is a DTensor: patch the model before it is distributed or wrapped"
+
+
+def test_a_wrapped_weight_is_kept_with_its_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(TwoTensor(torch.ones(8, 8), torch.ones(8, 8)))
+    enable_fp8_gemm(model)
+    assert [row.reason for row in report(model).kept] == [
+        "its weight is a TwoTensor: patch the model before it is distributed or wrapped"
+    ]
+
+
+@compiled
+def test_c_refuses_null() -> None:
+    """The last wall: a null pointer comes back as a status, with whatever operand."""
+    assert isinstance(FOUND, native.Library)
+    x, data, scale, out = torch.ones(2, 8), torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(4, 1), torch.ones(2, 4)
+    for name in ("x", "data", "scale", "out"):
+        problem = _problem(x, data, scale, 1, 8, None, out)
+        setattr(problem, name, None)
+        assert FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(problem)) == -3
+        assert FOUND.functions.fp8gemm_grouped(FOUND.level, 1, ctypes.byref(problem), 32, None, 1) == -3
+    assert FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(_problem(x, data, scale, 1, 8, None, out))) == 0
+
+
+@compiled
+def test_operands_without_memory_are_named() -> None:
+    assert isinstance(FOUND, native.Library)
+    weight, out = quantize(torch.randn(4, 8)), torch.empty(2, 4)
+    with FakeTensorMode():
+        fake = torch.empty(2, 8)
+    with pytest.raises(ValueError, match=r"x must be .* on cpu, found FakeTensor, torch.float32 \[2, 8\]"):
+        FOUND.linear(fake, weight.data, weight.scale, 1, 8, None, out)
+    with pytest.raises(ValueError, match=r"x must be .* found FakeTensor"):
+        FOUND.quantize(fake, 1, 8, torch.empty(2, 8, dtype=torch.uint8), torch.empty(2, 1))
+
+
+@pytest.mark.parametrize("scheme", ["row", "block"])
+def test_empty_inputs_of_any_stride(scheme: str) -> None:
+    linear = nn.Linear(6, 5)
+    patched = enable_fp8_gemm(linear, options=FP8GemmOptions(scheme=scheme), inplace=False)
+    wide = torch.empty(0, 12)
+    for x in (
+        wide[:, ::2],
+        torch.empty(6, 0).t(),
+        torch.empty(2, 0, 12)[..., ::2],
+        torch.empty(3, 0, 1).expand(3, 0, 6),
+    ):
+        assert patched(x).shape == linear(x).shape
+        asked = x.clone().requires_grad_()
+        patched(asked[..., :]).sum().backward()
+        assert asked.grad is not None
+        assert patched.bias.grad.eq(0).all()

@@ -36,6 +36,10 @@ def enable_fp8_gemm(
     survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
     ``save_pretrained`` of a transformers model writes what ``save_checkpoint`` does from then on.
 
+    The original weights are freed as it goes; ``FP8GemmOptions(fp16_weight_storage="keep")`` holds them for an exact
+    undo. Everything that can fail is checked before the first layer changes. What interrupts the work later, such as
+    Ctrl-C, puts every layer back: with its own weight, or dequantized where that was freed already.
+
     Args:
         options: see ``FP8GemmOptions``.
         module_filter: which layers: a callable ``(name, module) -> bool``, or one or more glob patterns over the

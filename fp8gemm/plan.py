@@ -122,7 +122,7 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
     return _engine_reason(name, weight, tuple(weight.shape), options)
 
 
-def _wrapped(weight: nn.Parameter) -> str:
+def _wrapped(weight: object) -> str:
     return f"its weight is a {type(weight).__name__}: patch the model before it is distributed or wrapped"
 
 

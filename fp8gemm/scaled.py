@@ -151,8 +151,10 @@ class FP8GemmOptions:
         cast_inputs: cast an input of another floating dtype to the layer's compute dtype; if False such an input
             raises, as it does in ``nn.Linear``.
         cast_output_back: give the output the dtype that the input had before it was cast.
-        fp16_weight_storage: what becomes of the original weight: ``"keep"`` beside the FP8 one (undo is exact, and on a
-            GPU it runs where FP8 would lose), ``"cpu_offload"`` (in CPU memory; undo is exact) or ``"discard"``.
+        fp16_weight_storage: what becomes of the original weight. ``"discard"`` frees it, layer by layer, so that half
+            the memory of 16-bit weights is left; undo then gives dequantized weights. ``"keep"`` holds it beside the
+            FP8 one: undo is exact, and on a GPU it runs where FP8 would lose. ``"cpu_offload"`` holds it in CPU memory:
+            undo is exact.
         materialize_fp8_on_wrap: quantize while wrapping, where the weight is on a real device; otherwise at the first
             call, on the device of the input.
         scheme: ``"row"``, ``"tensor"``, ``"block"`` (128 x 128) or ``"weight_only"``, or a ``Scheme``.
@@ -169,7 +171,7 @@ class FP8GemmOptions:
 
     cast_inputs: bool = True
     cast_output_back: bool = True
-    fp16_weight_storage: WeightStorage = "keep"
+    fp16_weight_storage: WeightStorage = "discard"
     materialize_fp8_on_wrap: bool = True
     scheme: SchemeName | Scheme = "row"
     engine: str = "auto"

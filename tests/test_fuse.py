@@ -218,7 +218,7 @@ def test_state_dict_is_as_before() -> None:
 def test_undo() -> None:
     model = nn.Sequential(Attention()).requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    enable_fp8_gemm(model)
+    enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage="keep"))
     fuse_siblings(model)
     for _ in range(2):
         model(torch.randn(3, 24))

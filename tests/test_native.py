@@ -8,7 +8,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import stat
 import subprocess
 import sys
 import textwrap
@@ -21,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, dequantize, native, quantize
-from fp8gemm.native.build import build, cache_directory
 from fp8gemm.native.library import LEVELS, _problem
 from fp8gemm.quantize import expand_scale
 
@@ -457,87 +455,3 @@ def test_a_spawned_process():
     process.start()
     assert queue.get(timeout=120)
     process.join()
-
-
-def test_several_processes_compile_at_once(tmp_path):
-    cache = tmp_path / "cache"
-    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", CHILD + "assert multiply()"], env=environment) for _ in range(3)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
-    assert [path.suffix for path in cache.iterdir()] == [".so"]
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-
-
-def test_a_cache_that_others_may_write_is_refused(tmp_path):
-    for mode in (0o770, 0o707):
-        tmp_path.chmod(mode)
-        refused = build({**os.environ, "FP8GEMM_CACHE": str(tmp_path)})
-        assert isinstance(refused, native.Unavailable)
-        assert "may be written by others" in refused.reason
-        assert "run chmod go-w on it" in refused.reason
-    tmp_path.chmod(0o700)
-
-
-def test_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    refused = build({**os.environ, "FP8GEMM_CACHE": str(tmp_path)})
-    assert isinstance(refused, native.Unavailable)
-    assert "belongs to user" in refused.reason
-
-
-def test_a_library_that_others_may_write_is_refused(tmp_path):
-    environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
-    library = build(environment)
-    assert isinstance(library, Path)
-    assert build(environment) == library
-    library.chmod(0o722)
-    refused = build(environment)
-    assert isinstance(refused, native.Unavailable)
-    assert "may be written by others" in refused.reason
-
-
-def fake_compiler(directory: Path, action: str) -> str:
-    """A compiler that has a version, and otherwise does `action` to what follows -o."""
-    script = directory / "compiler"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\n{action} "$2"\n'
-    )
-    script.chmod(0o755)
-    return str(script)
-
-
-def test_each_reason_to_go_without(tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    file = tmp_path / "file"
-    file.touch()
-    broken = fake_compiler(tmp_path, "echo no such thing as a tile >&2; false")
-    cases = {
-        "FP8GEMM_NATIVE=0 turns": {"FP8GEMM_NATIVE": "0"},
-        "no C++ compiler: looked for nothing (CXX)": {"CXX": "nothing"},
-        "no C++ compiler: looked for c++, g++, clang++ (PATH)": {"CXX": "", "PATH": str(empty)},
-        "status 1: no such thing as a tile": {"CXX": broken},
-        "cannot be used": {"FP8GEMM_CACHE": str(file / "below")},
-    }
-    for reason, change in cases.items():
-        refused = build({**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), **change})
-        assert isinstance(refused, native.Unavailable)
-        assert reason in refused.reason
-
-
-def test_a_process_without_a_compiler_still_imports(tmp_path):
-    code = "from fp8gemm import native; print(native.find().reason)"
-    result = run_in_process(code, CXX="nothing", FP8GEMM_CACHE=str(tmp_path))
-    assert "no C++ compiler" in result.stdout, result.stderr
-    result = run_in_process(code, FP8GEMM_ISA="neon")
-    assert "FP8GEMM_ISA must be one of portable, avx2" in result.stdout, result.stderr
-    result = run_in_process("from fp8gemm import native; print(native.find().instructions)", FP8GEMM_ISA="portable")
-    assert result.stdout.strip() == "portable", result.stderr
-
-
-def test_where_the_cache_is():
-    assert cache_directory({"FP8GEMM_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
-    assert cache_directory({"XDG_CACHE_HOME": "/b"}) == Path("/b/fp8gemm")
-    assert cache_directory({}) == Path.home() / ".cache" / "fp8gemm"

@@ -104,7 +104,7 @@ def test_own_schemes() -> None:
 
 
 def test_a_kept_weight_that_changes_is_quantized_again() -> None:
-    model = enable_fp8_gemm(nn.Linear(16, 16, bias=False))
+    model = enable_fp8_gemm(nn.Linear(16, 16, bias=False), options=FP8GemmOptions(fp16_weight_storage="keep"))
     x = torch.randn(2, 16)
     before = model(x)
     assert model.original_weight is not None
@@ -223,9 +223,22 @@ def test_report_counts_bytes_calls_and_kernels() -> None:
 
 def test_disable_reports_per_layer() -> None:
     model = stack("q", "head")
-    enable_fp8_gemm(model, module_filter="q")
-    _, found = disable_fp8_gemm(model)
-    assert [(row.name, row.reason) for row in found.rows] == [("q", "original weight")]
+    for storage, reason in (
+        ("keep", "original weight"),
+        ("cpu_offload", "original weight"),
+        ("discard", "dequantized weight: the original was discarded"),
+    ):
+        enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage=storage), module_filter="q")
+        _, found = disable_fp8_gemm(model)
+        assert [(row.name, row.reason) for row in found.rows] == [("q", reason)]
+
+
+def test_half_the_memory_is_the_default() -> None:
+    """As the seed has it: nothing of the 16-bit weight is left, neither in the report nor in the layer."""
+    model = enable_fp8_gemm(nn.Linear(512, 512, bias=False, dtype=torch.bfloat16))
+    assert model.original_weight is None
+    assert report(model).bytes_after == 512 * 512 + 4 * 512
+    assert report(model).bytes_before == 2 * 512 * 512
 
 
 MEMORY_SCRIPT = """

@@ -136,7 +136,7 @@ CHANGES: list[Callable[[FP8Linear], None]] = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 @torch.no_grad()
 def test_every_change_is_noticed(change: Callable[[FP8Linear], None], engine: Binding) -> None:
-    layer = layer_of()
+    layer = layer_of(fp16_weight_storage="keep" if change is _write_kept else "discard")
     x = torch.randn(3, 64, dtype=BF16)
     before = [layer(x) for _ in range(3)][-1]
     assert engine.bound == 1

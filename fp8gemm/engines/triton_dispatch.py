@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 
+from .. import native
 from ..scaled import Scheme
 from .base import Prepared
 from .triton_plan import Kind, PathName, Place, Plan, bucket, formula, in_library
@@ -93,11 +94,8 @@ def runs(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: int, *, scal
 
 
 def cache_directory() -> Path:
-    """Where the user's table lies: ``$FP8GEMM_CACHE``, else ``$XDG_CACHE_HOME/fp8gemm``, else ``~/.cache/fp8gemm``."""
-    own = os.environ.get("FP8GEMM_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8gemm"
+    """Where the user's table lies: beside the compiled CPU kernels."""
+    return native.cache_directory(os.environ)
 
 
 def forget() -> None:
@@ -113,7 +111,10 @@ def _shipped_rows() -> Mapping[Key, Plan]:
 
 @cache
 def _user_rows(card: str) -> Mapping[Key, Plan]:
-    path = cache_directory() / USER_FILE
+    try:
+        path = cache_directory() / USER_FILE
+    except RuntimeError:  # no home directory, so no table of the user's
+        return {}
     if not path.is_file():
         return {}
     header, rows = read_table(path)

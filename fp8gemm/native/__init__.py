@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from .build import Unavailable, build
+from .build import Unavailable, build, cache_directory
 from .library import TYPES, Instructions, Library, open_library
 from .memory import plain, unseen
 
-__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "find", "plain", "unseen"]
+__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "plain", "unseen"]
 
 
 @functools.cache

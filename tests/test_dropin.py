@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, report
 
 STORAGE = ["keep", "cpu_offload", "discard"]
+CPU = {"dtype": torch.float32, "device": "cpu"}  # what the tests' own tensors are, whatever the defaults
 by_storage = pytest.mark.parametrize("storage", STORAGE)
 
 
@@ -25,13 +28,34 @@ def options(storage: str = "keep", **others: object) -> FP8GemmOptions:
     return FP8GemmOptions(fp16_weight_storage=storage, **others)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True, params=["plain", "bfloat16, with meta", "float16, set meta"])
+def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The defaults that a program may have set around everything: none of them is what a patched model needs."""
+    dtype, _, how = request.param.partition(", ")
+    before = torch.get_default_dtype()
+    if dtype != "plain":
+        torch.set_default_dtype(getattr(torch, dtype))
+    if how == "set meta":
+        torch.set_default_device("meta")
+    try:
+        with torch.device("meta") if how == "with meta" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+def randn(*shape: int, **others: object) -> torch.Tensor:
+    return torch.randn(*shape, **{**CPU, **others})
+
+
 class Mlp(nn.Module):
     """Two Linears; asks the second for its weight's dtype as T5 does."""
 
-    def __init__(self, width: int = 64, hidden: int = 96) -> None:
+    def __init__(self, width: int = 64, hidden: int = 96, device: str = "cpu") -> None:
         super().__init__()
-        self.wi = nn.Linear(width, hidden)
-        self.wo = nn.Linear(hidden, width, bias=False)
+        self.wi = nn.Linear(width, hidden, dtype=torch.float32, device=device)
+        self.wo = nn.Linear(hidden, width, bias=False, dtype=torch.float32, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.wo(F.relu(self.wi(x)).to(self.wo.weight.dtype))
@@ -82,7 +106,7 @@ def test_02_weight_answers_at_no_cost(storage: str, dtype: torch.dtype) -> None:
     weight = model.wo.weight
     assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (dtype, "cpu", (64, 96))
     assert weight.requires_grad is False
-    assert model(torch.randn(3, 64).to(dtype)).dtype == dtype
+    assert model(randn(3, 64).to(dtype)).dtype == dtype
     assert report(model).rows[1].dequantizations == 0
     assert torch.equal(weight + 0, weight.dequantize())
     assert model.wo.activity.dequantizations == 2
@@ -93,7 +117,7 @@ def test_02_weight_answers_at_no_cost(storage: str, dtype: torch.dtype) -> None:
 def test_03_output_dtype(dtype: torch.dtype, context: type) -> None:
     plain = Mlp().to(dtype)
     model = enable_fp8_gemm(plain, inplace=False)
-    x = torch.randn(3, 64).to(dtype)
+    x = randn(3, 64).to(dtype)
     with context():
         assert close(model(x), plain(x))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -103,8 +127,8 @@ def test_03_output_dtype(dtype: torch.dtype, context: type) -> None:
 
 
 def test_03_inputs_of_another_dtype() -> None:
-    model = nn.Linear(64, 32).bfloat16()
-    x = torch.randn(3, 64)
+    model = nn.Linear(64, 32, **CPU).bfloat16()
+    x = randn(3, 64)
     assert enable_fp8_gemm(model, inplace=False)(x).dtype == torch.float32
     kept = enable_fp8_gemm(model, options=FP8GemmOptions(cast_output_back=False), inplace=False)
     assert kept(x).dtype == torch.bfloat16
@@ -114,13 +138,13 @@ def test_03_inputs_of_another_dtype() -> None:
     ):
         strict(x)
     with pytest.raises(RuntimeError, match=r"found torch.int64$"):
-        kept(torch.ones(3, 64, dtype=torch.int64))
+        kept(torch.ones(3, 64, dtype=torch.int64, device="cpu"))
 
 
 @by_storage
 def test_04_dtype_and_device_moves_leave_fp8_alone(storage: str) -> None:
     model = enable_fp8_gemm(Mlp(), options=options(storage))
-    x, before = torch.randn(3, 64), fp8_bytes(model)
+    x, before = randn(3, 64), fp8_bytes(model)
     expected = model(x)
     for move, dtype in (
         (lambda: model.half(), torch.float16),
@@ -152,7 +176,7 @@ def test_05_copies_are_equal_and_share_nothing(storage: str, materialize: bool, 
         torch.save(model, file)
         file.seek(0)
         twin = torch.load(file, weights_only=False)
-    x = torch.randn(3, 64)
+    x = randn(3, 64)
     assert torch.equal(model(x), twin(x))
     assert same_bytes(model, twin)
     ours = {tensor.data_ptr() for tensor in tensors_of(model)}
@@ -172,12 +196,12 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_06_attention_and_transformer_layers_really_run_fp8(storage: str, training: bool, grad: bool) -> None:
-    x = torch.randn(2, 5, 32)
+    x = randn(2, 5, 32)
     cases = [
-        (nn.MultiheadAttention(32, 4, batch_first=True), (x, x, x), 1),
-        (nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), (x,), 3),
-        (nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), 2), (x,), 6),
-        (nn.Transformer(32, 4, 1, 1, 64, 0.0, batch_first=True), (x, x), 7),
+        (nn.MultiheadAttention(32, 4, batch_first=True, **CPU), (x, x, x), 1),
+        (nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, **CPU), (x,), 3),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, **CPU), 2), (x,), 6),
+        (nn.Transformer(32, 4, 1, 1, 64, 0.0, batch_first=True, **CPU), (x, x), 7),
     ]
     for plain, inputs, layers in cases:
         plain.train(training)
@@ -201,10 +225,10 @@ def test_07_tied_weights_and_shared_modules(storage: str) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = nn.Embedding(50, 32)
-            self.shared = nn.Linear(32, 32)
+            self.embed = nn.Embedding(50, 32, **CPU)
+            self.shared = nn.Linear(32, 32, **CPU)
             self.same = nn.ModuleList([self.shared])
-            self.head = nn.Linear(32, 50, bias=False)
+            self.head = nn.Linear(32, 50, bias=False, **CPU)
             self.head.weight = self.embed.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +242,7 @@ def test_07_tied_weights_and_shared_modules(storage: str) -> None:
     kept = report(model).kept
     assert [(row.name, row.reason) for row in kept] == [("head", "its weight is tied to embed.weight")]
     assert [row.name for row in report(model).converted] == ["shared"]
-    x = torch.arange(7)
+    x = torch.arange(7, device="cpu")
     assert close(model(x), plain(x))
     twin = enable_fp8_gemm(plain, options=options(storage), inplace=False)
     assert twin.head.weight is twin.embed.weight
@@ -229,8 +253,8 @@ def test_07_tied_weights_and_shared_modules(storage: str) -> None:
 
 @by_storage
 def test_08_the_model_itself_is_a_linear(storage: str) -> None:
-    model = nn.Linear(64, 32)
-    x = torch.randn(3, 64)
+    model = nn.Linear(64, 32, **CPU)
+    x = randn(3, 64)
     expected = model(x)
     assert enable_fp8_gemm(model, options=options(storage)) is model
     assert isinstance(model, FP8Linear)
@@ -242,9 +266,9 @@ def test_08_the_model_itself_is_a_linear(storage: str) -> None:
 @pytest.mark.parametrize("scheme", ["row", "tensor", "block", "weight_only"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 1), (100, 52), (129, 257), (16, 128)])
 def test_09_any_number_of_features(storage: str, scheme: str, size: tuple[int, int]) -> None:
-    plain = nn.Linear(*size)
+    plain = nn.Linear(*size, **CPU)
     model = enable_fp8_gemm(plain, options=options(storage, scheme=scheme), inplace=False)
-    x = torch.randn(5, size[0])
+    x = randn(5, size[0])
     dense = F.linear(x, model.weight.dequantize(), plain.bias)
     assert close(model(x), dense, 1e-5)
     assert model.state_dict()["weight"].shape == plain.weight.shape
@@ -260,19 +284,19 @@ def test_10_hooks_survive(storage: str) -> None:
         model.wi.register_forward_hook(lambda module, args, kwargs, output: seen.append("kwargs"), with_kwargs=True),
     ]
     enable_fp8_gemm(model, options=options(storage))
-    model(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    model(randn(2, 64, requires_grad=True)).sum().backward()
     assert seen == ["pre", "forward", "kwargs", "backward"]
     for handle in handles:
         handle.remove()
-    model(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    model(randn(2, 64, requires_grad=True)).sum().backward()
     assert len(seen) == 4
 
 
 @by_storage
 def test_11_gradients_reach_inputs_and_bias(storage: str) -> None:
     model = enable_fp8_gemm(Mlp(), options=options(storage))
-    x = torch.randn(2, 3, 64, requires_grad=True)
-    y_grad = torch.randn(2, 3, 64)
+    x = randn(2, 3, 64, requires_grad=True)
+    y_grad = randn(2, 3, 64)
     model(x).backward(y_grad)
     dense = copy.deepcopy(model)
     disable_fp8_gemm(dense)
@@ -285,7 +309,7 @@ def test_11_gradients_reach_inputs_and_bias(storage: str) -> None:
     assert x.grad is not None
     assert close(x.grad, again.grad, 1e-5)
     assert close(model.wi.bias.grad, dense.wi.bias.grad, 1e-5)
-    through_weight = torch.randn(2, 64, requires_grad=True)
+    through_weight = randn(2, 64, requires_grad=True)
     F.linear(through_weight, model.wi.weight).sum().backward()
     assert close(through_weight.grad, model.wi.weight.dequantize().sum(0).expand(2, 64), 1e-5)
 
@@ -299,7 +323,7 @@ def test_12_state_dict_round_trip(storage: str, tmp_path) -> None:
     assert state["wi.weight_scale"].shape == (96, 1)
     save_file(state, tmp_path / "model.safetensors")
     loaded = load_file(tmp_path / "model.safetensors")
-    x = torch.randn(3, 64)
+    x = randn(3, 64)
     for materialize in (True, False):
         for assign in (True, False):
             twin = enable_fp8_gemm(Mlp(), options=options(storage, materialize_fp8_on_wrap=materialize))
@@ -315,16 +339,16 @@ def test_12_dense_state_dict_is_quantized_and_wrong_ones_are_refused(storage: st
     plain = Mlp()
     model = enable_fp8_gemm(Mlp(), options=options(storage))
     model.load_state_dict(plain.state_dict())
-    x = torch.randn(3, 64)
+    x = randn(3, 64)
     assert torch.equal(model(x), enable_fp8_gemm(plain, inplace=False)(x))
     state = OrderedDict(model.state_dict())
     del state["wi.weight_scale"]
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"wi.weight_scale\""):
         model.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"wi.zero\""):
-        model.load_state_dict({**model.state_dict(), "wi.zero": torch.zeros(1)})
+        model.load_state_dict({**model.state_dict(), "wi.zero": torch.zeros(1, **CPU)})
     with pytest.raises(RuntimeError, match=r"size mismatch for wi.weight: the layer has \(96, 64\)"):
-        model.load_state_dict({**model.state_dict(), "wi.weight": torch.zeros(2, 2)})
+        model.load_state_dict({**model.state_dict(), "wi.weight": torch.zeros(2, 2, **CPU)})
     block = enable_fp8_gemm(Mlp(), options=options(storage, scheme="block"))
     with pytest.raises(RuntimeError, match="patch the model with the scheme that was saved"):
         block.load_state_dict(model.state_dict())
@@ -333,17 +357,16 @@ def test_12_dense_state_dict_is_quantized_and_wrong_ones_are_refused(storage: st
 @by_storage
 def test_13_meta_models(storage: str) -> None:
     model = enable_fp8_gemm(Mlp(), options=options(storage))
-    with torch.device("meta"):
-        empty = Mlp()
+    empty = Mlp(device="meta")
     enable_fp8_gemm(empty, options=options(storage))
-    assert empty(torch.empty(3, 64, device="meta")).shape == (3, 64)
+    assert empty(torch.empty(3, 64, dtype=torch.float32, device="meta")).shape == (3, 64)
     assert empty.state_dict()["wi.weight"].is_meta
     with pytest.raises(RuntimeError, match="is on meta: call to_empty"):
         empty.wo.load_state_dict(model.wo.state_dict())
     assigned = copy.deepcopy(empty)
     assigned.load_state_dict(model.state_dict(), assign=True)
     empty.to_empty(device="cpu").load_state_dict(model.state_dict())
-    x = torch.randn(3, 64)
+    x = randn(3, 64)
     for twin in (empty, assigned):
         assert same_bytes(model, twin)
         assert torch.equal(twin(x), model(x))
@@ -351,7 +374,7 @@ def test_13_meta_models(storage: str) -> None:
 
 def test_14_nothing_to_convert_is_never_silent() -> None:
     cases = [
-        (nn.Conv2d(1, 1, 1), None, "nothing to convert: Conv2d has no other nn.Linear"),
+        (nn.Conv2d(1, 1, 1, **CPU), None, "nothing to convert: Conv2d has no other nn.Linear"),
         (Mlp(), "attention.*", r"pattern 'attention.\*' matches no Linear"),
         (Mlp(), ["wi", "wx"], "pattern 'wx' matches no Linear"),
         (Mlp(), lambda name, module: False, "nothing to convert: Mlp has 2 other Linears, all kept .wi: module_filter"),
@@ -370,28 +393,28 @@ def test_14_nothing_to_convert_is_never_silent() -> None:
 
 @by_storage
 def test_15_any_shape_and_stride_of_input(storage: str) -> None:
-    plain = nn.Linear(6, 5)
+    plain = nn.Linear(6, 5, **CPU)
     model = enable_fp8_gemm(plain, options=options(storage), inplace=False)
-    wide = torch.randn(2, 3, 4, 12)
+    wide = randn(2, 3, 4, 12)
     inputs = [
-        torch.randn(6),
-        torch.randn(4, 6),
-        torch.randn(2, 3, 6),
-        torch.randn(2, 3, 4, 6),
-        torch.empty(0, 6),
-        torch.empty(2, 0, 6),
+        randn(6),
+        randn(4, 6),
+        randn(2, 3, 6),
+        randn(2, 3, 4, 6),
+        torch.empty(0, 6, **CPU),
+        torch.empty(2, 0, 6, **CPU),
         wide[..., ::2],
         wide[..., 3:9],
-        torch.randn(6, 4).t(),
-        torch.randn(1, 6).expand(4, 6),
-        torch.randn(1, 1).expand(4, 6),
-        torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+        randn(6, 4).t(),
+        randn(1, 6).expand(4, 6),
+        randn(1, 1).expand(4, 6),
+        randn(2, 6, 4, 4).to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
     ]
     for x in inputs:
         found, expected = model(x), plain(x)
         assert close(found, expected, 0.1)
         assert torch.equal(found, model(x.contiguous()))
-    for wrong in (torch.randn(4, 5), torch.randn(7), torch.tensor(1.0)):
+    for wrong in (randn(4, 5), randn(7), torch.tensor(1.0, **CPU)):
         with pytest.raises(RuntimeError) as expected_error:
             plain(wrong)
         with pytest.raises(RuntimeError) as found_error:
@@ -401,8 +424,8 @@ def test_15_any_shape_and_stride_of_input(storage: str) -> None:
 
 @by_storage
 def test_16_zeros_nan_and_outliers(storage: str) -> None:
-    model = enable_fp8_gemm(nn.Linear(64, 32), options=options(storage))
-    x = torch.randn(5, 64)
+    model = enable_fp8_gemm(nn.Linear(64, 32, **CPU), options=options(storage))
+    x = randn(5, 64)
     clean = model(x)
     x[0], x[1, 3], x[2, 3], x[3, 3] = 0, float("nan"), float("inf"), 6.6e4
     y = model(x)
@@ -418,11 +441,11 @@ def test_18_compiles_without_graph_breaks_or_recompilation() -> None:
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for m in (2, 3, 17, 64):
-        x = torch.randn(m, 64)
+        x = randn(m, 64)
         assert close(compiled(x), model(x), 1e-5)
     assert counter.frame_count == 1
     static = torch.compile(model, fullgraph=True, dynamic=False)
-    x = torch.randn(2, 64, requires_grad=True)
+    x = randn(2, 64, requires_grad=True)
     static(x).sum().backward()
     expected, x.grad = x.grad, None
     model(x).sum().backward()
@@ -431,23 +454,23 @@ def test_18_compiles_without_graph_breaks_or_recompilation() -> None:
 
 def test_18_exports() -> None:
     model = enable_fp8_gemm(Mlp()).eval()
-    x = torch.randn(4, 64)
+    x = randn(4, 64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("m")},))
-    x = torch.randn(9, 64)
+    x = randn(9, 64)
     assert close(exported.module()(x), model(x), 1e-5)
 
 
 def test_18_an_unmaterialized_model_says_so_inside_a_trace() -> None:
     model = enable_fp8_gemm(Mlp(), options=options(materialize_fp8_on_wrap=False))
     with pytest.raises(Exception, match="run the model once before compiling it"):
-        torch.compile(model, fullgraph=True)(torch.randn(2, 64))
+        torch.compile(model, fullgraph=True)(randn(2, 64))
 
 
 @by_storage
 def test_19_threads_and_replicas(storage: str) -> None:
     for _ in range(5):
         model = enable_fp8_gemm(Mlp(256, 256), options=options(storage, materialize_fp8_on_wrap=False))
-        x, results, start = torch.randn(3, 256), [], threading.Barrier(4)
+        x, results, start = randn(3, 256), [], threading.Barrier(4)
 
         def run(model=model, x=x, results=results, start=start) -> None:
             start.wait()
@@ -471,7 +494,7 @@ def test_19_threads_and_replicas(storage: str) -> None:
 def test_20_undo(storage: str) -> None:
     model = Mlp()
     layers, weights, state = [model.wi, model.wo], [model.wi.weight, model.wo.weight], copy.deepcopy(model.state_dict())
-    x = torch.randn(3, 64)
+    x = randn(3, 64)
     expected = model(x)
     enable_fp8_gemm(model, options=options(storage))
     model(x)
@@ -488,15 +511,15 @@ def test_20_undo(storage: str) -> None:
         assert [model.wi.weight, model.wo.weight][0] is weights[0]
         assert all(row.reason == "original weight" for row in rows.rows)
     assert report(model).rows == ()
-    assert set(vars(model.wi)) == set(vars(nn.Linear(1, 1)))
+    assert set(vars(model.wi)) == set(vars(nn.Linear(1, 1, **CPU)))
     enable_fp8_gemm(model, options=options(storage))  # and again
 
 
 @by_storage
 @pytest.mark.parametrize("inplace", [True, False])
 def test_21_an_exception_in_the_middle_changes_nothing(storage: str, inplace: bool, monkeypatch) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    x, state = torch.randn(3, 8), {name: value.clone() for name, value in model.state_dict().items()}
+    model = nn.Sequential(nn.Linear(8, 8, **CPU), nn.Linear(8, 8, **CPU), nn.Linear(8, 8, **CPU))
+    x, state = randn(3, 8), {name: value.clone() for name, value in model.state_dict().items()}
     real, calls = FP8Linear.convert.__func__, []
 
     def failing(cls, linear, *args, **kwargs):
@@ -527,15 +550,15 @@ def test_22_linears_that_are_not_plain_are_kept_with_a_reason() -> None:
         model = nn.ModuleDict(
             {
                 "special": Special(4, 4),
-                "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-                "spectral": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
-                "empty": nn.Linear(4, 1),
-                "integer": nn.Linear(4, 4),
-                "plain": nn.Linear(4, 4),
+                "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, **CPU)),
+                "spectral": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4, **CPU)),
+                "empty": nn.Linear(4, 1, **CPU),
+                "integer": nn.Linear(4, 4, **CPU),
+                "plain": nn.Linear(4, 4, **CPU),
             }
         )
-    model["empty"].weight = nn.Parameter(torch.empty(0, 4))
-    model["integer"].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    model["empty"].weight = nn.Parameter(torch.empty(0, 4, **CPU))
+    model["integer"].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8, device="cpu"), requires_grad=False)
     enable_fp8_gemm(model)
     reasons = {row.name: row.reason for row in report(model).kept}
     assert reasons == {

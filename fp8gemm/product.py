@@ -71,7 +71,7 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
         x, x_scale = rounded.data, rounded.scale
     # What is derived from the bytes would be a constant of an exported program, and stale once other bytes are loaded.
-    derive = bool(weight.extra) and torch.compiler.is_exporting()
+    derive = len(weight.extra) > 0 and _exporting()
     rounded_as = _encode_grid(rounding) if rounding else ""
     y: torch.Tensor = torch.ops.fp8gemm.linear(
         x,
@@ -88,13 +88,18 @@ def _forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_d
     return y
 
 
+def _exporting() -> bool:
+    """The flag behind ``torch.compiler.is_exporting()``, which torch 2.10's Dynamo takes for true in every trace."""
+    return torch.compiler._is_exporting_flag
+
+
 def _more_than(m: int, few: int) -> bool:
     """Whether there are more than ``few`` tokens.
 
     Where their number is symbolic that is a guard, and a no where there can be none. An exported program has one graph,
     in which the engine decides when it runs, unless it decides alike for all.
     """
-    if torch.compiler.is_exporting():
+    if _exporting():
         return few == 0
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
 

@@ -156,7 +156,17 @@ def test_vllm_on_cpu_rejects_dtypes_that_kill_the_process(dtype: torch.dtype) ->
 def test_torch_is_never_automatic_on_cpu() -> None:
     assert "torch" not in AUTO["cpu"]
     assert all("reference" not in order for order in AUTO.values())
-    assert choose(MatmulSpec(scheme=SCHEMES["row"], n=256, k=256), LAPTOP, "torch").winner == "torch"
+    assert choose(MatmulSpec(scheme=SCHEMES["tensor"], n=256, k=256), LAPTOP, "torch").winner == "torch"
+
+
+def test_rows_on_a_cpu_need_a_newer_torch() -> None:
+    old, new = (Machine(device="cpu", torch_version=version) for version in ((2, 10), (2, 13)))
+    rows, tensor = (MatmulSpec(scheme=SCHEMES[scheme], n=256, k=256) for scheme in ("row", "tensor"))  # type: ignore[index]
+    found = "found torch 2.10 and weight row, activation row"
+    reasons = [f"on a CPU torch scales per tensor only before 2.13, {found}"]
+    torch_engine = ENGINES["torch"]
+    assert [torch_engine.rejects(rows, old), torch_engine.rejects(rows, new)] == [reasons, []]
+    assert [torch_engine.rejects(tensor, old), torch_engine.rejects(tensor, new)] == [[], []]
 
 
 def test_probe_answers_for_this_machine() -> None:

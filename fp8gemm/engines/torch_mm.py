@@ -15,6 +15,9 @@ ALIGNMENT = 16  # N and K of every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
 _FNUZ = torch.float8_e4m3fnuz
 
+# Row scales on a CPU: torch 2.10 has an internal assertion against them, 2.13 multiplies; 2.11 and 2.12 were not run.
+CPU_ROWS = (2, 13)
+
 
 class TorchEngine(Engine):
     """Tensor, row and 128x128-block scaling through torch; N and K are padded with zeros, to 16 or to whole blocks.
@@ -240,6 +243,9 @@ def block_scales(scale: torch.Tensor) -> torch.Tensor:
 def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:
     pair = (scheme.weight, scheme.activation)
     if (scheme.weight == TENSOR or scheme.weight.by_row) and scheme.activation in (TENSOR, ROW):
+        if machine.device == "cpu" and pair != (TENSOR, TENSOR) and machine.torch_version < CPU_ROWS:
+            found = ".".join(map(str, machine.torch_version))
+            return [f"on a CPU torch scales per tensor only before 2.13, found torch {found} and {scheme}"]
         return []
     if pair != (BLOCK_128, GROUP_128):
         return [f"scales per tensor, per row, or 128x128 with 1x128 activations; found {scheme}"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BLOCKS, Net, compressed, e8m0, fp8, net_tensors, powers, scales, write
+from safetensors.torch import load_file
 from torch import nn
 
 from fp8gemm import CheckpointError, FP8GemmOptions, FP8Linear, Scheme, UnsupportedError
@@ -357,6 +358,7 @@ def test_raw_casts_load_with_their_fp8_biases(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys, threading, torch
+from safetensors.torch import load_file
 from torch import nn
 from fp8gemm import FP8GemmOptions
 from fp8gemm.checkpoint import load_checkpoint
@@ -458,3 +460,16 @@ def test_transformers_names_that_models_ignore(tmp_path: Path) -> None:
     del tensors["norm.bias"]
     report = load_checkpoint(Ignoring(), write(tmp_path, {**tensors, "mtp.weight": torch.ones(2)}, CHANNEL))
     assert report.missing == report.unexpected == ()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), float("inf")])
+def test_static_scales_that_are_none_are_refused(value: float, tmp_path: Path) -> None:
+    folder = static_net(tmp_path)
+    tensors = {**open_tensors(folder), "up.input_scale": torch.tensor([value])}
+    write(folder, tensors, compressed("tensor", "tensor"))
+    with pytest.raises(CheckpointError, match=r"up.input_scale must be finite and positive, found \["):
+        load_checkpoint(Net(), folder)
+
+
+def open_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / "model.safetensors"))

@@ -427,3 +427,25 @@ def test_quantizing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         quantize_checkpoint(source(tmp_path / "fp8", "rows"), tmp_path / "out")
     with pytest.raises(CheckpointError, match="has no matrix to quantize: 1 are ignored"):
         quantize_checkpoint(write(tmp_path / "one", {"lm_head.weight": torch.ones(2, 2)}), tmp_path / "out")
+
+
+def test_shards_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that goes down after a save has the old files or whole new ones, never names without their bytes."""
+    events: list[tuple[str, int]] = []  # by inode, which a rename keeps
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        events.append(("flushed", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(("renamed", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_checkpoint(enable_fp8_gemm(Net()), tmp_path, max_shard_size=8000)
+    shards = {path.stat().st_ino for path in tmp_path.glob("*.safetensors")}
+    assert len(shards) > 2
+    for inode in shards:
+        assert ("flushed", inode) in events[: events.index(("renamed", inode))]

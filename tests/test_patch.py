@@ -279,3 +279,37 @@ def test_discarding_gives_memory_back_as_it_goes() -> None:
     dense, peak, end, layer = map(int, done.stdout.split())
     assert peak <= dense + 8 * layer, (dense, peak)
     assert end <= 0.60 * dense + 4 * layer, (dense, end)
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0.5, 1), (1, -3), (2, 0.25), (0, 1)])
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (5, 1)])
+def test_addmm_keeps_its_factors(beta: float, alpha: float, shape: tuple[int, ...]) -> None:
+    layer = enable_fp8_gemm(nn.Linear(64, 32, bias=False))
+    dense, x, bias = layer.weight.dequantize(), torch.randn(5, 64), torch.randn(shape)
+    found = torch.addmm(bias, x, layer.weight.t(), beta=beta, alpha=alpha)
+    torch.testing.assert_close(found, torch.addmm(bias, x, dense.t(), beta=beta, alpha=alpha))
+    turned = torch.addmm(bias.expand(5, 32).t(), layer.weight, x.t(), beta=beta, alpha=alpha)
+    torch.testing.assert_close(turned, found.t())
+
+
+@pytest.mark.parametrize("storage", ["keep", "cpu_offload", "discard"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_undo_gives_back_whether_a_weight_trains(storage: str, trains: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(trains)
+    model[1].weight.requires_grad_(not trains)
+    enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage=storage))  # type: ignore[arg-type]
+    disable_fp8_gemm(model)
+    assert [layer.weight.requires_grad for layer in model] == [trains, not trains]
+    assert [layer.bias.requires_grad for layer in model] == [trains, trains]
+
+
+@pytest.mark.parametrize("scheme", ["row", "tensor", "block"])
+def test_scales_of_another_shape_are_refused_even_if_as_many(scheme: str) -> None:
+    """As many numbers in another order would be other scales."""
+    options = FP8GemmOptions(scheme=scheme)  # type: ignore[arg-type]
+    model = enable_fp8_gemm(nn.Linear(256, 384), options=options)
+    state = dict(model.state_dict())
+    for wrong in (state["weight_scale"].flatten(), state["weight_scale"][None], state["weight_scale"].t()):
+        if wrong.shape != state["weight_scale"].shape:
+            with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
+                model.load_state_dict({**state, "weight_scale": wrong})

@@ -13,7 +13,7 @@ from checkpoints import BLOCKS, Net, compressed, e8m0, fp8, net_tensors, powers,
 from safetensors.torch import load_file
 from torch import nn
 
-from fp8gemm import CheckpointError, FP8GemmOptions, FP8Linear, Scheme, UnsupportedError
+from fp8gemm import ROW, CheckpointError, FP8GemmOptions, FP8Linear, Scheme, UnsupportedError
 from fp8gemm.checkpoint import load_checkpoint, open_checkpoint, quantize_checkpoint
 
 CHANNEL = compressed("channel", "token")
@@ -473,3 +473,16 @@ def test_static_scales_that_are_none_are_refused(value: float, tmp_path: Path) -
 
 def open_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "model.safetensors"))
+
+
+def test_static_experts_are_scaled_by_token(tmp_path: Path) -> None:
+    """Grouped products take no activation scale of each expert; a scale a token is finer than what the file asks."""
+    tensors = moe(("gate_proj", "up_proj", "down_proj"), "mlp")
+    for name in [key for key in tensors if key.endswith("_scale")]:
+        tensors[name] = scales(1)
+        tensors[name.replace("weight_scale", "input_scale")] = torch.tensor([0.5])
+    model = Experts()
+    load_checkpoint(model, write(tmp_path, tensors, compressed("tensor", "tensor")))
+    for stack in ("gate_up_proj", "down_proj"):
+        scheme = model.mlp.experts._modules[stack].scheme
+        assert (scheme.activation, scheme.static) == (ROW, False)

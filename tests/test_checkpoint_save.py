@@ -61,6 +61,11 @@ SOURCES: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         compressed("channel", None),
         "compressed-tensors",
     ),
+    "weight-only-blocks": (
+        {"up.weight_scale": scales(1, 2), "down.weight_scale": scales(2, 1)},
+        compressed("block", None, block_structure=[128, 128]),
+        "compressed-tensors",
+    ),
     "blocks": (
         {"up.weight_scale_inv": scales(1, 2), "down.weight_scale_inv": scales(2, 1)},
         BLOCKS,
@@ -241,6 +246,7 @@ def test_fp8_experts_are_written_one_by_one(scheme: Any, tmp_path: Path) -> None
     [
         ("rows", "fine-grained", "up: fine-grained has blocks or one scale a tensor, found row"),
         ("weight-only", "fine-grained", "found row"),
+        ("weight-only-blocks", "fine-grained", "up: fine-grained quantizes activations, found weight-only"),
         ("rows", "gguf", "checkpoints are written as compressed-tensors or fine-grained, asked for 'gguf'"),
     ],
 )
@@ -449,3 +455,12 @@ def test_shards_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeyp
     assert len(shards) > 2
     for inode in shards:
         assert ("flushed", inode) in events[: events.index(("renamed", inode))]
+
+
+def test_tensors_begin_at_multiples_of_eight(tmp_path: Path) -> None:
+    """As the reference writer has them, so that readers can map float64 where it lies; names of every length."""
+    for extra in range(8):
+        tensors = {"up": nn.Linear(160, 96), "x" * (extra + 1): nn.LayerNorm(96)}
+        save_checkpoint(enable_fp8_gemm(nn.ModuleDict(tensors)), tmp_path / str(extra))
+        start = (tmp_path / str(extra) / "model.safetensors").read_bytes()[:8]
+        assert int.from_bytes(start, "little") % 8 == 0

@@ -419,8 +419,9 @@ def test_scales_that_are_not_finite(tmp_path: Path) -> None:
         checkpoint["m.weight"]
 
 
-def test_zero_points_that_are_not_zero(tmp_path: Path) -> None:
-    tensors = {"m.weight": W, "m.weight_scale": ROWS, "m.weight_zero_point": torch.ones(N, 1)}
+@pytest.mark.parametrize("point", [1.0, -1.0])
+def test_zero_points_that_are_not_zero(point: float, tmp_path: Path) -> None:
+    tensors = {"m.weight": W, "m.weight_scale": ROWS, "m.weight_zero_point": torch.full((N, 1), point)}
     checkpoint = open_checkpoint(write(tmp_path, tensors, compressed("channel", "token")))
     with pytest.raises(CheckpointError, match=r"m\.weight_zero_point is not zero"):
         checkpoint["m.weight"]
@@ -637,3 +638,37 @@ def test_formats_have_names_and_one_claims_each() -> None:
     format, reason = detect(empty)
     assert (format.name, reason) == ("unquantized", "no tensor is FP8")
     assert scan(empty, format).plain == {"x": "x"}
+
+
+def test_compressed_activations_are_static_unless_they_say_dynamic(tmp_path: Path) -> None:
+    """The library's own default: an input scale is used where the config has no word of it."""
+    config = compressed("tensor", "tensor")
+    del config["config_groups"]["group_0"]["input_activations"]["dynamic"]
+    write(tmp_path, {"m.weight": W, "m.weight_scale": ONE, "m.input_scale": torch.tensor([0.5])}, config)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layers["m.weight"].scheme.static
+    assert checkpoint.input_scale("m.weight") == torch.tensor(0.5)
+
+
+def test_a_group_that_names_a_module_comes_before_one_that_names_its_class(tmp_path: Path) -> None:
+    config = compressed("channel", "token")
+    own = compressed("channel", None)["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = {**own, "targets": ["re:.*special$"]}
+    scale = {"special.weight_scale": ROWS, "usual.weight_scale": ROWS}
+    layers = open_checkpoint(write(tmp_path, {"special.weight": W, "usual.weight": W, **scale}, config)).layers
+    assert layers["special.weight"].scheme.activation is None
+    assert layers["usual.weight"].scheme.activation == ROW
+
+
+def test_modelopts_weight_only_algorithms_leave_activations(tmp_path: Path) -> None:
+    for algorithm, activation in (("FP8", TENSOR), ("FP8_WO", None), ("fp8_wo", None)):
+        config = {"quant_method": "modelopt", "quant_algo": algorithm}
+        folder = write(tmp_path / algorithm, {"m.weight": W, "m.weight_scale": ONE.reshape(())}, config)
+        assert open_checkpoint(folder).layers["m.weight"].scheme.activation == activation
+
+
+def test_torchaos_single_row_has_a_scale_a_row(tmp_path: Path) -> None:
+    """A block of one row is a row also where the weight has no other."""
+    tensors = {"m._weight_qdata": W[:1].contiguous(), "m._weight_scale": ROWS[:1]}
+    folder = write(tmp_path, tensors, {"quant_method": "torchao"}, metadata={"m.weight": json.dumps(AO)})
+    assert open_checkpoint(folder).layers["m.weight"].granularity == ROW

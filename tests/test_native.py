@@ -152,6 +152,15 @@ def test_nan_and_infinity_stay_in_their_token(library, dtype):
         assert y[2:].equal(product(x[2:], data, scale, MX).to(dtype))
 
 
+def test_no_nan_rounds_to_a_number(library):
+    """The NaN whose bits are all ones would carry over into minus zero."""
+    data, scale = exact_weight(20, 100, ROW)
+    bias = torch.full((20,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    bias[10:] = torch.full((10,), -1, dtype=torch.int32).view(torch.float32)
+    for dtype, m in itertools.product(DTYPES, (1, 2, 20)):
+        assert linear(library, torch.ones(m, 100, dtype=dtype), data, scale, ROW, bias).isnan().all()
+
+
 @pytest.mark.parametrize("granularity", [ROW, BLOCK_128, MX], ids=str)
 @pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2])
 def test_random_operands_are_as_accurate_as_float32(library, dtype, out_dtype, granularity):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, ScaledTensor, dequantize, quantize
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme, dequantize, quantize
 from fp8gemm.quantize import (
     SCALE_FLOOR,
     block_scale,
@@ -149,10 +150,16 @@ def test_weights_in_parts_are_bitwise_the_same(n: int, k: int, granularity: Gran
     assert torch.equal(a.scale, b.scale)
 
 
-def test_large_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["fp8gemm.quantize"], "_PART_ELEMENTS", 1000)
-    for granularity in GRANULARITIES:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_large_weights_in_parts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch alone too: the largest element may be in any part."""
+    room = sys.modules["fp8gemm.quantize"]
+    monkeypatch.setattr(room, "_PART_ELEMENTS", 1000)
+    if not compiled:
+        monkeypatch.setattr(room, "_compiled", lambda *weight: None)
+    for granularity, largest in itertools.product(GRANULARITIES, (0, 150, 299)):
         w = torch.randn(300, 70)
+        w[largest, 3] = 100
         a, b = quantize(w, granularity), quantize_weight(w, granularity)
         assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8))
         assert torch.equal(a.scale, b.scale)
@@ -198,3 +205,14 @@ def test_scaled_tensor_refuses_what_contradicts_its_equation() -> None:
         ScaledTensor(data[0], torch.ones(1), ROW)
     with pytest.raises(ValueError, match=r"None or at least 1, found 0"):
         Granularity(0, None)
+
+
+def test_data_and_scale_are_on_one_device() -> None:
+    data = torch.zeros(4, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="data is on cpu but scale is on meta"):
+        ScaledTensor(data, torch.ones(4, 1, device="meta"), ROW)
+
+
+def test_weight_only_schemes_have_nothing_static() -> None:
+    static = Scheme(weight=TENSOR, activation=TENSOR, static=True, scale_format="ue8m0")
+    assert static.weight_only() == Scheme(weight=TENSOR, activation=None, scale_format="ue8m0")

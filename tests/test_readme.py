@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its commands and files exist."""
+"""README and the pages in docs are true: their Python runs, README's output is real, and what they name exists."""
 
 from __future__ import annotations
 
@@ -7,23 +7,131 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fp8gemm.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = r"```{}\n(.*?)```"
+# Scripts of the repository, each with the options that follow it.
+SCRIPT = re.compile(r"\b((?:examples|benchmarks|tests)/\w+\.py)((?: +[^\s`|]+)*)")
+COMMAND = re.compile(r"\bfp8gemm (\w+)((?: +[^\s`|]+)*)")
+OPTION = re.compile(r"(?<=\s)--[\w-]+")
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_python_blocks_run_in_order() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert blocks
-    subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, cwd=ROOT)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(BLOCK.format(language), text, re.DOTALL)
 
 
-def test_files_that_it_names_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
-    scripts = re.findall(r"python ((?:examples|benchmarks)/\w+\.py)", TEXT)
-    assert links
-    assert scripts
-    for name in [*links, *scripts]:
-        assert (ROOT / name).exists(), name
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def mistakes(text: str, page: Path) -> list[str]:
+    """What ``text``, standing in ``page``, names and does not exist: files, headings, scripts, commands, options."""
+    found = []
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        file = page.parent / target if target else page
+        if not file.exists():
+            found.append(f"no file {target}")
+        elif anchor and anchor not in slugs(file.read_text()):
+            found.append(f"no heading {anchor} in {target}")
+    for script, more in SCRIPT.findall(text):
+        if not (ROOT / script).exists():
+            found.append(f"no script {script}")
+        else:
+            source = (ROOT / script).read_text()
+            found += [
+                f"no option {option} of {script}" for option in OPTION.findall(more) if f'"{option}"' not in source
+            ]
+    source = (ROOT / "fp8gemm" / "cli.py").read_text()
+    for command, more in COMMAND.findall("\n".join([*blocks(text, "bash"), *re.findall(r"`(fp8gemm [^`\n]+)`", text)])):
+        if command not in COMMANDS:
+            found.append(f"no command {command}")
+        found += [f"no option {option} of {command}" for option in OPTION.findall(more) if f'"{option}"' not in source]
+    return found
+
+
+def normalized(output: str) -> str:
+    """Without what differs between machines: the engine, its kernels, and the widths of columns that follow."""
+    output = re.sub(r"(?<=  )(native \w+|torch panels|fp8_scaled_mm_cpu)(?= x\d)", "KERNEL", output)
+    output = re.sub(r"(?<=\d  )(cpu|vllm)(?= )", "ENGINE", output)
+    return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+)
+def test_python_blocks_run_in_order(page: Path) -> None:
+    run("\n".join(blocks(page.read_text(), "python")))
+
+
+@by_page
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert mistakes(page.read_text(), page) == []
+
+
+def test_pages_are_found_and_linked() -> None:
+    text = README.read_text()
+    assert len(PAGES) > 1
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in text] == []
+    assert SCRIPT.search("".join(page.read_text() for page in PAGES))
+    assert blocks(text, "bash") == [
+        'pip install -e ".[examples]" && python examples/quickstart.py\n',
+        'pip install -e ".[test]" && pytest\n',
+    ]
+
+
+def test_readme_is_a_first_screen() -> None:
+    assert len(README.read_text().splitlines()) <= 60
+
+
+def test_readme_shows_what_its_code_prints() -> None:
+    text = README.read_text()
+    (shown,) = blocks(text, "text")
+    assert max(map(len, shown.splitlines())) <= 100
+    assert text.index("```python") < text.index("```text")
+    assert normalized(shown) == normalized(run(blocks(text, "python")[0]))
+
+
+def test_the_checks_find_what_is_wrong() -> None:
+    good = (
+        "[a](docs/limits.md) [b](docs/gpu.md#on-a-gpu) `python benchmarks/linear.py --cold 300` `fp8gemm bench --tune`"
+    )
+    assert mistakes(good, README) == []
+    bad = {
+        "[a](docs/nothing.md)": "no file docs/nothing.md",
+        "[a](docs/nothing.md#at-all)": "no file docs/nothing.md",
+        "[a](docs/gpu.md#nothing)": "no heading nothing in docs/gpu.md",
+        "`python examples/nothing.py`": "no script examples/nothing.py",
+        "`benchmarks/linear.py --cold 300 --colder 3`": "no option --colder of benchmarks/linear.py",
+        "`fp8gemm heal PATH`": "no command heal",
+        "```bash\nfp8gemm inspect PATH --deeply\n```": "no option --deeply of inspect",
+    }
+    for text, mistake in bad.items():
+        assert mistakes(f"{good} {text}", README) == [mistake]
+    page = ROOT / "docs" / "gpu.md"  # links are relative to the page
+    assert mistakes("[a](docs/limits.md) [b](limits.md)", page) == ["no file docs/limits.md"]
+
+
+def test_the_comparison_of_outputs_sees_every_number() -> None:
+    (shown,) = blocks(README.read_text(), "text")
+    elsewhere = (
+        shown.replace("native avx512_bf16", "torch panels").replace("cpu ", "vllm ").replace("kernels   ", "kernels ")
+    )
+    assert elsewhere != shown
+    assert normalized(elsewhere) == normalized(shown)
+    for old, new in (("8.41", "16.82"), ("cpu", "kept: no engine"), ("2 converted", "1 converted"), (" x1", " x2")):
+        assert normalized(shown.replace(old, new)) != normalized(shown)
 
 
 def test_quickstart_gives_the_same_neighbours() -> None:

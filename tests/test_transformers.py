@@ -90,3 +90,27 @@ def test_what_is_not_a_linear_is_reported() -> None:
     assert kept["transformer.h.0.attn.c_attn"].reason == "not an nn.Linear: weight of Conv1D"
     assert kept["transformer.h.0.attn.c_attn"].bytes_before == 64 * 192 * 4
     assert [row.name for row in report(model).converted] == ["lm_head"]
+
+
+@pytest.mark.parametrize("make", [bert, llama, vit])
+def test_compiles_whole(make: Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]) -> None:
+    model, inputs = make()
+    enable_fp8_gemm(model.eval())
+    if "input_ids" in inputs and hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(**inputs)[0], model(**inputs)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_generates_with_a_static_cache_and_a_compiled_forward(fullgraph: bool) -> None:
+    """What transformers does by itself on a GPU: the cache is a structure of dicts that each forward changes."""
+    config = transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, eos_token_id=98, pad_token_id=0, **SMALL)
+    model = enable_fp8_gemm(transformers.LlamaForCausalLM(config).eval())
+    asked = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    eager = model.generate(TOKENS[:1], **asked)
+    torch._dynamo.utils.counters.clear()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=fullgraph)
+    assert model.generate(TOKENS[:1], **asked).equal(eager)
+    assert not torch._dynamo.utils.counters["graph_break"]

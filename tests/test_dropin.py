@@ -1,4 +1,4 @@
-"""What a patched model must still be: a row of the README's drop-in table each."""
+"""What a patched model must still be: a row of the table in docs/drop-in.md each."""
 
 from __future__ import annotations
 

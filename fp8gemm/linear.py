@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import native
 from .engines import ENGINES, Prepared
 from .holder import OURS, FP8Holder
 from .original import Activity, Original
@@ -134,7 +135,7 @@ class FP8Linear(FP8Holder, nn.Linear):
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if type(input) is torch.Tensor and not (torch.compiler.is_compiling() or jit_tracing()):
+        if not (torch.compiler.is_compiling() or jit_tracing()) and native.plain(input):
             key = (input.shape, input.dtype, input.device)
             bound = self._bound.get(key)
             if isinstance(bound, Bound):
@@ -178,6 +179,8 @@ class FP8Linear(FP8Holder, nn.Linear):
 
     def _run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         k = self.in_features
+        if x.is_nested or x.layout != torch.strided:  # torch multiplies those, no engine does
+            return F.linear(x, self.dense_weight(self.compute_dtype), bias)
         if x.dim() == 0 or x.shape[-1] != k:
             return F.linear(x, x.new_zeros(()).expand(self.out_features, k))  # raises what nn.Linear raises
         if x.is_meta:

@@ -139,6 +139,7 @@ def _linear_op(
     if derive:
         prepared = ENGINES[engine].prepare(restore(weight), weight.scheme, input_scale=input_scale)
         weight = replace(prepared, accumulate=weight.accumulate)
+    x = x.contiguous()  # a tensor that was zero by decree comes here as one zero, expanded
     if x_scale is None:
         return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
     rounded = ScaledTensor(x, x_scale, _decode_grid(rounding))

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import native
 from .engines import ENGINES, Prepared
 from .original import Activity, Original
 from .product import wants_derivative
@@ -84,7 +83,7 @@ SEEN = Unbound()  # once
 
 
 def notice(layer: Layer, key: Key, x: torch.Tensor) -> None:
-    """Remembers that an input of this key came, and binds its call if it is the second."""
+    """Remembers that a plain input of this key came, and binds its call if it is the second."""
     seen = layer._bound.get(key)
     if seen is None:
         if len(layer._bound) >= SHAPES:
@@ -125,10 +124,9 @@ def _bind(layer: Layer, x: torch.Tensor) -> Bound | Unbound | None:
 
 
 def _plain(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> bool:
-    """Whether ``x`` lies as kernels want it, and neither autograd, autocast nor a mode has anything to do with it."""
+    """Whether ``x`` lies as kernels want it, and neither autograd nor autocast has anything to do with it."""
     return (
-        native.unseen()
-        and x.is_contiguous()
+        x.is_contiguous()
         and x.data_ptr() % ALIGNMENT == 0
         and not wants_derivative(x, bias)
         and not torch.is_autocast_enabled(kind)

@@ -80,6 +80,42 @@ def test_fake_tensors(model: nn.Module) -> None:
         model(mode.from_tensor(x))  # what a dense model raises
 
 
+def test_memory_with_the_other_sign(model: nn.Module) -> None:
+    """A negative view's memory holds the negated values: as input, as bias and as the weight that is quantized."""
+    x = inputs(model)
+    flipped = torch._neg_view(x)
+    assert flipped.is_contiguous()
+    for _ in range(3):
+        assert model(flipped).equal(model(-x))
+    layer = model[0]
+    turned = torch.nn.functional.linear(x, layer.weight, torch._neg_view(layer.bias))
+    assert turned.equal(torch.nn.functional.linear(x, layer.weight, -layer.bias))
+    w = torch.randn(32, 64).to(x.dtype)
+    for weight in (torch._neg_view(w), -w):
+        linear = nn.Linear(64, 32, bias=False, dtype=x.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        assert enable_fp8_gemm(linear).scaled().data.float().equal(-quantize(w).data.float())
+
+
+def test_tensors_that_are_zero_by_decree(model: nn.Module) -> None:
+    x = inputs(model)
+    assert model(torch._efficientzerotensor((3, 64), dtype=x.dtype)).equal(model(torch.zeros_like(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors).*:UserWarning")
+def test_sparse_and_nested_inputs_take_the_dense_product(model: nn.Module) -> None:
+    layer, x = model[0], inputs(model)
+    w = layer.weight.dequantize()
+    before = layer.activity.dequantizations
+    for sparse in (x.to_sparse(), x.to_sparse_csr()):
+        assert layer(sparse).equal(torch.nn.functional.linear(sparse, w, layer.bias))
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([x, x[:2]], layout=layout)
+        for found, part in zip(layer(nested).unbind(), (x, x[:2]), strict=True):
+            torch.testing.assert_close(found, torch.nn.functional.linear(part, w, layer.bias))
+    assert layer.activity.dequantizations == before + 4
+
+
 def test_vmap_is_refused_in_words(model: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="fp8gemm::linear"):
         torch.func.vmap(model)(inputs(model))

@@ -6,9 +6,9 @@ import functools
 
 from .build import Unavailable, build, cache_directory
 from .library import TYPES, Instructions, Library, open_library
-from .memory import plain, unseen
+from .memory import plain
 
-__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "plain", "unseen"]
+__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "plain"]
 
 
 @functools.cache

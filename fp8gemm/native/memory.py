@@ -1,24 +1,29 @@
-"""Which tensors may be handed to C by address: those with memory of their own that nobody has to see used."""
+"""Which tensors may be handed to C by address: those whose memory holds their values, where nobody has to see it."""
 
 from __future__ import annotations
 
 import torch
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Private, and asked at every call: the public ways cost microseconds. Both are there from torch 2.10 to 2.15.
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
-def unseen() -> bool:
-    """Whether no dispatch mode (make_fx, FakeTensorMode, FlopCounterMode) and no functorch transform is active."""
-    return not _modes() and _transform() is None
-
-
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all of these are plain tensors outside of every mode and transform.
+    """Whether all of these are plain tensors, outside of every dispatch mode and functorch transform.
 
-    A subclass (DTensor, FakeTensor) or a functorch wrapper has no memory, or another's; a product under a mode has to
-    be an operation that the mode sees.
+    A subclass (DTensor, FakeTensor) or a functorch wrapper has no memory, or another's; so has a tensor that is sparse,
+    nested, of another library's layout, or zero by decree, and the memory of a negative view has the other sign. Under
+    a mode (make_fx, FlopCounterMode) a product has to be an operation that the mode sees.
     """
-    return unseen() and all(type(tensor) in _PLAIN for tensor in tensors)
+    return not _modes() and _transform() is None and all(tensor is None or _holds(tensor) for tensor in tensors)
+
+
+def _holds(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
+    )

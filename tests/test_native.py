@@ -255,6 +255,12 @@ def test_wrong_operands_are_all_named(library):
         library.linear(x, data, scale, 1, 8, torch.ones(5), out[:1])
     with pytest.raises(ValueError, match="rows and cols must be at least 1, found 0 and 8"):
         library.linear(x, data, scale, 0, 8, None, out)
+    overlapping = torch.empty(7).as_strided((2, 4), (3, 1))
+    with pytest.raises(ValueError, match=r"out must be .* strides \[3, 1\]"):
+        library.linear(x, data, scale, 1, 8, None, overlapping)
+    codes = torch.empty(15, dtype=torch.uint8).as_strided((2, 8), (7, 1))
+    with pytest.raises(ValueError, match="data_out must be"):
+        library.quantize(x, 1, 8, codes, torch.empty(2, 1))
     for ends in ([1, 0], [1, 3], [1, 1]):
         with pytest.raises(ValueError, match="ends must ascend to M = 2"):
             library.grouped(x, data.expand(2, 4, 8), torch.ones(2, 4, 1), 1, 8, torch.tensor(ends).int(), None, out)

@@ -11,7 +11,7 @@ import copy
 import torch
 import transformers
 
-from fp8gemm import FP8Experts, FP8GemmOptions, enable_fp8_gemm, report
+from fp8gemm import FP8GemmOptions, FP8Weight, enable_fp8_gemm, report
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         expected, found = dense(tokens).logits.float(), model(tokens).logits.float()
 
     print(report(model))
-    experts = [module for module in model.modules() if isinstance(module, FP8Experts)]
+    experts = [p for p in model.parameters() if isinstance(p, FP8Weight) and p.dim() == 3]
     stacks = [row for row in report(model).converted if row.name.endswith(("gate_up_proj", "down_proj"))]
     before, after = sum(row.bytes_before for row in stacks), sum(row.bytes_after for row in stacks)
     print(f"\n{len(experts)} stacks of experts, {before / 1e6:.1f} -> {after / 1e6:.1f} MB, in {type(model).__name__}")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, logging
 
-from fp8gemm import enable_fp8_gemm, report
+from fp8gemm import FP8Weight, enable_fp8_gemm, report
 
 SENTENCES = [
     "A man is playing a guitar on stage.",
@@ -121,7 +121,7 @@ def storage_bytes(model: nn.Module) -> int:
         if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType)):
             continue
         seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FP8Weight):  # which has its home's
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         todo += gc.get_referents(thing)

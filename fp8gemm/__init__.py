@@ -10,10 +10,8 @@ from .checkpoint import (
 )
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
-from .experts import FP8Experts
 from .fuse import Fused, fuse_siblings
 from .gated import fuse_gated
-from .linear import FP8Linear
 from .patch import disable_fp8_gemm, enable_fp8_gemm
 from .plan import plan
 from .quantize import dequantize, quantize
@@ -31,6 +29,7 @@ from .scaled import (
     Scheme,
 )
 from .warm import warmup
+from .weights import FP8Linear, FP8Weight
 
 __version__ = "0.1.0"
 
@@ -45,9 +44,9 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Choice",
-    "FP8Experts",
     "FP8GemmOptions",
     "FP8Linear",
+    "FP8Weight",
     "Fused",
     "Granularity",
     "Machine",

@@ -14,7 +14,7 @@ from torch import nn
 
 from .engines import Prepared
 from .errors import UnsupportedError
-from .linear import FP8Linear
+from .weights import FP8Linear
 from .scaled import Granularity, ScaledTensor
 
 # Names under which the Linears of one parent that may see the same tensor are found.
@@ -112,7 +112,7 @@ class SiblingLinear(FP8Linear):
 
     def revert(self) -> bool:
         self.leave()
-        return FP8Linear.revert(self)
+        return FP8Linear.revert(self)  # not super(): leaving has changed the class
 
     def leave(self) -> None:
         """Runs alone again, for good."""
@@ -221,7 +221,7 @@ class Group:
 
     def _joined(self, x: torch.Tensor) -> FP8Linear | None:
         """The layer of all members' weights, made again when one of them has changed."""
-        sources = tuple(member._current(x.device) for member in self.members)
+        sources = tuple(member.form(x.device) for member in self.members)
         if self.joined is None or any(a is not b for a, b in zip(sources, self.sources, strict=True)):
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
@@ -231,7 +231,7 @@ class Group:
                 self._dissolve()
                 return None
             share_memory(self.joined, self.members)
-            self.sources = tuple(member._current(x.device) for member in self.members)
+            self.sources = tuple(member.form(x.device) for member in self.members)
         self.joined._parameters["bias"] = self._bias()
         return self.joined
 
@@ -286,14 +286,13 @@ def join(members: Sequence[FP8Linear]) -> FP8Linear:
 
 def share_memory(joined: FP8Linear, members: Sequence[FP8Linear]) -> None:
     """Makes the members' FP8 bytes views of the joined ones, where its engine keeps those as plain rows."""
-    data = joined._buffers["fp8_weight"]
-    assert data is not None
+    data = joined.form(joined.device).data
     if tuple(data.shape) != (joined.out_features, joined.in_features) or not data.is_contiguous():
         return
     start = 0
     for member in members:
         own = member.scaled()
-        member._hold(ScaledTensor(data[start : start + member.out_features], own.scale, own.granularity))
+        member.home.take_bytes(ScaledTensor(data[start : start + member.out_features], own.scale, own.granularity))
         start += member.out_features
 
 

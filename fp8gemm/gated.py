@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .fuse import Fused
-from .linear import FP8Linear
-from .original import renamed_subclass
+from .weights import FP8Linear
 
 Names = tuple[str, str, str]  # of the children gate, up and down
 
@@ -106,6 +106,17 @@ def gated_class(base: Any, names: Names) -> type[nn.Module]:
         return base.forward(module, *args, **kwargs)
 
     return renamed_subclass(base, {"forward": forward, "_fp8gemm_plain": base}, _rebuild, base, names)
+
+
+def renamed_subclass(base: Any, members: dict[str, Any], rebuild: Callable[..., Any], *key: Any) -> type[Any]:
+    """A subclass of ``base`` under its name and from its module; pickle makes an instance by ``rebuild(*key)``."""
+
+    def reduce(instance: Any, protocol: Any) -> Any:
+        get_state = getattr(instance, "__getstate__", None)  # every object has it from Python 3.11 on
+        return (rebuild, key, instance.__dict__ if get_state is None else get_state())
+
+    own = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**members, **own})
 
 
 def _rebuild(base: Any, names: Names) -> nn.Module:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
-import math
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .checkpoint import give_saving_back, redirect_saving
-from .experts import FP8Experts
 from .gated import split_gated
-from .linear import FP8Linear
 from .plan import ModuleFilter, Step, plan
 from .progress import progress
 from .report import KEPT, Report, Row
 from .scaled import FP8GemmOptions
+from .weights import FP8Linear, FP8Weight, own_weights, revert
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +33,7 @@ def enable_fp8_gemm(
     module_filter: ModuleFilter | None = None,
     inplace: bool = True,
 ) -> Model:
-    """Makes every Linear of ``model`` run on FP8 weights.
+    """Makes every Linear of ``model``, and every stack of experts, run on FP8 weights.
 
     Each layer stays the same object under the same name, so hooks, shared modules and references of any kind
     survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
@@ -38,7 +41,8 @@ def enable_fp8_gemm(
 
     The original weights are freed as it goes; ``FP8GemmOptions(fp16_weight_storage="keep")`` holds them for an exact
     undo. Everything that can fail is checked before the first layer changes. What interrupts the work later, such as
-    Ctrl-C, puts every layer back: with its own weight, or dequantized where that was freed already.
+    Ctrl-C, puts every layer back: with its own weight, or, where that was freed already, dequantized; then a warning
+    says how many those are.
 
     Args:
         options: see ``FP8GemmOptions``.
@@ -56,14 +60,10 @@ def enable_fp8_gemm(
     options = options or FP8GemmOptions()
     steps = plan(model, options=options, module_filter=module_filter)
     if not inplace:
-        twin = _converted_copy(model, steps, options)
-        redirect_saving(twin)
-        return twin
-    _convert_all(steps, options)
+        return _converted_copy(model, steps, options)
+    _convert_all(model, steps, options)
     if options.fp16_weight_storage == "discard":
         _return_freed_memory()
-    _remember_kept(steps)
-    redirect_saving(model)
     return model
 
 
@@ -77,32 +77,74 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
     rows = []
     give_saving_back(model)
     split_gated(model)
-    for name, module in list(model.named_modules()):
+    for prefix, module in list(model.named_modules()):
         module.__dict__.pop(KEPT, None)
-        if not isinstance(module, (FP8Linear, FP8Experts)):
-            continue
-        shape, size = module.weight_shape, math.prod(module.weight_shape) * module.compute_dtype.itemsize
-        if isinstance(module, FP8Linear):
-            exact = module.revert()
-        else:
-            owner, _, stack = name.rpartition(".")
-            exact = module.revert(model.get_submodule(owner), stack)
-        reason = "original weight" if exact else "dequantized weight: the original was discarded"
-        rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
+        for parameter, weight in own_weights(module):
+            layer = parameter == "weight" and isinstance(module, nn.Linear)
+            name = prefix if layer else f"{prefix}.{parameter}".strip(".")
+            size, shape = weight.numel() * weight.dtype.itemsize, tuple(weight._home.layout.shape)
+            exact = module.revert() if isinstance(module, FP8Linear) else revert(module, parameter)
+            reason = "original weight" if exact else "dequantized weight: the original was discarded"
+            rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
     return model, Report(tuple(rows))
 
 
-def _convert_all(steps: list[Step], options: FP8GemmOptions) -> None:
+def _convert_all(model: nn.Module, steps: list[Step], options: FP8GemmOptions) -> None:
     todo = [step for step in steps if step.converts]
-    done: list[Step] = []
+    reasons = [(step.module, dict(step.module.__dict__.get(KEPT, {}))) for step in steps]
+    begun: list[Step] = []
     try:
         for step in progress(todo, what="quantizing to FP8", total=len(todo)):
-            step.convert(options)
-            done.append(step)
-    except BaseException:  # of any kind, Ctrl-C too: the model goes back to what it was, and the error goes on
-        for step in done:
-            step.revert()
+            parameter = step.make(options)  # touches nothing
+            begun.append(step)
+            step.place(parameter)
+        _remember_kept(steps)
+        redirect_saving(model)
+    except BaseException as error:  # of any kind, Ctrl-C too: the model goes back to what it was, and the error goes on
+        with _undisturbed():
+            _put_back(model, reasons, begun, error)
         raise
+
+
+def _put_back(
+    model: nn.Module,
+    reasons: list[tuple[nn.Module, dict[str, str]]],
+    begun: list[Step],
+    error: BaseException,
+) -> None:
+    lost = 0
+    for step in begun:
+        lost += step.revert()
+    give_saving_back(model)
+    redirect_saving(model)  # of what was FP8 before
+    for module, former in reasons:
+        module.__dict__.pop(KEPT, None)
+        if former:
+            module.__dict__[KEPT] = former
+    if lost:
+        text = (
+            f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came back "
+            "dequantized from FP8; load the model again, or use FP8GemmOptions(fp16_weight_storage='keep')"
+        )
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(text)
+        warnings.warn(text, stacklevel=4)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts another Ctrl-C off until layers are whole again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])
 
 
 def _return_freed_memory() -> None:
@@ -114,32 +156,25 @@ def _return_freed_memory() -> None:
 
 
 def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) -> Model:
-    """A deep copy in which the converted layers take the place of dense ones, which are never copied themselves."""
-    todo = [step for step in steps if step.converts and not step.stack]
-    twins: dict[int, FP8Linear] = {}
+    """A deep copy in which FP8 weights take the place of dense ones, which are never copied themselves."""
+    todo = [step for step in steps if step.converts]
+    memo: dict[int, Any] = {}
+    twins: list[nn.Parameter] = []
     for step in progress(todo, what="quantizing to FP8", total=len(todo)):
-        assert isinstance(step.module, nn.Linear)
-        twins[id(step.module)] = FP8Linear.from_linear(step.module, options)
-    memo: dict[int, object] = dict(twins)
-    for key, twin in twins.items():
-        # A twin still shares bias, hooks and a kept weight with its original: those are copied like everything else.
-        memo[key] = copy.deepcopy(twin, memo)
+        twin = step.make(options)
+        assert isinstance(twin, FP8Weight)
+        if twin._home.original is not None or twin._home.dense is not None:
+            twin = copy.deepcopy(twin)  # of its own, where it holds the original
+            if twin._home.dense is None and not twin.is_meta:
+                twin._home.form(twin.dtype)
+        twins.append(twin)
+        memo[id(step.module._parameters[step.parameter])] = twin
     result = copy.deepcopy(model, memo)
-    for layer in result.modules():
-        if isinstance(layer, FP8Linear) and layer.materialized and layer.device.type != "meta":
-            layer.materialize_fp8_weight()  # a copy holds plain bytes; the engine's form of them is made now
-    stacked = [step for step in steps if step.converts and step.stack]
-    for step in progress(stacked, what="quantizing experts to FP8", total=len(stacked)):
-        owner, _, _ = step.name.rpartition(".")
-        replace(step, module=result.get_submodule(owner)).convert(options)
-    kept = [step for step in steps if not step.converts]
-    _remember_kept([replace(step, module=result.get_submodule(_place(step))) for step in kept])
+    for step, twin in zip(todo, twins, strict=True):
+        step.place(twin, result.get_submodule(step.owner))
+    _remember_kept([replace(step, module=result.get_submodule(step.owner)) for step in steps if not step.converts])
+    redirect_saving(result)
     return result
-
-
-def _place(step: Step) -> str:
-    """The name of the module that a step is about."""
-    return step.name.rpartition(".")[0] if step.stack else step.name
 
 
 def _remember_kept(steps: list[Step]) -> None:

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .engines import MatmulSpec, choose, probe
+from .engines import choose, probe
 from .errors import UnsupportedError
-from .experts import FP8Experts
-from .linear import FP8Linear
 from .moe import STACK_NAMES, is_transposed, routers, stacks
 from .scaled import COMPUTE_DTYPES, FP8GemmOptions
+from .weights import FP8Linear, FP8Weight, made, put, revert
+from .weights.convert import scheme_for
+from .weights.prepared import spec_of
 
 ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
@@ -35,20 +36,30 @@ class Step:
     stack: str = ""  # the parameter of ``module`` that is a stack of experts
     transposed: bool = False  # the stack is [E, K, N]
 
-    def convert(self, options: FP8GemmOptions) -> nn.Module:
-        if self.stack:
-            return FP8Experts.convert(self.module, self.stack, options, transposed=self.transposed)
-        assert isinstance(self.module, nn.Linear)
-        return FP8Linear.convert(self.module, options)
+    @property
+    def owner(self) -> str:
+        """The name of ``module``."""
+        return self.name.rpartition(".")[0] if self.stack else self.name
 
-    def revert(self) -> None:
-        if self.stack:
-            experts = self.module._modules[self.stack]
-            assert isinstance(experts, FP8Experts)
-            experts.revert(self.module, self.stack)
-        else:
-            assert isinstance(self.module, FP8Linear)
-            self.module.revert()
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter in ``module`` that is converted."""
+        return self.stack or "weight"
+
+    def make(self, options: FP8GemmOptions) -> nn.Parameter:
+        """The FP8 parameter, without touching the module."""
+        found: nn.Parameter = made(self.module, self.parameter, options, turned=self.transposed)
+        return found
+
+    def place(self, parameter: nn.Parameter, module: nn.Module | None = None) -> None:
+        """Puts what ``make`` made into the module, or into a copy of it."""
+        put(module or self.module, self.parameter, parameter, None if self.stack else FP8Linear)
+
+    def revert(self) -> bool:
+        """Gives the module its parameter back, if it is FP8; whether anything had to be dequantized for it."""
+        if not isinstance(self.module._parameters.get(self.parameter), FP8Weight):
+            return False
+        return not revert(self.module, self.parameter)
 
     @property
     def converts(self) -> bool:
@@ -72,7 +83,7 @@ def plan(
             or _keep_reason(name, module, options, holders),
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, FP8Linear)
+        if isinstance(module, nn.Linear) and not isinstance(module._parameters.get("weight"), FP8Weight)
     ]
     steps += _stack_steps(model, wanted, options, holders)
     steps += _bare_parameters(model)
@@ -84,7 +95,7 @@ def _complain(wanted: _Filter, steps: list[Step], model: nn.Module, options: FP8
     """A filter or a model that gives nothing to do is an error, or a warning where that is asked for."""
     problems = [f"module_filter pattern {pattern!r} matches no Linear" for pattern in wanted.unmatched()]
     if not any(step.converts for step in steps):
-        already = sum(isinstance(module, FP8Linear) for module in model.modules())
+        already = sum(isinstance(parameter, FP8Weight) for parameter in model.parameters())
         found = "; ".join(f"{step.name or 'the model itself'}: {step.reason}" for step in steps[:5])
         more = f"; and {len(steps) - 5} more" if len(steps) > 5 else ""
         problems.append(
@@ -101,7 +112,7 @@ def _complain(wanted: _Filter, steps: list[Step], model: nn.Module, options: FP8
 
 def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders: dict[int, list[str]]) -> str:
     """Why a Linear must stay as it is; empty if it can be converted."""
-    if type(module) not in _PLAIN:
+    if type(module) not in (*_PLAIN, FP8Linear):  # an FP8Linear whose weight was replaced by a dense one
         return f"{type(module).__name__} is a subclass of nn.Linear with ways of its own"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -119,7 +130,7 @@ def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders:
         return "its weight is offloaded by accelerate: patch the model before it is offloaded"
     if weight.is_meta or not options.materialize_fp8_on_wrap:
         return ""  # the engine is chosen where the weight will be
-    return _engine_reason(name, weight, tuple(weight.shape), options)
+    return _engine_reason(name, "weight", weight, tuple(weight.shape), options)
 
 
 def _wrapped(weight: object) -> str:
@@ -132,18 +143,10 @@ def _router_reason(module: nn.Module, choosing: dict[int, str]) -> str:
 
 
 def _engine_reason(
-    name: str, weight: nn.Parameter, shape: tuple[int, ...], options: FP8GemmOptions, *, experts: int = 0
+    name: str, parameter: str, weight: nn.Parameter, shape: tuple[int, ...], options: FP8GemmOptions
 ) -> str:
     """Why no engine can run a weight where it is; raises instead for an engine that the user named."""
-    n, k = shape
-    spec = MatmulSpec(
-        scheme=options.resolved_scheme,
-        n=n,
-        k=k,
-        compute_dtype=weight.dtype,
-        weight_dtype=options.weight_dtype,
-        experts=experts,
-    )
+    spec = spec_of(shape, options, scheme_for(options, parameter, shape), weight.dtype)
     try:
         choose(spec, probe(weight.device), options.engine)
     except UnsupportedError as error:
@@ -159,6 +162,8 @@ def _stack_steps(
     """What becomes of every stack of experts; one of an unknown name needs a filter that names it."""
     for prefix, owner in model.named_modules():
         for stack in stacks(owner):
+            if isinstance(owner._parameters[stack], FP8Weight):
+                continue
             name = f"{prefix}.{stack}" if prefix else stack
             reason = wanted.reason(name, owner)
             if not reason and stack not in STACK_NAMES and not wanted.names(name, owner):
@@ -171,9 +176,9 @@ def _stack_steps(
             if not reason and others:
                 reason = f"it is tied to {', '.join(others)}"
             if not reason and not parameter.is_meta and options.materialize_fp8_on_wrap:
-                experts, *shape = parameter.shape
-                n, k = reversed(shape) if transposed else shape
-                reason = _engine_reason(name, parameter, (n, k), options, experts=experts)
+                experts, a, b = parameter.shape
+                shape = (experts, b, a) if transposed else (experts, a, b)
+                reason = _engine_reason(name, stack, parameter, shape, options)
             yield Step(name, owner, reason, stack, transposed)
 
 
@@ -183,13 +188,13 @@ def _bare_parameters(model: nn.Module) -> Iterator[Step]:
         if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
             continue  # Linears have their own steps; embeddings, norms and convolutions are no matrix products
         names = [key for key, parameter in module._parameters.items() if parameter is not None and _matrix(parameter)]
-        if names and not isinstance(module, nn.Linear):
+        if names and not isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
             yield Step(name, module, f"not an nn.Linear: {', '.join(names)} of {type(module).__name__}")
 
 
 def _matrix(parameter: nn.Parameter) -> bool:
     """Whether a parameter is a matrix of a size worth a product."""
-    if isinstance(parameter, nn.UninitializedParameter) or not parameter.dtype.is_floating_point:
+    if isinstance(parameter, (nn.UninitializedParameter, FP8Weight)) or not parameter.dtype.is_floating_point:
         return False
     return parameter.dim() == 2 and min(parameter.shape) >= 16
 

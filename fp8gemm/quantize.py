@@ -112,7 +112,7 @@ def block_scale(
 ) -> torch.Tensor:
     """The scales, float32 ``granularity.scale_shape(x.shape)``, with which ``quantize`` rounds ``x [..., N, K]``."""
     magnitude = x.to(torch.float32).abs().nan_to_num_(nan=0.0, posinf=0.0)
-    amax = _block_amax(magnitude, granularity)
+    amax = block_amax(magnitude, granularity)
     if upper_bound is not None:
         amax = amax.clamp(max=upper_bound)
     scale = (amax / torch.finfo(dtype).max).clamp(min=SCALE_FLOOR)
@@ -174,7 +174,7 @@ def nan_rows(data: torch.Tensor) -> torch.Tensor:
     return torch.cat([((part & 0x7F) == 0x7F).any(dim=-1) for part in torch.split(code, rows)])
 
 
-def _block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+def block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """The largest element of each block of a non-negative tensor ``[..., N, K]``."""
     if magnitude.numel() == 0:
         return magnitude.new_zeros(granularity.scale_shape(magnitude.shape))
@@ -188,3 +188,23 @@ def _block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tens
     n, k = magnitude.shape[-2:]
     blocks = magnitude.reshape(*magnitude.shape[:-2], n // rows, rows, k // cols, cols)
     return blocks.amax(dim=(-3, -1))
+
+
+def round_stochastically(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """``x`` as one of its two FP8 neighbours, the nearer one the likelier: its expectation is ``x``.
+
+    Values beyond the range saturate, what is not finite becomes NaN, zeros keep their sign. Example:
+    ``round_stochastically(torch.full((1000,), 1.03)).float().mean()`` is close to 1.03, where rounding to nearest
+    gives 1.
+    """
+    info = torch.finfo(dtype)
+    x32 = x.to(torch.float32).clamp(-info.max, info.max)
+    _, exponent = torch.frexp(x32)
+    smallest = 1 - (7 if dtype == torch.float8_e4m3fn else 15)  # the exponent of the smallest normal value
+    power = ((exponent - 1).clamp(min=smallest) + 127) << 23  # as float32's exponent field: 2**n, exactly
+    step = power.view(torch.float32) * info.eps
+    noise = torch.rand(x32.shape, dtype=torch.float32, device=x32.device, generator=generator)
+    rounded = (torch.floor(x32.abs() / step + noise) * step).clamp(max=info.max).copysign(x32)
+    return torch.where(torch.isfinite(x.to(torch.float32)), rounded, torch.nan).to(dtype)

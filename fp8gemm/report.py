@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .holder import FP8Holder
+from .moe import STACK_NAMES, stacks
+from .weights import FP8Linear, FP8Weight, own_weights
 
 KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the stack that was left as it is, "" for the module itself
 
@@ -85,24 +85,45 @@ def report(model: nn.Module) -> Report:
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
-    for name, module in model.named_modules():
-        if isinstance(module, FP8Holder):
-            yield _converted_row(name, module)
-        for stack, reason in module.__dict__.get(KEPT, {}).items():
-            yield _kept_row(f"{name}.{stack}".strip(".") if stack else name, module, stack, reason)
+    modules = list(model.named_modules())
+    patched = any(own_weights(module) or KEPT in module.__dict__ for _, module in modules)
+    seen: set[int] = set()  # homes: a tied weight has one row
+    for name, module in modules:
+        for parameter, weight in own_weights(module):
+            if id(weight._home) not in seen:
+                seen.add(id(weight._home))
+                layer = parameter == "weight" and isinstance(module, nn.Linear)
+                yield _converted_row(name if layer else f"{name}.{parameter}".strip("."), weight)
+        reasons = module.__dict__.get(KEPT, {})
+        for parameter, reason in reasons.items():
+            if not isinstance(module._parameters.get(parameter or "weight"), FP8Weight):
+                yield _kept_row(f"{name}.{parameter}".strip(".") if parameter else name, module, parameter, reason)
+        if patched and not reasons:
+            yield from _later_rows(name, module)
 
 
-def _converted_row(name: str, layer: FP8Holder) -> Row:
-    original = layer.original_weight
-    activity = layer.activity
+def _later_rows(name: str, module: nn.Module) -> Iterator[Row]:
+    """Dense Linears and stacks of experts that nobody decided about: they came after patching."""
+    own = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and own is not None and not isinstance(own, FP8Weight):
+        replaced = isinstance(module, FP8Linear)
+        reason = "its weight was replaced by a dense one after patching" if replaced else "added after patching"
+        yield _kept_row(name, module, "", reason)
+    for stack in stacks(module):
+        if stack in STACK_NAMES and not isinstance(module._parameters[stack], FP8Weight):
+            yield _kept_row(f"{name}.{stack}".strip("."), module, stack, "added after patching")
+
+
+def _converted_row(name: str, weight: FP8Weight) -> Row:
+    home, activity = weight._home, weight._home.activity
     return Row(
         name=name or "(the model itself)",
         status="fp8",
-        shape=layer.weight_shape,
-        engine=layer.engine or "",
-        scheme=str(layer.scheme),
-        bytes_before=math.prod(layer.weight_shape) * layer.compute_dtype.itemsize,
-        bytes_after=layer.fp8_nbytes + (0 if original is None else original.nbytes),
+        shape=tuple(home.layout.shape),
+        engine=home.engine or "",
+        scheme=str(home.scheme),
+        bytes_before=weight.numel() * weight.dtype.itemsize,
+        bytes_after=home.nbytes,
         calls=activity.calls,
         kernels=tuple(Counter(activity.kernels).most_common()),
         dequantizations=activity.dequantizations,

@@ -14,6 +14,7 @@ ScaleFormat = Literal["float32", "ue8m0"]
 SchemeName = Literal["row", "tensor", "block", "weight_only"]
 WeightStorage = Literal["keep", "cpu_offload", "discard"]
 Accumulate = Literal["auto", "fast", "precise"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -164,6 +165,9 @@ class FP8GemmOptions:
         accumulate: where FP8 products on a GPU keep partial sums: ``"fast"``, in the tensor cores' own accumulator,
             which has about 14 bits on Hopper; ``"precise"``, in float32 after every 128 products at the latest;
             ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are passed over.
+        rounding: how values that are written into a quantized weight (merged adapters, for one) are rounded:
+            ``"nearest"``, or ``"stochastic"``, which keeps changes that are small beside the weight on average.
+        generator: of the random numbers for stochastic rounding; by default torch's own.
 
     Raises:
         ValueError: for a value that is none of these, naming those that are.
@@ -178,6 +182,8 @@ class FP8GemmOptions:
     strict: bool = True
     weight_dtype: torch.dtype = field(default=torch.float8_e4m3fn)
     accumulate: Accumulate = "auto"
+    rounding: Rounding = "nearest"
+    generator: torch.Generator | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.fp16_weight_storage not in get_args(WeightStorage):
@@ -189,6 +195,8 @@ class FP8GemmOptions:
             raise ValueError(f"scheme must be a Scheme or one of {', '.join(SCHEMES)}, found {self.scheme!r}")
         if self.accumulate not in get_args(Accumulate):
             raise ValueError(f"accumulate must be one of {', '.join(get_args(Accumulate))}, found {self.accumulate!r}")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, found {self.rounding!r}")
         if self.weight_dtype not in FP8_DTYPES:
             raise ValueError(f"weight_dtype must be one of {_names(FP8_DTYPES)}, found {self.weight_dtype}")
 

@@ -34,7 +34,7 @@ def defaults(dtype: torch.dtype) -> Iterator[None]:
 
 
 def fill(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().clone().as_subclass(torch.Tensor) for name, tensor in model.state_dict().items()}
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:

@@ -290,7 +290,7 @@ def test_per_expert_names_fill_stacked_parameters(
         assert torch.equal(stacked.gate_up_proj[e] + 0, torch.cat([gate, up]))
         assert torch.equal(stacked.down_proj[e] + 0, down)
         if not dense:
-            held = stacked._modules["down_proj"].scaled()
+            held = stacked.down_proj.scaled()
             source = tensors[f"layer.{block}.experts.{e}.{names[2]}.weight"]
             assert torch.equal(held.data[e].view(torch.uint8), source.view(torch.uint8))
     assert torch.equal(model["layer"].mlp.gate.weight, tensors[f"layer.{block}.gate.weight"])
@@ -338,7 +338,7 @@ def test_a_model_with_fp8_layers_is_refused(tmp_path: Path) -> None:
     model = Net()
     folder = rows_net(tmp_path)
     load_checkpoint(model, folder)
-    with pytest.raises(ValueError, match="holds FP8 weights already: up, down"):
+    with pytest.raises(ValueError, match="holds FP8 weights already: up.weight, down.weight"):
         load_checkpoint(model, folder)
 
 
@@ -484,5 +484,5 @@ def test_static_experts_are_scaled_by_token(tmp_path: Path) -> None:
     model = Experts()
     load_checkpoint(model, write(tmp_path, tensors, compressed("tensor", "tensor")))
     for stack in ("gate_up_proj", "down_proj"):
-        scheme = model.mlp.experts._modules[stack].scheme
+        scheme = getattr(model.mlp.experts, stack).scheme
         assert (scheme.activation, scheme.static) == (ROW, False)

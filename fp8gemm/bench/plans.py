@@ -19,7 +19,7 @@ from ..engines.triton_plan import Kind, Plan, bucket
 from ..engines.triton_tune import TUNED, WORTH_IT, Cell, candidates, describe, held, open_table, stays
 from ..errors import UnsupportedError
 from ..fuse import SiblingLinear
-from ..linear import FP8Linear
+from ..weights import FP8Linear
 from ..progress import progress
 from ..scaled import SCHEMES
 from ..warm import TOKENS
@@ -207,8 +207,9 @@ def _linears(model: nn.Module) -> Iterator[tuple[FP8Linear, tuple[int, int]]]:
 
 
 def _stored(layer: FP8Linear) -> torch.dtype:
-    data = layer._buffers["fp8_weight"]
-    return layer.options.weight_dtype if data is None else data.dtype
+    stored = layer.home.stored
+    packed = None if stored is None else stored.packed
+    return layer.options.weight_dtype if packed is None else packed.data.dtype
 
 
 def _reason(kind: Kind, n: int, k: int, native: bool) -> str:

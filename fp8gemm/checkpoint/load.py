@@ -12,12 +12,11 @@ from torch import nn
 
 from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
-from ..experts import FP8Experts
-from ..holder import FP8Holder
-from ..linear import FP8Linear
 from ..progress import byte_progress
 from ..report import KEPT, Report, report
 from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
+from ..weights import FP8Linear, FP8Weight, convert
+from ..weights.prepared import spec_of
 from .fill import fill, scheme_of, take
 from .places import Place, initialise_transient, places, transient
 from .plan import Step, holds_fp8, nbytes, plan_load, some
@@ -71,7 +70,7 @@ def load_checkpoint(
     strict: bool = True,
 ) -> LoadReport:
     """Fills ``model``, on meta or real, with a checkpoint: Linears whose weight is FP8 on disk become ``FP8Linear``,
-    and stacks of experts ``FP8Experts``.
+    and FP8 stacks of experts ``FP8Weight`` parameters.
 
     They hold the file's bytes and scales; everything else is copied in the model's own dtype. Never saved buffers on
     meta (rotary frequencies) are computed as transformers models can.
@@ -159,20 +158,13 @@ def _spec(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions) -> Matmul
     stack = checkpoint.stacks.get(source)
     layer = checkpoint.layers[source if stack is None else stack.parts[0][0]]
     scheme = layer.scheme
-    *experts, n, k = place.tensor.shape
+    shape = tuple(place.tensor.shape)
     if stack is not None:
-        joined = Granularity(n // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
+        joined = Granularity(shape[1] // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
         scheme = replace(scheme, weight=joined, static=False, activation=scheme.activation and ROW)
     if options.resolved_scheme.activation is None:
         scheme = scheme.weight_only()
-    return MatmulSpec(
-        scheme=scheme,
-        n=n,
-        k=k,
-        compute_dtype=place.tensor.dtype,
-        weight_dtype=layer.dtype,
-        experts=experts[0] if experts else 0,
-    )
+    return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, place.tensor.dtype)
 
 
 def home_of(place: Place, device: torch.device | None) -> torch.device:
@@ -193,7 +185,7 @@ def _fill(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions, device: t
         scheme, input_scale = scheme.weight_only(), None
     own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
     if step.sources[0] in checkpoint.stacks:  # stacked just now: nobody else's memory
-        FP8Experts.convert(place.module, place.attribute, own, weight=weight.to(home))
+        convert(place.module, place.attribute, own, weight=weight.to(home))
         return
     assert isinstance(place.module, nn.Linear)
     held = ScaledTensor(weight.data.to(home, copy=True), weight.scale.to(home, copy=True), weight.granularity)
@@ -203,7 +195,7 @@ def _fill(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions, device: t
 def _move(place: Place, device: torch.device) -> None:
     """Takes along to ``device`` what the checkpoint did not hold."""
     tensor = place.tensor
-    if tensor.device == device or tensor.is_meta or isinstance(place.module, FP8Holder):
+    if tensor.device == device or tensor.is_meta or isinstance(tensor, FP8Weight):
         return
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
@@ -222,7 +214,7 @@ def _note_kept(steps: Sequence[Step], checkpoint: Checkpoint) -> None:
 
 
 def _refuse_fp8(model: nn.Module) -> None:
-    held = [name or "(the model itself)" for name, module in model.named_modules() if isinstance(module, FP8Holder)]
+    held = [name for name, parameter in model.named_parameters() if isinstance(parameter, FP8Weight)]
     if held:
         raise ValueError(
             f"the model holds FP8 weights already: {some(held)}; load into a plain model, or disable_fp8_gemm first"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..holder import FP8Holder
+from ..weights import FP8Weight
 from .save import save_checkpoint
 
 _NAME = "save_pretrained"
@@ -24,7 +24,7 @@ _IDLE = ("token", "save_peft_format", "save_original_format")
 def redirect_saving(model: nn.Module) -> None:
     """Lets ``save_pretrained`` of every transformers or diffusers model in ``model`` that is FP8 now go through us."""
     for module in model.modules():
-        if _library(module) and any(isinstance(part, FP8Holder) for part in module.modules()):
+        if _library(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
             # A partial, not a method: copies and pickles of the model then hold one of their own.
             module.__dict__[_NAME] = partial(_save_pretrained, module)
 

@@ -14,17 +14,15 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..experts import FP8Experts
 from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
-from ..holder import FP8Holder
-from ..linear import FP8Linear
 from ..scaled import ScaledTensor
-from ..state import KEYS
+from ..weights import FP8Weight
+from ..weights.persistence import input_scale_key
 from .expert_names import Slice, expert_slices, file_name
 from .write import Piece, write_checkpoint
 
-# Who holds an FP8 matrix, and how to get it.
-_Held = tuple[FP8Holder, Callable[[], ScaledTensor]]
+# An FP8 weight, and how to get one matrix of it.
+_Held = tuple[FP8Weight, Callable[[], ScaledTensor]]
 
 
 def save_checkpoint(
@@ -52,13 +50,14 @@ def save_checkpoint(
     target = writer(format)
     own = model_config(model)
     kind = str((own or {}).get("model_type", ""))
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, FP8Experts)}
+    weights = {name: p for name, p in model.named_parameters() if isinstance(p, FP8Weight)}
+    layers = {name.removesuffix("weight").rstrip("."): p for name, p in weights.items() if p.dim() == 2}
+    stacks = {name: p for name, p in weights.items() if p.dim() == 3}
     dense = _dense(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    slices = expert_slices({**shapes, **{name: stack.weight_shape for name, stack in stacks.items()}}, kind)
+    slices = expert_slices({**shapes, **{name: tuple(stack.shape) for name, stack in stacks.items()}}, kind)
     _refuse_stacks(stacks, slices, target)
-    held: dict[str, _Held] = {name: (layer, layer.scaled) for name, layer in layers.items()}
+    held: dict[str, _Held] = {name: (layer, layer._home.scaled) for name, layer in layers.items()}
     for name, part in slices.items():
         if part.name in stacks:
             held[name.removesuffix(".weight")] = (stacks[part.name], partial(_expert, stacks[part.name], part))
@@ -117,44 +116,45 @@ def narrowest_exact(scale: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if exact else torch.float32
 
 
-def _refuse_stacks(stacks: Mapping[str, FP8Experts], slices: Mapping[str, Slice], target: Format) -> None:
+def _refuse_stacks(stacks: Mapping[str, FP8Weight], slices: Mapping[str, Slice], target: Format) -> None:
     """Raises UnsupportedError for FP8 stacks that have no per-expert names."""
     known = {part.name for part in slices.values()}
     reasons = [
-        f"{name}: experts {list(stack.weight_shape)}{', transposed,' if stack.transposed else ''} have no names apart"
+        f"{name}: experts {list(stack.shape)}{', transposed,' if stack._home.layout.turned else ''} have no names apart"
         for name, stack in stacks.items()
-        if stack.transposed or name not in known
+        if stack._home.layout.turned or name not in known
     ]
     if reasons:
         raise UnsupportedError(f"cannot save as {target.name}:\n" + "\n".join(reasons))
 
 
-def _expert(stack: FP8Experts, part: Slice) -> ScaledTensor:
-    whole = stack.scaled()
+def _expert(stack: FP8Weight, part: Slice) -> ScaledTensor:
+    whole = stack._home.scaled()
     matrix = ScaledTensor(whole.data[part.expert], whole.scale[part.expert], whole.granularity)
     return coarsened(slice_rows(matrix, part.start, part.stop))
 
 
-def _written(layer: FP8Holder, weight: ScaledTensor) -> Written:
+def _written(layer: FP8Weight, weight: ScaledTensor) -> Written:
     if weight.device.type == "meta":
         raise ValueError("the model holds FP8 weights on meta; load or materialize them before saving")
-    input_scale = layer._buffers["input_scale"]
-    static = layer.scheme.static and input_scale is not None
+    home = layer._home
+    input_scale = home.input_scale
+    static = home.scheme.static and input_scale is not None
     scales = [weight.scale.flatten(), *([input_scale.flatten()] if static and input_scale is not None else [])]
     return Written(
-        scheme=replace(layer.scheme, weight=weight.granularity, static=static),
+        scheme=replace(home.scheme, weight=weight.granularity, static=static),
         shape=tuple(weight.shape),
         dtype=weight.data.dtype,
-        scale_dtype=narrowest_exact(torch.cat(scales), layer.compute_dtype),
+        scale_dtype=narrowest_exact(torch.cat(scales), layer.dtype),
     )
 
 
 def _layer_piece(
-    target: Format, name: str, layer: FP8Holder, weight: Callable[[], ScaledTensor], written: Written
+    target: Format, name: str, layer: FP8Weight, weight: Callable[[], ScaledTensor], written: Written
 ) -> Piece:
     return Piece(
         tensors=target.stored(name, written),
-        make=lambda: target.write(name, written, weight(), layer._buffers["input_scale"]),
+        make=lambda: target.write(name, written, weight(), layer._home.input_scale),
     )
 
 
@@ -162,8 +162,8 @@ def _dense(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is not an FP8 weight: each tensor once, under its first name."""
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
-    holders = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, FP8Holder)]
-    ours = {f"{name}.{own}".strip(".") for name in holders for own in KEYS}
+    weights = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, FP8Weight)]
+    ours = {key for name in weights for key in (name, f"{name}_scale", input_scale_key(name))}
     for name, tensor in model.state_dict().items():
         if name in ours or not isinstance(tensor, torch.Tensor):
             continue

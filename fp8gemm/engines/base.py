@@ -79,6 +79,7 @@ class Prepared:
     few: int = 0
     experts: int = 0
     parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
+    bare: bool = False  # ``extra`` is left out: inside a trace it would be stale once other bytes come
 
     @property
     def device(self) -> torch.device:

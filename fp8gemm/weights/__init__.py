@@ -1,0 +1,24 @@
+"""The FP8 weight: a parameter that multiplies by itself, whoever owns it."""
+
+from . import copies, products, writes  # handlers register themselves
+from .activity import Activity
+from .convert import convert, made, put, revert
+from .home import Home
+from .linear import FP8Linear
+from .persistence import own_weights
+from .weight import FP8Weight
+
+__all__ = [
+    "Activity",
+    "FP8Linear",
+    "FP8Weight",
+    "Home",
+    "convert",
+    "copies",
+    "made",
+    "own_weights",
+    "products",
+    "put",
+    "revert",
+    "writes",
+]

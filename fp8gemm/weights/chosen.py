@@ -1,0 +1,52 @@
+"""Experts of a stack that were chosen by number, one for each token: their bytes are not copied until somebody asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..scaled import ScaledTensor
+from .geometry import Layout
+from .home import Home, Stored
+
+
+class ChosenExperts(Home):
+    """The home of ``stack[ids]``, which transformers' ``batched_mm`` multiplies by and forgets.
+
+    ``source`` is the stack's home while nothing was copied.
+    """
+
+    def __init__(self, source: Home, ids: torch.Tensor) -> None:
+        layout = Layout((ids.shape[0], *source.layout.shape[1:]), source.layout.turned)
+        self._source: Home | None = source
+        self.ids = ids
+        self._seen = source.version
+        self._stored: Stored | None = None
+        super().__init__(source.options, layout, scheme=source.scheme)
+        self.activity = source.activity
+
+    @property
+    def source(self) -> Home | None:
+        """Where the experts lie, as long as neither they nor this copy of them was written to."""
+        if self._stored is None and self._source is not None and self._source.version == self._seen:
+            return self._source
+        return None
+
+    @property
+    def stored(self) -> Stored | None:  # type: ignore[override]
+        if self._stored is None and self._source is not None:
+            weight = self._source.scaled()
+            data = weight.data.view(torch.uint8).index_select(0, self.ids).view(weight.data.dtype)
+            scale = weight.scale.index_select(0, self.ids)
+            self._stored, self._source = Stored(ScaledTensor(data, scale, weight.granularity)), None
+        return self._stored
+
+    @stored.setter
+    def stored(self, value: Any) -> None:
+        if value is not None:
+            self._stored, self._source = value, None
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device

@@ -1,0 +1,221 @@
+"""Copies of weights, by their bytes: cast, moved, cloned, written over by one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..scaled import ScaledTensor
+from .geometry import Layout, Part
+from .home import Home, Stored
+from .weight import OPERATIONS, FP8Weight, implements
+
+aten = torch.ops.aten
+
+
+@implements(OPERATIONS, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _same(weight: FP8Weight) -> FP8Weight:
+    return weight.like()
+
+
+@implements(OPERATIONS, aten._to_copy.default)
+def _to_copy(
+    weight: FP8Weight,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **others: Any,
+) -> Any:
+    """A cast shares the bytes; a move copies them, or leaves them behind on meta."""
+    home, dtype = weight._home, dtype or weight.dtype
+    device = weight.device if device is None else torch.device(device)
+    unmoved = device == weight.device
+    if dtype in _FP8:
+        return NotImplemented
+    if not dtype.is_floating_point or (not unmoved and not weight.is_whole()):
+        return NotImplemented
+    if unmoved:
+        if home.stored is not None and home.settle() is None:
+            return NotImplemented  # a scratch copy that was written to: its exact values
+        return weight.like(home=_cast_home(home, dtype), dtype=dtype).fresh()
+    return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
+
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _cast_home(home: Home, dtype: torch.dtype) -> Home:
+    if home.stored is None:  # never quantized
+        twin = home.copy()
+        assert home.dense is not None
+        twin.dense = home.dense.to(dtype, copy=True)
+        twin.owned = home.owned
+        return _with_original(home, twin, dtype, None)
+    stored = home.settle()
+    assert stored is not None
+    if stored.packed is not None and dtype not in stored.packed.dtypes:
+        stored = Stored(stored.scaled())  # another engine may be the one for the new dtype
+    return _with_original(home, home.copy(stored), dtype, None)
+
+
+def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
+    if home.stored is None or (home.settle() is None):
+        twin = home.copy()
+        assert home.dense is not None
+        twin.stored, twin.dense = None, home.dense.to(device, dtype)
+    else:
+        weight = home.scaled()
+        data = weight.data.view(torch.uint8).to(device).view(weight.data.dtype)
+        twin = home.copy(Stored(ScaledTensor(data, weight.scale.to(device), weight.granularity)))
+    if home.input_scale is not None:
+        twin.input_scale = home.input_scale.to(device)
+    return _with_original(home, twin, dtype, device)
+
+
+def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.device | None) -> Home:
+    """A kept original goes along, cast and moved too; ``cpu_offload`` leaves it where it is."""
+    original = home.original
+    if original is None or dtype in _FP8:
+        return twin
+    where = original.device if device is None or home.options.fp16_weight_storage == "cpu_offload" else device
+    values = original.detach().to(where, dtype, copy=True)
+    behind = home.changed
+    twin.original = torch.nn.Parameter(values, original.requires_grad)
+    twin.original_version = None if behind else twin.original._version
+    if twin.stored is None and twin.dense is not None and twin.dense.shape == values.shape and where == twin.dense.device:
+        twin.dense = twin.original.detach()
+    return twin
+
+
+def _taken(weight: FP8Weight, *, to_write: bool = False) -> tuple[ScaledTensor, Part] | None:
+    stored, part = weight._home.settle(), weight.part()
+    if stored is None or part is None:
+        return None
+    taken = part.take(stored.scaled(), to_write=to_write)
+    return None if taken is None else (taken, part)
+
+
+def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype) -> FP8Weight:
+    """A weight of its own of these bytes, in the orientation of the view they were taken from."""
+    layout = Layout(tuple(scaled.shape), turned=part.flipped)
+    return FP8Weight(weight._home.copy(Stored(scaled), layout), dtype)
+
+
+@implements(OPERATIONS, aten.clone.default)
+def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
+    home = weight._home
+    if home.stored is not None and weight.is_whole() and home.settle() is not None:
+        return weight.like(home=home.copy())
+    taken = None if home.stored is None else _taken(weight)
+    if taken is None:
+        return NotImplemented
+    scaled, part = taken
+    data = scaled.data.contiguous().view(torch.uint8).clone().view(scaled.data.dtype)
+    return _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+
+
+@implements(OPERATIONS, aten.empty_like.default)
+def _empty_like(
+    weight: FP8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **others: Any
+) -> Any:
+    """What ``to_empty`` asks for: an FP8 weight of the shape. Asking must not round what was just written."""
+    part = weight.part()
+    if part is None or (dtype is not None and (not dtype.is_floating_point or dtype in _FP8)):
+        return NotImplemented
+    shape = _shape_of(weight, part)
+    if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
+        return NotImplemented
+    where = weight.device if device is None else torch.device(device)
+    blank = _blank(weight._home, shape, where)
+    return _own(weight, blank, part, dtype or weight.dtype).fresh()
+
+
+def _shape_of(weight: FP8Weight, part: Part) -> tuple[int, ...]:
+    *stack, a, b = weight.shape
+    return (*stack, b, a) if part.flipped else (*stack, a, b)
+
+
+def _blank(home: Home, shape: tuple[int, ...], device: torch.device) -> ScaledTensor:
+    grid = home.scheme.weight
+    data = torch.zeros(shape, dtype=torch.uint8, device=device).view(home.options.weight_dtype)
+    return ScaledTensor(data, torch.ones(grid.scale_shape(shape), dtype=torch.float32, device=device), grid)
+
+
+@implements(OPERATIONS, aten.new_zeros.default)
+def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
+    """What FSDP2 asks for: room for some rows of the weight."""
+    home = weight._home
+    *_, n, k = home.layout.shape
+    size = tuple(size)
+    block = home.scheme.weight.rows
+    alike = len(size) == weight.dim() and size[1:] == tuple(weight.shape)[1:] and not home.layout.turned
+    if not alike or dtype not in (None, weight.dtype) or (len(size) == 2 and block is not None and size[0] % block):
+        return NotImplemented
+    blank = _blank(home, size, weight.device if device is None else torch.device(device))
+    return FP8Weight(home.copy(Stored(blank), Layout(size)), weight.dtype)
+
+
+@implements(OPERATIONS, aten.copy_.default)
+def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    """Between weights of the same scales' grid by bytes; into plain tensors as values."""
+    if not isinstance(target, FP8Weight):
+        target.copy_(source.dequantize())
+        return target
+    if isinstance(source, FP8Weight) and source._home is target._home and _same_view(source, target):
+        return target
+    if not isinstance(source, FP8Weight) or source.shape != target.shape or source._home is target._home:
+        return NotImplemented
+    a, b = target._home, source._home
+    grids_differ = a.scheme.weight != b.scheme.weight or a.options.weight_dtype != b.options.weight_dtype
+    if grids_differ or a.stored is None or b.stored is None or a.original is not None:
+        return NotImplemented
+    if b.settle() is None or a.dense is not None:
+        return NotImplemented  # written to and not rounded yet: values, each rounded once
+    if torch.compiler.is_compiling() or watched_by_a_mode():
+        return _copy_in_place(target, source)
+    there, here = _taken(source), _taken(target, to_write=True)
+    if there is None or here is None or there[1].flipped != here[1].flipped:
+        return NotImplemented
+    write_part(target, there[0])
+    return target
+
+
+def _same_view(a: FP8Weight, b: FP8Weight) -> bool:
+    return a.size() == b.size() and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+
+
+def watched_by_a_mode() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
+    """For traced graphs, whose last step copies into the very tensors that they were given."""
+    a, b = target._home.settle(), source._home.settle()
+    if not (target.is_whole() and source.is_whole()) or a is None or b is None:
+        return NotImplemented
+    ours, theirs = (stored.packed if stored.plain is None else stored.plain for stored in (a, b))
+    if ours is None or theirs is None or ours.data.shape != theirs.data.shape or type(ours) is not type(theirs):
+        return NotImplemented
+    ours.data.copy_(theirs.data)
+    ours.scale.copy_(theirs.scale)
+    for stored in (a, b):
+        stored.forms = {}
+    target._home.version += 1
+    return target
+
+
+def write_part(target: FP8Weight, scaled: ScaledTensor) -> None:
+    """Writes bytes and scales over those of a part of whole blocks; others see the weight before or after."""
+    home, part = target._home, target.part()
+    stored = home.settle()
+    assert stored is not None
+    assert part is not None
+    weight = stored.scaled()
+    raw = weight.data.view(torch.uint8).clone()
+    scale = weight.scale.clone()
+    taken = part.take(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity), to_write=True)
+    assert taken is not None
+    taken.data.view(torch.uint8).copy_(scaled.data.view(torch.uint8))
+    taken.scale.copy_(scaled.scale)
+    home.take_bytes(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity))

@@ -1,0 +1,122 @@
+"""Which part of a stored weight a view is: told from its size, strides and offset, as torch computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..scaled import ScaledTensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight lies in the (virtual) memory of its dense values.
+
+    ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` memory is that of a parameter whose last
+    two dimensions are ``[K, N]``, as Conv1D and some stacks have them.
+    """
+
+    shape: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How far apart in memory neighbours along N and along K are."""
+        n, k = self.matrix
+        return (1, max(n, 1)) if self.turned else (max(k, 1), 1)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The parameter's own shape: that of its memory."""
+        *stack, n, k = self.shape
+        return (*stack, k, n) if self.turned else (*stack, n, k)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        n, k = self.matrix
+        inner = (max(n, 1), 1) if self.turned else (max(k, 1), 1)
+        return (max(n, 1) * max(k, 1), *inner) if len(self.shape) == 3 else inner
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows and columns of one matrix, or of consecutive experts of a stack.
+
+    ``experts`` is None for a matrix ``[N, K]`` by itself, else (first, count); of an expert taken out of its stack
+    ``single`` is true. ``flipped`` says that the view has K before N.
+    """
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    experts: tuple[int, int] | None = None
+    single: bool = False
+    flipped: bool = False
+
+    def whole(self, layout: Layout) -> bool:
+        """Whether it is all of the weight, flipped or not."""
+        n, k = layout.matrix
+        everything = None if len(layout.shape) == 2 else (0, layout.shape[0])
+        return self.rows == (0, n) and self.cols == (0, k) and self.experts == everything and not self.single
+
+    def all_columns(self, layout: Layout) -> bool:
+        return self.cols == (0, layout.shape[-1])
+
+    def take(self, weight: ScaledTensor, *, to_write: bool = False) -> ScaledTensor | None:
+        """Its bytes and scales, as views; None where no grid of blocks covers just it.
+
+        A block may be cut at its end, unless the bytes are to be written: its scale then belongs to others as well.
+        """
+        (r, rows), (c, cols) = self.rows, self.cols
+        n, k = weight.shape[-2:]
+        grid = weight.granularity
+        if _cuts(grid.rows, r, rows, n, to_write) or _cuts(grid.cols, c, cols, k, to_write):
+            return None
+        by_row, by_col = _blocks(grid.rows, r, rows), _blocks(grid.cols, c, cols)
+        data, scale = weight.data, weight.scale
+        if self.experts is not None:
+            first, count = self.experts
+            here = first if self.single else slice(first, first + count)
+            data, scale = data[here], scale[here]
+        return ScaledTensor(data[..., r : r + rows, c : c + cols], scale[..., by_row, by_col], grid)
+
+
+def _cuts(block: int | None, first: int, count: int, total: int, to_write: bool) -> bool:
+    """Whether a range begins inside a block or, where that matters, ends inside one."""
+    if block is None:
+        return to_write and count != total
+    end = first + count
+    return first % block != 0 or (to_write and end % block != 0 and end != total)
+
+
+def _blocks(block: int | None, first: int, count: int) -> slice:
+    return slice(None) if block is None else slice(first // block, -(-(first + count) // block))
+
+
+def part_of(layout: Layout, size: Sequence[int], stride: Sequence[int], offset: int) -> Part | None:
+    """The part that a view of this size, stride and offset is; None if it is no such rectangle."""
+    n, k = layout.matrix
+    stack = len(layout.shape) == 3
+    if len(size) not in (2, 3) or n == 0 or k == 0 or (len(size) == 3 and not stack) or 0 in size:
+        return None
+    expert, rest = divmod(offset, n * k)
+    experts: tuple[int, int] | None = (expert, 1) if stack else None
+    if len(size) == 3:
+        if stride[0] != n * k and size[0] != 1:
+            return None
+        experts = (expert, size[0])
+    if (stack and experts is not None and sum(experts) > layout.shape[0]) or (not stack and expert):
+        return None
+    col, row = divmod(rest, n) if layout.turned else reversed(divmod(rest, k))
+    (a, b), (step_a, step_b) = size[-2:], stride[-2:]
+    along_n, along_k = layout.steps
+    for flipped, rows, cols, step_rows, step_cols in ((False, a, b, step_a, step_b), (True, b, a, step_b, step_a)):
+        lies = (step_rows == along_n or rows == 1) and (step_cols == along_k or cols == 1)
+        if lies and row + rows <= n and col + cols <= k:
+            return Part((row, rows), (col, cols), experts, single=stack and len(size) == 2, flipped=flipped)
+    return None
+
+

@@ -1,0 +1,412 @@
+"""Who owns an FP8 weight: its bytes and scales, the forms that engines take, pending writes and a kept original."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import native
+from ..engines import Prepared, restore
+from ..errors import UnsupportedError
+from ..quantize import dequantize
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from .activity import Activity
+from .geometry import Layout, Part
+from .prepared import prepare_for, quantized
+from .rounding import rounded_again, warn_of_loss
+
+_lock = threading.RLock()  # of quantizing, packing and settling, which are rare; one for all weights
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and is not in the child
+
+
+class Stored:
+    """A quantized weight at one moment. Its bytes are never written to: a change makes another, published at once.
+
+    Copies of a weight share it until they are written to. Either ``plain`` bytes ``[..., N, K]`` are there, or the form
+    that an engine ``packed`` them into, from which they can be restored; both where they share memory.
+    """
+
+    __slots__ = ("forms", "packed", "plain")
+
+    def __init__(self, plain: ScaledTensor | None, packed: Prepared | None = None) -> None:
+        self.plain, self.packed = plain, packed
+        self.forms: dict[Any, Prepared] = {}  # of parts, other devices and other dtypes
+
+    @property
+    def device(self) -> torch.device:
+        holder = self.packed if self.plain is None else self.plain
+        assert holder is not None
+        return holder.device
+
+    def scaled(self) -> ScaledTensor:
+        """The plain bytes and float32 scales, bit for bit; new memory where an engine packed them."""
+        if (plain := self.plain) is not None:
+            return plain
+        assert self.packed is not None
+        return restore(self.packed)
+
+    def hold(self, packed: Prepared) -> None:
+        """Takes the form that products use; plain bytes that it does not share memory with are let go."""
+        plain = self.plain
+        shares = plain is not None and _same_memory(plain.data, packed.data)
+        self.packed = packed
+        if not shares:
+            self.plain = None
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if type(a) is not torch.Tensor or a.is_meta:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+class Home:
+    """What a weight, its views and its aliases share.
+
+    A weight begins unquantized where that was asked for (only ``dense`` exists), is quantized once, and collects what is
+    written to it in ``dense`` until the next product, copy or save needs it quantized.
+
+    Attributes:
+        layout: shape ``[(E,) N, K]`` and how the parameter lies in memory.
+        stored: the quantized weight; None before there is one.
+        dense: values with what was written since, in the parameter's own layout; None if nothing was.
+        original: the parameter that was converted, where it is kept.
+        owned: whether a Parameter was seen. What never was one, such as a scratch copy, stays dense once written to.
+        version: grows with every change; a call that was bound for one version does not fit the next.
+    """
+
+    def __init__(
+        self,
+        options: FP8GemmOptions,
+        layout: Layout,
+        *,
+        stored: Stored | None = None,
+        dense: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        scheme: Scheme | None = None,
+        trains: bool = False,
+    ) -> None:
+        self.options, self.layout = options, layout
+        self.scheme = options.resolved_scheme if scheme is None else scheme
+        self.stored, self.dense, self.input_scale = stored, dense, input_scale
+        self.original: nn.Parameter | None = None
+        self.original_version: int | None = None
+        self.trains = trains  # whether the parameter that was converted did
+        self.activity = Activity()
+        self.owned = False
+        self.version = 0
+
+    @property
+    def device(self) -> torch.device:
+        if self.stored is not None:
+            return self.stored.device
+        assert self.dense is not None
+        return self.dense.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits to be quantized: the first time, a write, or a kept original that has changed."""
+        return self.dense is not None or self.changed
+
+    @property
+    def changed(self) -> bool:
+        """Whether the kept original was written to since it was quantized."""
+        return self.original is not None and self.original._version != self.original_version
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def master(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense values that a write goes to, in the parameter's own layout: the kept original's where that fits."""
+        with _lock:
+            if self.dense is None:
+                self.dense = self._values(dtype)
+            return self.dense
+
+    def _values(self, dtype: torch.dtype) -> torch.Tensor:
+        original = self.original
+        if original is not None:
+            values = original.detach()
+            if values.device != self.device or values.dtype != dtype:
+                values = values.to(self.device, dtype)
+            return values.contiguous()
+        self.activity.dequantizations += 1
+        assert self.stored is not None
+        w = dequantize(self.stored.scaled(), dtype)
+        return w.transpose(-1, -2).contiguous() if self.layout.turned else w
+
+    def wrote(self) -> None:
+        """Something was written to ``master``."""
+        self.version += 1
+
+    def settle(self) -> Stored | None:
+        """The quantized weight, with every write so far rounded into it, once; None for a written scratch copy."""
+        if not self.pending:
+            return self.stored
+        if self.stored is not None and not self.owned and self.dense is not None:
+            return None
+        return self._settle(None)
+
+    def _settle(self, device: torch.device | None) -> Stored:
+        with _lock:
+            dense, original = self.dense, self.original
+            if dense is None and not self.changed:
+                assert self.stored is not None
+                return self.stored
+            if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError(
+                    "an FP8 weight cannot be quantized while a CUDA graph is captured; call "
+                    f"materialize_fp8_weight({str(device)!r}) or run the model once before"
+                )
+            if original is not None and dense is not None and dense.data_ptr() != original.data_ptr():
+                with torch.no_grad():  # written in another place, where the original is on another device
+                    original.copy_(dense)
+            version = None if original is None else original._version
+            after = original.detach() if dense is None and original is not None else dense
+            assert after is not None
+            w = after.transpose(-1, -2) if self.layout.turned else after
+            if self.stored is None or original is not None:
+                scaled = quantized(w, self.options, self.scheme, device or self.device)
+            else:
+                scaled, lost = rounded_again(self.stored.scaled(), w, self.options, self.scheme)
+                warn_of_loss(lost, tuple(self.layout.size))
+            self._publish(Stored(scaled))
+            self.original_version = version
+            self.dense = None
+            assert self.stored is not None
+            return self.stored
+
+    def _publish(self, stored: Stored) -> None:
+        """Other threads see the weight as it was, or this."""
+        self.stored = stored
+        self.version += 1
+
+    def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
+        """Takes other bytes and scales; pending writes and a kept original are of the former weight and go."""
+        with _lock:
+            self._publish(Stored(weight))
+            self.dense, self.original = None, None
+            if weight.data.dtype != self.options.weight_dtype:
+                self.options = replace(self.options, weight_dtype=weight.data.dtype)
+            if input_scale is not None:
+                self.input_scale = input_scale
+
+    def take_bytes(self, weight: ScaledTensor) -> None:
+        """The same weight with some of its bytes and scales written over."""
+        with _lock:
+            self._publish(Stored(weight))
+
+    def keep(self, original: nn.Parameter) -> None:
+        """Keeps the parameter that was converted, as ``fp16_weight_storage`` says; discarded, it is let go."""
+        if self.options.fp16_weight_storage == "discard":
+            return
+        if original.is_inference():
+            original = nn.Parameter(_plain_copy(original), original.requires_grad)  # whose changes torch counts
+        if self.options.fp16_weight_storage == "cpu_offload" and original.device.type != "cpu":
+            original = nn.Parameter(original.detach().to("cpu"), original.requires_grad)
+        self.original, self.original_version = original, original._version
+
+    # --- products --------------------------------------------------------------------------------------------------
+
+    def scaled(self) -> ScaledTensor:
+        """The plain bytes and scales; quantizes first if that is still due."""
+        self.owned = True
+        stored = self.settle()
+        assert stored is not None
+        return stored.scaled()
+
+    def form(self, dtype: torch.dtype, device: torch.device | None = None, part: Part | None = None) -> Prepared | None:
+        """The weight, or rows or experts of it, as an engine takes them; None where scales forbid that part.
+
+        Raises:
+            UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
+        """
+        if self.pending:
+            stored = self._settle(device) if self.stored is None else self.settle()
+            if stored is None:
+                return None
+        else:
+            stored = self.stored
+            assert stored is not None
+        if part is not None and part.whole(self.layout):
+            part = None
+        packed = stored.packed
+        at_home = device is None or device == stored.device
+        if part is None and at_home and packed is not None and dtype in packed.dtypes:
+            return packed
+        if part is not None and part.single and at_home and packed is not None and dtype in packed.dtypes:
+            n = self.layout.shape[-2]
+            if part.rows == (0, n) and part.all_columns(self.layout) and part.experts is not None:
+                return packed.parts[part.experts[0]] if packed.parts else self._split(stored).parts[part.experts[0]]
+        key = (stored.device if device is None else device, dtype, part)
+        if (found := stored.forms.get(key)) is not None:
+            return found
+        return self._make_form(stored, key)
+
+    def _split(self, stored: Stored) -> Prepared:
+        with _lock:
+            assert stored.packed is not None
+            if not stored.packed.parts:
+                stored.packed = stored.packed.split()
+            return stored.packed
+
+    def _make_form(self, stored: Stored, key: tuple[torch.device, torch.dtype, Part | None]) -> Prepared | None:
+        device, dtype, part = key
+        with _lock:
+            if (found := stored.forms.get(key)) is not None:
+                return found
+            weight: ScaledTensor | None = stored.scaled()
+            assert weight is not None
+            if part is not None:
+                weight = part.take(weight) if part.all_columns(self.layout) else None
+                if weight is None:
+                    return None
+            scale = self.input_scale
+            form = prepare_for(
+                weight.to(device), self.options, dtype, None if scale is None else scale.to(device), self.scheme
+            )
+            if not native.plain(weight.data):  # inside a trace
+                form = replace(form, extra=(), bare=True)
+                stored.forms = {**stored.forms, key: form}
+            elif part is None and device == stored.device and (stored.packed is None or stored.plain is None):
+                stored.hold(form)
+            else:
+                stored.forms = {**stored.forms, key: form}
+            return form
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that runs the weight where it is; None before it was chosen."""
+        stored = self.stored
+        return None if stored is None or stored.packed is None else stored.packed.engine
+
+    def forget(self) -> None:
+        """Lets go of what can be made again: the FP8 bytes if the original is kept, else the engines' forms."""
+        with _lock:
+            if self.original is not None:
+                self.dense = self.dense if self.dense is not None else self._values(self.original.dtype)
+                self.stored = None
+            elif self.stored is not None:
+                self.stored = Stored(self.stored.scaled())
+            self.version += 1
+
+    # --- copies ----------------------------------------------------------------------------------------------------
+
+    def copy(self, stored: Stored | None = None, layout: Layout | None = None) -> Home:
+        """A home of its own for the same values, or for ``stored``; bytes are shared until one is written to."""
+        twin = Home(
+            self.options,
+            layout or self.layout,
+            stored=self.stored if stored is None else stored,
+            input_scale=self.input_scale,
+            scheme=self.scheme,
+            trains=self.trains,
+        )
+        if stored is None and self.dense is not None:
+            twin.dense = self.dense.clone()
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Home:
+        """Shares no memory with the original."""
+        with _lock:
+            stored = self.stored
+            if stored is not None:
+                plain = stored.scaled()
+                plain = ScaledTensor(
+                    plain.data.view(torch.uint8).clone().view(plain.data.dtype), plain.scale.clone(), plain.granularity
+                )
+                stored = Stored(plain)
+            original = copy.deepcopy(self.original, memo)
+            twin = Home(self.options, self.layout, stored=stored, scheme=self.scheme, trains=self.trains)
+            if self.dense is not None:
+                shares = self._dense_is_original()
+                twin.dense = original.detach() if shares else self.dense.detach().clone()
+            if original is not None:
+                behind = self.changed
+                twin.original, twin.original_version = original, None if behind else original._version
+            twin.input_scale = None if self.input_scale is None else self.input_scale.clone()
+            twin.activity, twin.owned = copy.deepcopy(self.activity), self.owned
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Plain bytes, as uint8: torch 2.13 cannot unpickle FP8 tensors."""
+        with _lock:
+            facts: dict[str, Any] = {
+                "options": replace(self.options, generator=None),
+                "layout": self.layout,
+                "scheme": self.scheme,
+                "trains": self.trains,
+                "input_scale": self.input_scale,
+                "activity": self.activity,
+                "owned": self.owned,
+                "original": self.original,
+                "behind": self.changed,
+            }
+            if self.stored is not None:
+                plain = self.stored.scaled()
+                facts |= {"bytes": plain.data.view(torch.uint8), "scale": plain.scale}
+                facts["fp8"] = str(plain.data.dtype).removeprefix("torch.")
+            if self.dense is not None and not self._dense_is_original():
+                facts["dense"] = self.dense
+            facts["writes"] = self.dense is not None
+        return _rebuild, (facts,)
+
+    def _dense_is_original(self) -> bool:
+        return self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
+
+    @property
+    def fp8_nbytes(self) -> int:
+        """Bytes of the FP8 weight and its scales, 0 before they exist."""
+        if self.stored is None:
+            return 0
+        return math.prod(self.layout.shape) + 4 * math.prod(self.scheme.weight.scale_shape(self.layout.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held: FP8, scales, pending writes, a kept original."""
+        dense, original = self.dense, self.original
+        waiting = 0 if dense is None or self._dense_is_original() else dense.nbytes
+        return self.fp8_nbytes + waiting + (0 if original is None else original.nbytes)
+
+
+def _rebuild(facts: dict[str, Any]) -> Home:
+    """A home as ``Home.__reduce__`` wrote it."""
+    stored = None
+    if "bytes" in facts:
+        data = facts["bytes"].view(getattr(torch, facts["fp8"]))
+        stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
+    home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
+    home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
+    original = facts["original"]
+    if original is not None:
+        home.original, home.original_version = original, None if facts["behind"] else original._version
+    if facts["writes"]:
+        home.dense = facts.get("dense", None if original is None else original.detach())
+    return home
+
+
+def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return tensor.detach().clone()
+

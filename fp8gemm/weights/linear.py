@@ -1,0 +1,285 @@
+"""``FP8Linear``: an ``nn.Linear`` whose weight is an ``FP8Weight``, with a short way to its products."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import native
+from ..engines import ENGINES, Prepared
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from .bound import KEPT_KERNEL, UNBOUND, Bound, notice
+from .convert import convert, revert
+from .home import Home
+from .product import exporting, in_forward_mode, jit_tracing, multiply, wants_derivative
+from .weight import FP8Weight
+
+
+class FP8Linear(nn.Linear):
+    """``y = x @ w.T + bias`` with ``w [N, K]`` in FP8; ``bias`` stays a Parameter.
+
+    Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``weight`` is an
+    ``FP8Weight``; ``state_dict`` saves it as ``weight`` (FP8) and ``weight_scale`` (float32). The class makes calls
+    short, and accepts inputs of other dtypes as ``FP8GemmOptions`` say; products are right without it.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, options: FP8GemmOptions | None = None) -> FP8Linear:
+        """A new FP8Linear beside ``linear``, sharing its bias and hooks; ``linear`` itself stays as it is.
+
+        Example:
+            >>> layer = FP8Linear.from_linear(torch.nn.Linear(64, 32))
+            >>> layer(torch.randn(3, 64)).shape
+            torch.Size([3, 32])
+        """
+        twin = copy.copy(linear)
+        for container in ("_parameters", "_buffers", "_modules", "_state_dict_hooks", "_load_state_dict_pre_hooks"):
+            twin.__dict__[container] = copy.copy(getattr(linear, container))
+        return cls.convert(twin, options or FP8GemmOptions())
+
+    @classmethod
+    def convert(
+        cls,
+        linear: nn.Linear,
+        options: FP8GemmOptions,
+        *,
+        weight: ScaledTensor | None = None,
+        input_scale: torch.Tensor | None = None,
+    ) -> FP8Linear:
+        """Turns this very object into an FP8Linear: references to it, hooks and parents need no change.
+
+        Args:
+            weight: FP8 bytes ``[N, K]`` and scales to hold as they are, instead of quantizing the layer's own weight.
+            input_scale: the static activation scale, float32, for schemes that have one.
+
+        Raises:
+            ValueError: the layer's weight is not a floating parameter, or ``weight`` has another shape.
+            UnsupportedError: no engine, or not the one that was named, can run it. The layer is as it was then.
+        """
+        convert(linear, "weight", options, weight=weight, input_scale=input_scale, kind=cls)
+        assert isinstance(linear, FP8Linear)
+        return linear
+
+    def revert(self) -> bool:
+        """Turns this very object back into the layer it was; True if its weight is the original, not dequantized."""
+        return revert(self, "weight")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A dense parameter that is assigned as ``weight`` is quantized, as the layer is one that runs on FP8."""
+        weight = self._parameters.get("weight") if name == "weight" else None
+        if not isinstance(weight, FP8Weight) or not isinstance(value, nn.Parameter) or isinstance(value, FP8Weight):
+            super().__setattr__(name, value)
+            return
+        if value.shape != weight.shape:
+            raise ValueError(f"the layer's weight has shape {tuple(weight.shape)}, found {tuple(value.shape)}")
+        weight.data = value.detach()
+
+    # --- what the weight is ----------------------------------------------------------------------------------------
+
+    @property
+    def home(self) -> Home:
+        """Who owns the weight's bytes.
+
+        Raises:
+            AttributeError: the weight was replaced by a dense one.
+        """
+        weight = self._parameters.get("weight")
+        if not isinstance(weight, FP8Weight):
+            raise AttributeError(f"the weight of this FP8Linear is no longer FP8 but a {type(weight).__name__}")
+        return weight._home
+
+    options = property(lambda self: self.home.options, doc="The options that it was converted with.")
+    activity = property(lambda self: self.home.activity, doc="What it has done.")
+    compute_dtype = property(lambda self: self._parameters["weight"].dtype, doc="The dtype of the dense weight.")
+    device = property(lambda self: self.home.device, doc="Where the bytes are.")
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.home.scheme
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """The static activation scale, float32, of schemes that have one."""
+        return self.home.input_scale
+
+    @property
+    def materialized(self) -> bool:
+        """Whether the FP8 bytes exist."""
+        return self.home.stored is not None
+
+    @property
+    def original_weight(self) -> nn.Parameter | None:
+        """The kept original, ``None`` if it was discarded. Writing to it quantizes the layer again."""
+        home = self.home
+        if home.original is None and home.stored is None and home.dense is not None:
+            return nn.Parameter(home.dense, requires_grad=home.trains)
+        return home.original
+
+    @property
+    def engine(self) -> str | None:
+        """The name of the engine that runs this layer, ``None`` before it was chosen."""
+        return self.home.engine
+
+    @property
+    def fp8_nbytes(self) -> int:
+        """Bytes of the FP8 weight and its scales, 0 before they exist."""
+        return self.home.fp8_nbytes
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+    def scaled(self) -> ScaledTensor:
+        """The plain FP8 bytes and float32 scales, bit for bit; quantizes first if that is still due."""
+        return self.home.scaled()
+
+    def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
+        """Quantizes the weight for ``device`` now (by default where it is) instead of at the first call there.
+
+        Raises:
+            UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
+        """
+        self.form(self.device if device is None else torch.device(device))
+
+    def invalidate_weight_cache(self) -> None:
+        """Forgets what can be made again: the FP8 bytes if the original is kept, else only the engine's views."""
+        self.home.forget()
+
+    def form(self, device: torch.device) -> Prepared:
+        """The weight as the engine of ``device`` takes it; makes it where that is still due."""
+        home = self.home
+        home.owned = True
+        form = home.form(self.compute_dtype, device)
+        assert form is not None
+        weight = self._parameters["weight"]
+        if home.stored is not None and weight is not None and home.stored.device != weight.device:
+            weight.data = FP8Weight(home, weight.dtype)  # quantized at its first call, on the device of the input
+        return form
+
+    def extra_repr(self) -> str:
+        if not isinstance(self._parameters.get("weight"), FP8Weight):
+            return f"{super().extra_repr()}, dense"
+        engine = self.engine or f"{self.options.engine}, not materialized"
+        return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
+
+    # --- products --------------------------------------------------------------------------------------------------
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters.get("weight")
+        if torch.compiler.is_compiling():
+            return self._traced(input, weight)
+        if not isinstance(weight, FP8Weight) or not native.plain(input) or in_forward_mode():
+            return F.linear(input, self.weight, self.bias)
+        if not jit_tracing() and not torch.autograd._profiler_enabled():
+            key = (input.shape, input.dtype, input.device)
+            bound = self._bound.get(key)
+            if isinstance(bound, Bound):
+                if bound.fits(self, input):
+                    return bound(input)
+                if bound.version != weight._home.version or bound.home is not weight._home:
+                    notice(self, weight, key, input)
+            elif bound is not UNBOUND:
+                notice(self, weight, key, input)
+        return self._run(input, weight, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": {}}
+
+    def _run(self, x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """The long way, for plain inputs of any dtype, shape and stride."""
+        if x.dim() == 0 or x.shape[-1] != weight.shape[-1] or x.is_meta or not weight.is_whole():
+            return F.linear(x, weight, bias)  # raises what nn.Linear raises
+        form = self.form(x.device)
+        if bias is not None and bias.device != x.device:
+            bias = bias.to(x.device)
+        activity, home = self.activity, weight._home
+        out_dtype, given = self._dtypes(x, weight.dtype)
+        run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
+        kept = self.faster_kept(x, bias, form)
+        rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
+        if not rows.is_contiguous() or rows.numel() == 0:  # an empty one is contiguous whatever its strides
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        if kept is not None:
+            y, kernel = F.linear(rows, kept, bias), KEPT_KERNEL
+        else:
+            y = multiply(rows, form, bias, run_dtype, lambda: home.version)
+            kernel = ENGINES[form.engine].kernel(rows.shape[0], form, run_dtype)
+        activity.count(kernel)
+        return y.reshape(*x.shape[:-1], form.n).to(given)
+
+    def _traced(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """Inside a trace the graph is handed the bytes themselves, not the weight around them."""
+        if isinstance(weight, FP8Weight):
+            home = weight._home
+            ready = home.dense is None and home.stored is not None and home.stored.packed is not None
+            if ready and not exporting():
+                out_dtype, given = self._dtypes(x, weight.dtype)
+                form = home.stored.packed
+                run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
+                rows = x.reshape(-1, x.shape[-1]).to(run_dtype).contiguous()
+                y = multiply(rows, form, self.bias, run_dtype)
+                return y.reshape(*x.shape[:-1], form.n).to(given)
+        return F.linear(x, self.weight, self.bias)
+
+    def _dtypes(self, x: torch.Tensor, compute_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
+        kind = x.device.type
+        # torch does not autocast float64, nor do we.
+        if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+            autocast = torch.get_autocast_dtype(kind)
+            return autocast, autocast
+        if x.dtype == compute_dtype:
+            return x.dtype, x.dtype
+        options = self.options
+        if not options.cast_inputs or not x.dtype.is_floating_point:
+            raise RuntimeError(
+                f"expected input of dtype {compute_dtype}, found {x.dtype}"
+                + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
+            )
+        return compute_dtype, x.dtype if options.cast_output_back else compute_dtype
+
+    def faster_kept(self, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
+        """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
+        kept = self.home.original
+        if kept is None or x.numel() == 0:
+            return None
+        alike = kept.device == x.device and kept.dtype == x.dtype and (bias is None or bias.dtype == kept.dtype)
+        loses = alike and ENGINES[prepared.engine].loses(x.numel() // prepared.k, prepared, x.dtype)
+        return kept.detach() if loses else None
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """``self(silu(gate) * up)`` for ``gate`` and ``up`` ``[..., K]``.
+
+        Where the engine can, one kernel makes the product in float32 and rounds it to FP8.
+        """
+        y = self._gated(gate, up)
+        return self(F.silu(gate) * up) if y is None else y
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+        alike = type(gate) is type(up) is torch.Tensor and gate.shape == up.shape and gate.device == up.device
+        weight = self._parameters.get("weight")
+        if not alike or not isinstance(weight, FP8Weight) or not native.plain(gate, up) or in_forward_mode():
+            return None
+        if {gate.dtype, up.dtype} != {weight.dtype} or gate.shape[-1:] != (self.in_features,):
+            return None
+        bias, kind = self.bias, gate.device.type
+        needs = wants_derivative(gate, bias) or wants_derivative(up, None)
+        if torch.is_autocast_enabled(kind) or needs or gate.numel() == 0:
+            return None
+        prepared = self.form(gate.device)
+        if gate.dtype not in prepared.dtypes or self.faster_kept(gate, bias, prepared) is not None:
+            return None
+        gates, ups = gate.reshape(-1, self.in_features), up.reshape(-1, self.in_features)
+        if gates.stride(1) != 1 or ups.stride(1) != 1 or (bias is not None and bias.device != gate.device):
+            return None
+        y = ENGINES[prepared.engine].gated(gates, ups, prepared, bias, gate.dtype)
+        if y is None:
+            return None
+        self.activity.count(ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype))
+        return y.view(*gate.shape[:-1], self.out_features)
+
+

@@ -1,0 +1,144 @@
+"""FP8 weights in state dicts, for any module that owns one: ``weight``, ``weight_scale`` and ``input_scale``.
+
+Those are compressed-tensors' names; of a parameter ``name`` other than ``weight`` they are ``name``, ``name_scale`` and
+``name_input_scale``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..scaled import FP8_DTYPES, ScaledTensor
+from .entry import FP8Entry
+from .geometry import Layout
+from .home import Home, Stored
+from .weight import FP8Weight
+
+
+def install_hooks(module: nn.Module) -> None:
+    """Lets ``module`` save and load its FP8 weights."""
+    if not any(hook is _save for hook in module._state_dict_hooks.values()):
+        module.register_state_dict_post_hook(_save)
+        module.register_load_state_dict_pre_hook(_load)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Undoes ``install_hooks`` once the last FP8 weight is gone."""
+    if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
+        return
+    for key in [key for key, hook in module._state_dict_hooks.items() if hook is _save]:
+        del module._state_dict_hooks[key]
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _load]:
+        del hooks[key]
+
+
+def own_weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
+    """The FP8 weights among a module's own parameters."""
+    return [(name, p) for name, p in module._parameters.items() if isinstance(p, FP8Weight)]
+
+
+def input_scale_key(key: str) -> str:
+    """Where a state dict holds the activation scale of the weight ``key``."""
+    owner, dot, name = key.rpartition(".")
+    return f"{owner}{dot}input_scale" if name == "weight" else f"{key}_input_scale"
+
+
+def _save(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+    """Plain bytes and scales in place of each FP8 weight, the scales right behind it."""
+    ours = {prefix + name: weight for name, weight in own_weights(module) if prefix + name in state}
+    if not ours:
+        return
+    after = list(state.items())
+    start = next(place for place, (key, _) in enumerate(after) if key in ours)
+    for key, _ in after[start:]:
+        del state[key]
+    for key, value in after[start:]:
+        weight = ours.get(key)
+        if weight is None or not isinstance(value, FP8Weight):
+            state[key] = value
+            continue
+        home = weight._home
+        scaled = home.scaled()
+        data = scaled.data.transpose(-1, -2).contiguous() if home.layout.turned else scaled.data
+        state[key] = FP8Entry.of(data.detach(), weight.like())
+        state[key + "_scale"] = scaled.scale.detach()
+        if home.input_scale is not None:
+            state[input_scale_key(key)] = home.input_scale.detach()
+
+
+def _load(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Hands nn.Module an FP8 weight for each that the state dict holds, or dense values, which are quantized."""
+    assign = bool(metadata.get("assign_to_params_buffers", False))
+    for name, weight in own_weights(module):
+        key = prefix + name
+        data, scale = state.get(key), state.pop(key + "_scale", None)
+        input_scale = state.pop(input_scale_key(key), None)
+        if data is None:
+            continue
+        codes = data.dtype in FP8_DTYPES and not isinstance(data, FP8Weight)
+        if codes and scale is None:
+            missing.append(key + "_scale")
+        problem = _problem(weight, key, data, scale if codes else None, assign)
+        if problem:
+            errors.append(problem)
+        if problem or (codes and scale is None):
+            state[key] = weight.like()  # itself: it stays as it is
+            continue
+        if codes:
+            data = _loaded(weight, data, scale, input_scale, assign)
+        elif not isinstance(data, FP8Weight):
+            data = data.detach() if assign else data.detach().to(weight.device, weight.dtype, copy=True)
+        if assign:
+            state[key] = data if isinstance(data, FP8Weight) else weight.adopt(data)
+        else:  # not by copy_, for which dense values would be a change to the weight that was
+            weight.data = data.clone() if isinstance(data, FP8Weight) and not codes else data
+            state[key] = weight.like()
+
+
+def _problem(weight: FP8Weight, key: str, data: torch.Tensor, scale: torch.Tensor | None, assign: bool) -> str:
+    """Why an entry of a state dict does not fit; empty if it does."""
+    if tuple(data.shape) != tuple(weight.shape):
+        return f"size mismatch for {key}: the layer has {tuple(weight.shape)}, the state dict {tuple(data.shape)}."
+    home = weight._home
+    expected = home.scheme.weight.scale_shape(home.layout.shape)
+    if scale is not None and tuple(scale.shape) != expected:
+        return (
+            f"size mismatch for {key}_scale: scheme {home.scheme} has {expected}, the state dict {tuple(scale.shape)}; "
+            "patch the model with the scheme that was saved."
+        )
+    if weight.is_meta and not assign:
+        return f"{key} is on meta: call to_empty(device=...) first, or load with assign=True."
+    return ""
+
+
+def _loaded(
+    weight: FP8Weight, data: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None, assign: bool
+) -> FP8Weight:
+    """An FP8 weight of the state dict's own tensors, or of copies on the layer's device."""
+    home = weight._home
+
+    def taken(tensor: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = tensor.detach().as_subclass(torch.Tensor)
+            return plain if assign else plain.to(weight.device, copy=True)
+
+    data = taken(data)
+    data = data.transpose(-1, -2).contiguous() if home.layout.turned else data
+    scaled = ScaledTensor(data, taken(scale).to(torch.float32), home.scheme.weight)
+    layout = Layout(tuple(data.shape), home.layout.turned)
+    new = Home(home.options, layout, stored=Stored(scaled), scheme=home.scheme, trains=home.trains)
+    new.input_scale = home.input_scale if input_scale is None else taken(input_scale)
+    return FP8Weight(new, weight.dtype)

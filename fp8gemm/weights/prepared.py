@@ -1,0 +1,55 @@
+"""From dense values to FP8 bytes, and from those to the layout of an engine."""
+
+from __future__ import annotations
+
+import torch
+
+from ..engines import MatmulSpec, Prepared, prepare, probe
+from ..quantize import quantize_weight
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+
+
+def quantized(w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme, device: torch.device) -> ScaledTensor:
+    """Dense values ``[N, K]``, or a stack ``[E, N, K]``, in FP8 as the options ask, on ``device``; bit for bit the
+    same in parts or whole."""
+
+    def one(matrix: torch.Tensor) -> ScaledTensor:
+        return quantize_weight(
+            matrix, scheme.weight, dtype=options.weight_dtype, scale_format=scheme.scale_format, device=device
+        )
+
+    w = w.detach()
+    if w.dim() == 2:
+        return one(w)
+    data = torch.empty(w.shape, dtype=options.weight_dtype, device=device)
+    scale = torch.empty(scheme.weight.scale_shape(w.shape), dtype=torch.float32, device=device)
+    for expert in range(w.shape[0]):
+        scaled = one(w[expert])
+        data[expert], scale[expert] = scaled.data, scaled.scale
+    return ScaledTensor(data, scale, scheme.weight)
+
+
+def spec_of(shape: tuple[int, ...], options: FP8GemmOptions, scheme: Scheme, compute_dtype: torch.dtype) -> MatmulSpec:
+    """What is asked of an engine for a weight ``[N, K]`` or a stack ``[E, N, K]``: planning and running ask alike."""
+    *stack, n, k = shape
+    return MatmulSpec(
+        scheme=scheme,
+        n=n,
+        k=k,
+        compute_dtype=compute_dtype,
+        weight_dtype=options.weight_dtype,
+        experts=stack[0] if stack else 0,
+        accumulate=options.accumulate,
+    )
+
+
+def prepare_for(
+    weight: ScaledTensor,
+    options: FP8GemmOptions,
+    compute_dtype: torch.dtype,
+    input_scale: torch.Tensor | None,
+    scheme: Scheme,
+) -> Prepared:
+    """The weight, or stack, in the layout of the engine that is chosen for it on its device."""
+    spec = spec_of(tuple(weight.shape), options, scheme, compute_dtype)
+    return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

@@ -1,0 +1,301 @@
+"""One product by an engine's form of a weight: a plain call in eager, an operation where somebody watches.
+
+An operation is what torch.compile, torch.jit.trace, dispatch modes, the profiler and tensor subclasses can see; C only
+sees plain memory. While compiling activations are rounded outside of it wherever the engine rounds them apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import native
+from ..engines import ENGINES, Prepared, restore
+from ..quantize import dequantize, quantize
+from ..scaled import Granularity, ScaledTensor, Scheme
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: Prepared,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    version: Callable[[], int] | None = None,
+) -> torch.Tensor:
+    """``y [M, N] = x [M, K] @ w.T + bias [N]``, differentiable in ``x`` and ``bias``; the weight is frozen.
+
+    ``version`` counts what was written to the weight: backward raises where that was something since forward.
+    """
+    if wants_derivative(x, bias):
+        y: torch.Tensor = _Product.apply(x, bias, weight, out_dtype, version)  # type: ignore[no-untyped-call]
+        return y
+    return forward(x, weight, bias, out_dtype)
+
+
+def wants_derivative(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether autograd has to see a product."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents of forward-mode differentiation may be on their way."""
+    return forward_ad._current_level >= 0
+
+
+def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[N, K]``, or stack, dequantized in float32 and rounded once to ``dtype``."""
+    return dequantize(restore(weight), dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: Prepared,
+        out_dtype: torch.dtype,
+        version: Callable[[], int] | None,
+    ) -> torch.Tensor:
+        ctx.weight, ctx.x_dtype, ctx.version = weight, x.dtype, version
+        ctx.seen = None if version is None else version()
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return forward(x, weight, bias, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, y_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        if ctx.version is not None and ctx.version() != ctx.seen:
+            raise RuntimeError(
+                "an FP8 weight needed for gradient computation has been modified by an inplace operation since forward"
+            )
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (y_grad.to(ctx.x_dtype) @ dense(ctx.weight, ctx.x_dtype)).to(ctx.x_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
+            bias_grad = y_grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return x_grad, bias_grad, None, None, None
+
+
+def forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """``multiply`` without derivatives."""
+    engine = ENGINES[weight.engine]
+    compiling = torch.compiler.is_compiling()
+    if engine.traceable or not (compiling or watched(x, weight.data, weight.scale, bias)):
+        return engine.linear(x, weight, bias, out_dtype)
+    rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
+    x_scale = None
+    if rounding is not None:  # as plain operations, which the compiler fuses with those before them
+        static = weight.input_scale if weight.scheme.static else None
+        rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
+        x, x_scale = rounded.data, rounded.scale
+    operands = (x, x_scale, weight.data, weight.scale, weight.input_scale, list(weight.extra), bias)
+    y: torch.Tensor = torch.ops.fp8gemm.linear(*operands, *_facts(weight, rounding), weight.bare, out_dtype)
+    return y
+
+
+def grouped_forward(x: torch.Tensor, weight: Prepared, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """``Engine.grouped`` for a stack, as an operation where somebody watches."""
+    if not (torch.compiler.is_compiling() or watched(x, weight.data, weight.scale, ends)):
+        return ENGINES[weight.engine].grouped(x, weight, ends, None, out_dtype)
+    operands = (x, weight.data, weight.scale, list(weight.extra), ends)
+    facts = _facts(weight, None)
+    y: torch.Tensor = torch.ops.fp8gemm.grouped(*operands, weight.experts, *facts, weight.bare, out_dtype)
+    return y
+
+
+def watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether a product of these has to be an operation: somebody traces, counts or profiles, or C cannot read them."""
+    return jit_tracing() or torch.autograd._profiler_enabled() or not native.plain(*tensors)
+
+
+def exporting() -> bool:
+    """The flag behind ``torch.compiler.is_exporting()``, which torch 2.10's Dynamo takes for true in every trace."""
+    return torch.compiler._is_exporting_flag
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is recording, to which anything but an operation of torch's is a constant."""
+    return torch._C._get_tracing_state() is not None
+
+
+def _more_than(m: int, few: int) -> bool:
+    """Whether there are more than ``few`` tokens.
+
+    Where their number is symbolic that is a guard, and a no where there can be none. An exported program has one graph,
+    in which the engine decides when it runs, unless it decides alike for all.
+    """
+    if exporting():
+        return few == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
+
+    return bool(guard_or_false(m > few))
+
+
+# --- the operations ------------------------------------------------------------------------------------------------
+
+_FACTS = (
+    "str engine, str accumulate, int[] shape, int[] weight_block, int[] activation_block, bool static, "
+    "str scale_format, int[] x_block"
+)
+_library = torch.library.Library("fp8gemm", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor? x_scale, Tensor data, Tensor scale, Tensor? input_scale, Tensor[] extra, Tensor? bias, "
+    f"{_FACTS}, bool derive, ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "grouped(Tensor x, Tensor data, Tensor scale, Tensor[] extra, Tensor ends, int experts, "
+    f"{_FACTS}, bool derive, ScalarType out_dtype) -> Tensor"
+)
+Block = Sequence[int]
+
+
+def _facts(weight: Prepared, rounding: Granularity | None) -> tuple[Any, ...]:
+    """What of a form is no tensor, in the types that a schema has; a block of 0 is all, no block is none."""
+    scheme = weight.scheme
+    return (
+        weight.engine,
+        weight.accumulate,
+        [weight.n, weight.k],
+        _block(scheme.weight),
+        _block(scheme.activation),
+        scheme.static,
+        scheme.scale_format,
+        _block(rounding),
+    )
+
+
+def _block(grid: Granularity | None) -> list[int]:
+    return [] if grid is None else [grid.rows or 0, grid.cols or 0]
+
+
+@cache
+def _grid(*block: int) -> Granularity | None:
+    return Granularity(block[0] or None, block[1] or None) if block else None
+
+
+@cache
+def _scheme(weight: tuple[int, ...], activation: tuple[int, ...], static: bool, scale_format: Any) -> Scheme:
+    grid = _grid(*weight)
+    assert grid is not None
+    return Scheme(weight=grid, activation=_grid(*activation), static=static, scale_format=scale_format)
+
+
+
+
+def _linear_operation(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    extra: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    engine: str,
+    accumulate: Any,
+    shape: Block,
+    weight_block: Block,
+    activation_block: Block,
+    static: bool,
+    scale_format: str,
+    x_block: Block,
+    derive: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
+    weight = Prepared(
+        engine=engine,
+        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
+        n=shape[0],
+        k=shape[1],
+        data=data,
+        scale=scale,
+        input_scale=input_scale,
+        extra=tuple(extra),
+        accumulate=accumulate,
+    )
+    if derive:
+        weight = _derived(weight)
+    if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
+        x = x.contiguous()
+    if x_scale is None:
+        return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
+    grid = _grid(*x_block)
+    assert grid is not None
+    return ENGINES[engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
+
+
+# Forms by the id of their bytes, with those bytes as they were counted: derived once for each change of them.
+_derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, Prepared]] = {}
+
+
+def _derived(bare: Prepared) -> Prepared:
+    """A form with what its engine derives from the bytes."""
+    data, key = bare.data, id(bare.data)
+    version = 0 if data.is_inference() else data._version
+    found = _derivations.get(key)
+    if found is not None and found[0]() is data and found[1] == version:
+        return found[2]
+    engine = ENGINES[bare.engine]
+    if bare.experts:
+        form = engine.prepare_stack(restore(bare.split()), bare.scheme)
+    else:
+        form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
+    form = replace(form, accumulate=bare.accumulate)
+    if not data.is_inference():
+        _derivations[key] = (weakref.ref(data, lambda _: _derivations.pop(key, None)), version, form)
+    return form
+
+
+def _grouped_operation(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    extra: list[torch.Tensor],
+    ends: torch.Tensor,
+    experts: int,
+    engine: str,
+    accumulate: Any,
+    shape: Block,
+    weight_block: Block,
+    activation_block: Block,
+    static: bool,
+    scale_format: str,
+    x_block: Block,
+    derive: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``Engine.grouped``."""
+    weight = Prepared(
+        engine=engine,
+        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
+        n=shape[0],
+        k=shape[1],
+        data=data,
+        scale=scale,
+        extra=tuple(extra),
+        accumulate=accumulate,
+        experts=experts,
+    )
+    if derive:
+        weight = _derived(weight)
+    return ENGINES[engine].grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
+
+
+_library.impl("linear", _linear_operation, "CompositeExplicitAutograd")
+_library.impl("grouped", _grouped_operation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fp8gemm::linear", lib=_library)
+def _(x: torch.Tensor, *operands: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], operands[8][0], dtype=operands[-1])
+
+
+@torch.library.register_fake("fp8gemm::grouped", lib=_library)
+def _(x: torch.Tensor, *operands: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], operands[7][0], dtype=operands[-1])

@@ -1,0 +1,254 @@
+"""Products with a weight or a view of one: each is one FP8 product where the view is whole rows of a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from .. import native
+from ..engines import ENGINES
+from ..quantize import dequantize
+from ..scaled import Granularity, ScaledTensor
+from .chosen import ChosenExperts
+from .einsum import batched_operands
+from .home import Home
+from .product import forward as engine_forward
+from .product import grouped_forward
+from .weight import FUNCTIONS, OPERATIONS, FP8Weight, implements
+
+aten = torch.ops.aten
+
+
+def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None) -> Any:
+    """``x [..., K] @ weight[N, K].T + bias [N]`` on an engine; NotImplemented where ``weight`` is no whole rows."""
+    home = weight._home
+    part = weight.part()
+    if part is None or isinstance(x, FP8Weight) or weight.dim() != 2:
+        return NotImplemented
+    if not part.all_columns(home.layout) or not _is_straight(part, home) or not x.is_floating_point():
+        return NotImplemented
+    if x.is_nested or x.layout != torch.strided:
+        return NotImplemented
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k or x.dtype != weight.dtype or x.device != weight.device:
+        return NotImplemented  # torch says what is wrong
+    if x.is_meta:
+        return x.new_empty(*x.shape[:-1], n)
+    form = home.form(x.dtype, x.device, part)
+    if form is None:
+        return NotImplemented
+    run_dtype = x.dtype if x.dtype in form.dtypes else form.dtypes[0]
+    rows = x.reshape(-1, k).to(run_dtype).contiguous()
+    y = engine_forward(rows, form, bias, run_dtype)
+    if not torch.compiler.is_compiling():
+        home.activity.count(ENGINES[form.engine].kernel(rows.shape[0], form, run_dtype))
+    return y.view(*x.shape[:-1], n).to(x.dtype)
+
+
+def _is_straight(part: Any, home: Home) -> bool:
+    """Whether the view has N before K."""
+    return not part.flipped
+
+
+@implements(FUNCTIONS, F.linear)
+def _shortcut(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
+    """Past the dispatcher, where neither autograd, a tracer, a transform nor autocast has a say."""
+    if not isinstance(weight, FP8Weight) or torch.compiler.is_compiling() or not native.plain(input, bias):
+        return NotImplemented
+    if input.is_meta:
+        return NotImplemented
+    if torch._C._get_tracing_state() is not None or torch.is_autocast_enabled(input.device.type):
+        return NotImplemented
+    if forward_ad._current_level >= 0:
+        return NotImplemented
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        return NotImplemented
+    if getattr(weight, "_is_param", False):
+        weight._home.owned = True
+    return linear(input, weight, bias)
+
+
+@implements(OPERATIONS, aten.linear.default)
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    return linear(x, weight, bias) if isinstance(weight, FP8Weight) else NotImplemented
+
+
+@implements(OPERATIONS, aten.mm.default)
+def _mm(a: Any, b: Any) -> Any:
+    if isinstance(b, FP8Weight):
+        return linear(a, b.turned_around())
+    return _left(a, b)
+
+
+def _left(a: FP8Weight, b: torch.Tensor) -> Any:
+    """``a [N, K] @ b [K, M]`` as ``(b.T @ a.T).T``."""
+    y = linear(b.t(), a)
+    return y if y is NotImplemented else y.t()
+
+
+@implements(OPERATIONS, aten.mv.default)
+def _mv(a: Any, x: Any) -> Any:
+    return linear(x, a) if isinstance(a, FP8Weight) else NotImplemented
+
+
+@implements(OPERATIONS, aten.addmm.default)
+def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, FP8Weight):
+        return NotImplemented
+    if isinstance(b, FP8Weight):
+        if beta == 1 and alpha == 1 and bias.dim() == 1 and bias.shape[0] == b.shape[1] and bias.dtype == b.dtype:
+            return linear(a, b.turned_around(), bias)
+        y = linear(a, b.turned_around())
+    else:
+        y = _left(a, b)
+    if y is NotImplemented:
+        return NotImplemented
+    y = y if alpha == 1 else alpha * y
+    return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
+
+
+@implements(OPERATIONS, aten.bmm.default)
+def _bmm(a: Any, b: Any) -> Any:
+    if not isinstance(b, FP8Weight):
+        y = _bmm(b.transpose(1, 2), a.turned_around())
+        return y if y is NotImplemented else y.transpose(1, 2)
+    if isinstance(a, FP8Weight) or a.dim() != 3 or a.shape[0] != b.shape[0]:
+        return NotImplemented
+    if b.stride(0) == 0 or b.size(0) == 1:  # one matrix for the whole batch
+        matrix = b.like((tuple(b.shape[1:]), b.stride()[1:], b.storage_offset()))
+        y = linear(a.reshape(-1, a.size(2)), matrix.turned_around())
+        return y if y is NotImplemented else y.view(a.size(0), a.size(1), -1)
+    batch, m, k = a.shape
+    if isinstance(b._home, ChosenExperts) and (source := b._home.source) is not None:
+        return _chosen_product(a, b, source, b._home.ids)
+    ends = torch.arange(m, m * batch + 1, m, device=a.device, dtype=torch.int32)[:batch] if m else None
+    if ends is None:
+        return a.new_empty(batch, 0, b.shape[2])
+    y = grouped(a.reshape(-1, k), b, ends)
+    return y if y is NotImplemented else y.view(batch, m, -1)
+
+
+def _chosen_product(a: torch.Tensor, b: FP8Weight, source: Home, ids: torch.Tensor) -> Any:
+    """``y [B, M, N]``: ``a [B, M, K]`` times expert ``ids[b]`` each, where the experts lie."""
+    batch, m, k = a.shape
+    part = b.part()
+    if part is None or not part.whole(b._home.layout) or not part.flipped:
+        return NotImplemented
+    order = torch.argsort(ids, stable=True)
+    experts = source.layout.shape[0]
+    counts = torch.zeros(experts, device=a.device, dtype=torch.int32)
+    counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
+    ends = torch.cumsum(counts * m, dim=0, dtype=torch.int32)
+    stack = FP8Weight(source, b.dtype)
+    stack = stack if source.layout.turned else stack.turned_around()
+    y = grouped(a[order].reshape(-1, k), stack, ends)
+    if y is NotImplemented:
+        return NotImplemented
+    return torch.empty_like(y.view(batch, m, -1)).index_copy(0, order, y.view(batch, m, -1))
+
+
+@implements(OPERATIONS, aten._grouped_mm.default)
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if not isinstance(b, FP8Weight) or offs is None or bias is not None or out_dtype not in (None, a.dtype):
+        return NotImplemented
+    return grouped(a, b, offs)
+
+
+def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
+    """``y [T, N]``: rows of ``x [T, K]`` sorted by expert, times ``weight [E, K, N]``; ``ends`` is one past each."""
+    home, part = weight._home, weight.part()
+    if isinstance(x, FP8Weight) or x.dim() != 2 or part is None or weight.dim() != 3 or not part.flipped:
+        return NotImplemented
+    n, k = home.layout.matrix
+    if part.rows != (0, n) or not part.all_columns(home.layout) or x.shape[1] != k:
+        return NotImplemented
+    if x.dtype != weight.dtype or x.device != weight.device or x.layout != torch.strided:
+        return NotImplemented
+    if x.is_meta:
+        return x.new_empty(x.shape[0], n)
+    form = home.form(x.dtype, x.device, part)
+    if form is None:
+        return NotImplemented
+    run_dtype = x.dtype if x.dtype in form.dtypes else form.dtypes[0]
+    rows, engine = x.to(run_dtype).contiguous(), ENGINES[form.engine]
+    y = grouped_forward(rows, form, ends.to(torch.int32), run_dtype)
+    if not torch.compiler.is_compiling():
+        home.activity.count(engine.kernel(rows.shape[0], form, run_dtype))
+    return y.to(x.dtype)
+
+
+@implements(FUNCTIONS, torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """``einsum("ebk,enk->ebn", x, stack)`` and its likes: the expert letter in x and y, one letter contracted."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    stacks = [place for place, operand in enumerate(operands) if isinstance(operand, FP8Weight)]
+    if not isinstance(equation, str) or len(operands) != 2 or len(stacks) != 1:
+        return NotImplemented
+    stack, x = operands[stacks[0]], operands[1 - stacks[0]]
+    part = stack.part() if stack.dim() == 3 else None
+    if part is None or torch.compiler.is_compiling():
+        return NotImplemented
+    plan = batched_operands(equation, stacks[0], stack_is_transposed=part.flipped)
+    if plan is None:
+        return NotImplemented
+    tokens = plan.input(x, experts=stack.shape[0])
+    return plan.output(torch.bmm(tokens, stack if part.flipped else stack.transpose(1, 2)))
+
+
+@implements(OPERATIONS, aten.embedding.default)
+def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
+    """Gathers rows and dequantizes those only."""
+    part = weight.part() if isinstance(weight, FP8Weight) else None
+    if part is None or part.flipped or not part.all_columns(weight._home.layout) or weight.dim() != 2:
+        return NotImplemented
+    return _rows_of(weight, part, indices)
+
+
+@implements(OPERATIONS, aten.index_select.default)
+def _index_select(weight: Any, dim: int, indices: Any) -> Any:
+    return _index(weight, [indices]) if isinstance(weight, FP8Weight) and dim % weight.dim() == 0 else NotImplemented
+
+
+@implements(OPERATIONS, aten.index.Tensor)
+def _index(weight: Any, indices: Any) -> Any:
+    """Experts of a stack by number, in FP8; rows of a matrix, dequantized."""
+    whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None
+    if not whole or indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
+        return NotImplemented
+    ids, part = indices[0], weight.part()
+    if part is None:
+        return NotImplemented
+    if weight.dim() == 2:
+        straight = part.all_columns(weight._home.layout) and not part.flipped
+        return _rows_of(weight, part, ids) if straight else NotImplemented
+    if ids.dim() != 1 or not _every_expert(weight, part):
+        return NotImplemented
+    home = ChosenExperts(weight._home, ids)
+    chosen = FP8Weight(home, weight.dtype)
+    return chosen if part.flipped == home.layout.turned else chosen.turned_around()
+
+
+def _every_expert(weight: FP8Weight, part: Any) -> bool:
+    n, k = weight._home.layout.matrix
+    return part.rows == (0, n) and part.cols == (0, k) and part.experts == (0, weight._home.layout.shape[0])
+
+
+def _rows_of(weight: FP8Weight, part: Any, indices: torch.Tensor) -> Any:
+    """Rows ``indices`` of a matrix ``[N, K]``, dequantized: ``[..., K]``."""
+    home = weight._home
+    stored = home.settle()
+    taken = None if stored is None else part.take(stored.scaled())
+    if taken is None:
+        return NotImplemented
+    ids = indices.reshape(-1)
+    if not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
+        ids = torch.where(ids < 0, ids + weight.shape[0], ids)
+    block = taken.granularity.block(taken.shape)[0]
+    data = taken.data.view(torch.uint8).index_select(0, ids).view(taken.data.dtype)
+    scale = taken.scale.index_select(0, torch.div(ids, block, rounding_mode="floor"))
+    gathered = ScaledTensor(data, scale, Granularity(1, taken.granularity.cols))
+    return dequantize(gathered, weight.dtype).view(*indices.shape, weight.shape[1])

@@ -1,0 +1,67 @@
+"""Rounding a weight again after it was written to: only what changed, and with a word where little of it is left."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ..quantize import block_amax, block_scale, dequantize, expand_scale, quantize, round_stochastically
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+
+MOST_LOST = 0.1  # of what was written, as a share of its norm, before a warning
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def rounded_again(
+    before: ScaledTensor, w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme
+) -> tuple[ScaledTensor, float]:
+    """New bytes and scales for the values ``w [(E,) N, K]`` that a write has left of ``before``.
+
+    Blocks of which no value changed keep their bytes and scale. Returns also which share of the change was lost to
+    rounding: ``1 - <kept, wanted> / <wanted, wanted>``, 0 where all of it is there.
+    """
+    grid, shape = before.granularity, before.shape
+    was = dequantize(before, w.dtype)
+    integer = _INTEGERS[w.dtype.itemsize]
+    # As bits, so that a NaN equals itself.
+    touched = block_amax((was.view(integer) != w.contiguous().view(integer)).to(torch.float32), grid) > 0
+    if options.rounding == "stochastic":
+        w32 = w.to(torch.float32)
+        scale = block_scale(w32, grid, dtype=before.data.dtype, scale_format=scheme.scale_format)
+        data = round_stochastically(w32 / expand_scale(scale, grid, shape), before.data.dtype, options.generator)
+        new = ScaledTensor(data, scale, grid)
+    else:
+        new = quantize(w, grid, dtype=before.data.dtype, scale_format=scheme.scale_format)
+    inside = expand_scale(touched.to(torch.float32), grid, shape) > 0
+    data = torch.where(inside, new.data.view(torch.uint8), before.data.view(torch.uint8)).view(before.data.dtype)
+    result = ScaledTensor(data, torch.where(touched, new.scale, before.scale), grid)
+    return result, _lost(was, w, result)
+
+
+def _lost(was: torch.Tensor, wanted: torch.Tensor, found: ScaledTensor) -> float:
+    if was.is_meta or not type(was) is torch.Tensor:
+        return 0.0
+    delta = (wanted.to(torch.float32) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
+    kept = (dequantize(found) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
+    whole = float((delta * delta).sum())
+    return 0.0 if whole == 0 else max(0.0, 1 - float((kept * delta).sum()) / whole)
+
+
+_warned: set[str] = set()
+
+
+def warn_of_loss(lost: float, size: tuple[int, ...]) -> None:
+    """Once in a process: a write of which rounding to FP8 has left less than nine tenths."""
+    if lost <= MOST_LOST or _warned:
+        return
+    _warned.add("loss")
+    warnings.warn(
+        f"{lost:.0%} of what was just written to an FP8 weight {list(size)} was lost to rounding, as it is small beside "
+        "the weight. FP8GemmOptions(fp16_weight_storage='keep') writes to the original instead, "
+        "FP8GemmOptions(rounding='stochastic') keeps such changes on average, and disable_fp8_gemm(model) before "
+        "merging loses nothing",
+        stacklevel=2,
+    )

@@ -1,0 +1,94 @@
+"""A weight as the plain tensors that a traced graph is handed, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import native
+from ..engines import Prepared
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from .geometry import Layout
+from .home import Home, Stored
+
+
+@dataclass(frozen=True)
+class Context:
+    """What of a home is no tensor; compared by guards."""
+
+    options: FP8GemmOptions
+    scheme: Scheme
+    layout: Layout
+    owned: bool
+    packed: tuple[Any, ...] | None  # of the engine's form, without its tensors
+
+
+def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Context]:
+    """The tensors by name, and the rest. What an engine packed is handed over packed, without what it derives."""
+    stored = home.settle()
+    if stored is not None and stored.packed is None and native.plain(stored.scaled().data) and not home.is_meta:
+        home.form(dtype)
+    if stored is None:  # a scratch copy that was written to is dense in truth
+        assert home.dense is not None
+        return {"_inner_dense": home.dense}, Context(home.options, home.scheme, home.layout, False, None)
+    packed = stored.packed
+    tensors: dict[str, torch.Tensor] = {}
+    facts = None
+    if packed is None:
+        plain = stored.scaled()
+        tensors["_inner_data"], tensors["_inner_scale"] = plain.data, plain.scale
+    else:
+        tensors["_inner_data"], tensors["_inner_scale"] = packed.data, packed.scale
+        facts = (
+            packed.engine,
+            packed.scheme,
+            packed.n,
+            packed.k,
+            packed.dtypes,
+            packed.accumulate,
+            packed.apart,
+            packed.few,
+            packed.experts,
+            packed.bare or len(packed.extra) > 0,
+            stored.plain is not None,
+        )
+    if home.input_scale is not None:
+        tensors["_inner_input_scale"] = home.input_scale
+    return tensors, Context(home.options, home.scheme, home.layout, home.owned, facts)
+
+
+def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
+    """The home that ``flatten_home`` took apart, of these tensors."""
+    input_scale = tensors.get("_inner_input_scale")
+    home = Home(context.options, context.layout, scheme=context.scheme, input_scale=input_scale)
+    home.owned = context.owned
+    if "_inner_dense" in tensors:
+        home.dense = tensors["_inner_dense"]
+        return home
+    data, scale = tensors["_inner_data"], tensors["_inner_scale"]
+    if context.packed is None:
+        home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight))
+        return home
+    engine, scheme, n, k, dtypes, accumulate, apart, few, experts, bare, plain = context.packed
+    packed = Prepared(
+        engine=engine,
+        scheme=scheme,
+        n=n,
+        k=k,
+        data=data,
+        scale=scale,
+        input_scale=input_scale,
+        dtypes=dtypes,
+        accumulate=accumulate,
+        apart=apart,
+        few=few,
+        experts=experts,
+        bare=bare,
+    )
+    if experts:
+        packed = packed.split()
+    home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight) if plain else None, packed)
+    return home
+

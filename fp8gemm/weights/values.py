@@ -1,0 +1,73 @@
+"""The dense values of a view of a weight: read from as few bytes as hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..quantize import dequantize
+from ..scaled import ScaledTensor
+from .geometry import Part, part_of
+from .home import Home
+
+
+def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a view, in memory of their own; counted as a dequantization."""
+    home.activity.dequantizations += 1
+    size, stride = tuple(size), tuple(stride)
+    if home.dense is not None:  # written to, or never quantized: as it is there, not as it will be rounded
+        return home.dense.as_strided(size, stride, offset).to(dtype, copy=True)
+    stored = home.settle()
+    assert stored is not None
+    weight = stored.scaled()
+    layout = home.layout
+    part = part_of(layout, size, stride, offset)
+    if part is not None and (taken := part.take(weight)) is not None:
+        w = dequantize(taken, dtype)
+        if part.flipped:
+            w = w.transpose(-1, -2)
+        return w.contiguous() if part.flipped == layout.turned else w
+    experts, matrix = _experts(home, size, stride, offset)
+    if experts is not None:  # some of a stack
+        first, count = experts
+        weight = ScaledTensor(
+            weight.data[first : first + count], weight.scale[first : first + count], weight.granularity
+        )
+        offset -= first * matrix
+    elif (band := _rows(home, size, stride, offset)) is not None:
+        first, count = band
+        taken = Part((first, count), (0, layout.shape[-1])).take(weight)
+        assert taken is not None
+        weight = taken
+        offset -= first * layout.shape[-1]
+    w = dequantize(weight, dtype)
+    w = w.transpose(-1, -2).contiguous() if layout.turned else w
+    return w.as_strided(size, stride, offset).clone()
+
+
+def _last(size: Sequence[int], stride: Sequence[int], offset: int) -> int:
+    """The last element that a view touches."""
+    return offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+def _experts(
+    home: Home, size: Sequence[int], stride: Sequence[int], offset: int
+) -> tuple[tuple[int, int] | None, int]:
+    """The experts of a stack that a view touches, as (first, count); None where it is no stack, or has no elements."""
+    *stack, n, k = home.layout.shape
+    if not stack or 0 in size or n * k == 0:
+        return None, 0
+    first, last = offset // (n * k), _last(size, stride, offset) // (n * k)
+    return (first, last - first + 1), n * k
+
+
+def _rows(home: Home, size: Sequence[int], stride: Sequence[int], offset: int) -> tuple[int, int] | None:
+    """The rows of a matrix that a view touches, from the beginning of a block of scales on."""
+    layout = home.layout
+    n, k = layout.matrix
+    if layout.turned or 0 in size or k == 0:
+        return None
+    block = home.scheme.weight.rows or n
+    first = offset // k // block * block
+    return first, _last(size, stride, offset) // k + 1 - first

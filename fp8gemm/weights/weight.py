@@ -1,0 +1,355 @@
+"""``FP8Weight``: a parameter in FP8 that looks like the dense one it was, and its views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .. import native
+from ..errors import UnsupportedError
+from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme
+from .activity import Activity
+from .geometry import Layout, Part, part_of
+from .home import Home, Stored
+from .tracing import flatten_home, unflatten_home
+from .values import read
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset, in elements
+
+# What handles a function of torch's, and an operation below autograd; the operation None takes all others. A handler
+# gives NotImplemented for what it leaves to them. Filled by the files beside this one.
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+OPERATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a handler for these functions or operations."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        table.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+class _Flatten:
+    """``__tensor_flatten__``, hidden on what was made a moment ago by a cast or a move.
+
+    nn.Module._apply replaces a parameter that has it by ``swap_tensors``, which any weak reference to the parameter
+    makes fail; one that has not gets ``parameter.data = moved``.
+    """
+
+    def __get__(self, weight: FP8Weight | None, kind: type[FP8Weight]) -> Callable[..., Any]:
+        if weight is None:
+            return kind._flatten
+        if weight.__dict__.get("_fresh"):
+            raise AttributeError("__tensor_flatten__")
+        return weight._flatten
+
+
+class FP8Weight(torch.Tensor):
+    """A weight ``[N, K]``, its transpose, a stack of them, or a view of one: FP8 bytes behind the shape of dense values.
+
+    It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
+    FP8; reading it in any other way gives the dequantized values; writing to it, or to a view, changes the weight.
+    """
+
+    _home: Home
+    _fresh: bool
+    _is_param: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        home: Home | torch.Tensor,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, ...] | None = None,
+        stride: tuple[int, ...] | None = None,
+        offset: int = 0,
+        requires_grad: bool = False,
+    ) -> FP8Weight:
+        if isinstance(home, torch.Tensor):
+            return _parameter_of(home, requires_grad)
+        weight: FP8Weight = torch.Tensor._make_wrapper_subclass(
+            cls,
+            home.layout.size if size is None else size,
+            strides=home.layout.stride if stride is None else stride,
+            storage_offset=offset,
+            dtype=dtype,
+            device=home.device,
+            requires_grad=False,
+        )
+        weight._home = home
+        return weight
+
+    # --- geometry --------------------------------------------------------------------------------------------------
+
+    def like(
+        self, geometry: Geometry | None = None, *, home: Home | None = None, dtype: torch.dtype | None = None
+    ) -> FP8Weight:
+        """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
+        size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.storage_offset())
+        return FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+
+    def turned_around(self) -> FP8Weight:
+        """The last two dimensions exchanged."""
+        *stack, a, b = self.size()
+        *steps, step_a, step_b = self.stride()
+        return self.like(((*stack, b, a), (*steps, step_b, step_a), self.storage_offset()))
+
+    def geometry_of(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What a view operation makes of this geometry: tried on a tensor of the same one, without memory."""
+        with _disable_current_modes():
+            total = max(self._home.layout.stride[0] * self._home.layout.size[0], 1)
+            base = torch.empty(total, dtype=self.dtype, device="meta")
+            view = base.as_strided(self.size(), self.stride(), self.storage_offset())
+            return func(view, *args, **kwargs)
+
+    def part(self) -> Part | None:
+        """Which rows, columns and experts of the stored weight this is; None if it is no such rectangle."""
+        return part_of(self._home.layout, self.size(), self.stride(), self.storage_offset())
+
+    def as_parameter(self) -> Any:
+        """This very tensor, as nn.Parameter marks it."""
+        self._is_param = True
+        return self
+
+    def is_whole(self) -> bool:
+        """Whether this is the weight itself as its owner has it: all of it, in its own layout."""
+        layout = self._home.layout
+        return self.size() == layout.size and (self.stride() == layout.stride or self.numel() <= 1)
+
+    # --- values ----------------------------------------------------------------------------------------------------
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense values, in memory of their own; counted in the report."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return read(self._home, self.size(), self.stride(), self.storage_offset(), self.dtype)
+
+    def scaled(self) -> ScaledTensor:
+        """The FP8 bytes ``[(E,) N, K]`` and float32 scales of the whole weight; quantizes first if that is due."""
+        return self._home.scaled()
+
+    @property
+    def activity(self) -> Activity:
+        """What it has done: products, kernels, dequantizations."""
+        return self._home.activity
+
+    @property
+    def scheme(self) -> Scheme:
+        """What is stored, and what may be done to activations."""
+        return self._home.scheme
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that runs it where it is; None before it was chosen."""
+        return self._home.engine
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        if isinstance(self, nn.Parameter):
+            self._home.owned = True
+        return self.detach()
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        """Becomes what ``values`` are: FP8 with its home, or dense values, which are quantized at the next product."""
+        new = self.adopt(values)
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as C++ sees them
+        self._home = new._home
+
+    def adopt(self, values: torch.Tensor) -> FP8Weight:
+        """``values`` as this parameter takes them over: what it has done, and the original it came from, stay its own."""
+        mine = self._home
+        if not isinstance(values, torch.Tensor) or values.dim() != self.dim():
+            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"the FP8 weight has shape {tuple(self.shape)}, found {found}")
+        if isinstance(values, FP8Weight) and values.is_whole():
+            new, home = values, values._home
+        else:
+            dense = values.dequantize() if isinstance(values, FP8Weight) else values.detach()
+            *stack, a, b = dense.shape
+            shape = (*stack, b, a) if mine.layout.turned else (*stack, a, b)
+            if not dense.dtype.is_floating_point or dense.dtype in FP8_DTYPES:
+                raise ValueError(f"the FP8 weight takes floating values, found {dense.dtype}")
+            home = Home(mine.options, Layout(shape, mine.layout.turned), dense=dense.contiguous(), scheme=mine.scheme)
+            home.trains = mine.trains
+            if mine.original is not None:
+                home.keep(nn.Parameter(home.dense, mine.original.requires_grad))
+            new = FP8Weight(home, dense.dtype)
+        if home is not mine:
+            home.activity, home.owned = mine.activity, True
+            if mine.original is not None and home.original is not None and home.original is not mine.original:
+                with torch.no_grad():
+                    mine.original.data = home.original.data  # undo gives the very parameter back
+                home.original, home.original_version = mine.original, mine.original._version
+        return new
+
+    # --- persistence -----------------------------------------------------------------------------------------------
+
+    __tensor_flatten__ = _Flatten()
+
+    def fresh(self) -> FP8Weight:
+        """Marks what a cast or a move has made; see ``_Flatten``."""
+        if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+            self._fresh = True
+        return self
+
+    def _flatten(self) -> tuple[list[str], Any]:
+        tensors, context = flatten_home(self._home, self.dtype)
+        return list(tensors), (context, self.dtype, self.stride(), self.storage_offset())
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> FP8Weight:
+        facts, dtype, stride, offset = context
+        return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
+
+    def _inner(name: str) -> Any:  # type: ignore[misc]  # noqa: N805
+        return property(lambda self: flatten_home(self._home, self.dtype)[0][name])
+
+    # Not by __getattr__, with which Dynamo takes no attribute of a tensor for what it is.
+    _inner_data, _inner_scale = _inner("_inner_data"), _inner("_inner_scale")
+    _inner_input_scale, _inner_dense = _inner("_inner_input_scale"), _inner("_inner_dense")
+    del _inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        home = memo.get(id(self._home))  # aliases of one weight stay aliases
+        if home is None:
+            home = self._home.__deepcopy__(memo)
+        twin = self.like(home=home)
+        if isinstance(self, nn.Parameter):
+            twin = twin.as_parameter()
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        geometry = (tuple(self.size()), self.stride(), self.storage_offset())
+        return (_rebuild, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
+
+    def share_memory_(self) -> FP8Weight:
+        stored = self._home.settle()
+        if stored is not None:
+            holder = stored.plain or stored.packed
+            assert holder is not None
+            holder.data.share_memory_()
+            holder.scale.share_memory_()
+        return self.like().fresh()
+
+    def is_shared(self) -> bool:
+        stored = self._home.stored
+        holder = None if stored is None else stored.plain or stored.packed
+        return holder is not None and holder.data.is_shared()
+
+    def data_ptr(self) -> int:
+        """The address of the FP8 bytes: it tells weights apart, and nothing may be read there."""
+        stored = self._home.stored
+        holder = None if stored is None else stored.plain or stored.packed
+        if holder is not None:
+            return holder.data.data_ptr() + self.storage_offset()
+        assert self._home.dense is not None
+        return self._home.dense.data_ptr() + self.storage_offset() * self._home.dense.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for it: FP8 and scales, pending writes, a kept original; of a view, its share."""
+        whole = self._home.nbytes
+        return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        parameter = "Parameter, " if isinstance(self, nn.Parameter) else ""
+        waiting = ", not quantized yet" if self._home.stored is None else ""
+        return (
+            f"FP8Weight({parameter}shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, "
+            f"{self._home.scheme}{waiting})"
+        )
+
+    # --- operations ------------------------------------------------------------------------------------------------
+
+    # Not torch._C._disabled_torch_function_impl: nn.MultiheadAttention and nn.TransformerEncoderLayer look for an
+    # override before they take their fused operation, which would multiply by dense weights.
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            handler = FUNCTIONS.get(func)
+            if handler is not None:
+                result = handler(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = OPERATIONS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return OPERATIONS[None](func, args, kwargs)
+
+
+@implements(FUNCTIONS, torch.Tensor.detach)
+def _detach(weight: FP8Weight) -> Any:
+    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
+    return weight.like() if native.plain() and not torch.compiler.is_compiling() else NotImplemented
+
+
+@implements(FUNCTIONS, torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _ask_for_gradient(weight: FP8Weight, requires_grad: bool = True) -> Any:
+    if not requires_grad:
+        return NotImplemented
+    raise UnsupportedError(
+        f"an FP8 weight of shape {tuple(weight.shape)} takes no gradient: train adapters beside it (LoRA), keep the "
+        "layer dense by module_filter, or disable_fp8_gemm(model) first"
+    )
+
+
+def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
+    """``type(parameter)(values, requires_grad=...)``, by which libraries make a parameter like another."""
+    if values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
+        entry = getattr(values, "weight", None)
+        if not isinstance(entry, FP8Weight):
+            raise UnsupportedError("FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype))
+        values = entry
+    frozen = isinstance(values, FP8Weight)
+    return nn.Parameter(values, requires_grad=requires_grad and not frozen)
+
+
+def whole_weight(
+    weight: ScaledTensor,
+    dtype: torch.dtype,
+    options: FP8GemmOptions,
+    *,
+    turned: bool = False,
+    home: Home | None = None,
+) -> FP8Weight:
+    """An FP8 weight of its own that holds these bytes and scales."""
+    layout = Layout(tuple(weight.shape), turned)
+    if home is None:
+        home = Home(options, layout, stored=Stored(weight))
+    return FP8Weight(home, dtype)
+
+
+def _rebuild(
+    home: Home,
+    dtype: torch.dtype,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    is_parameter: bool,
+) -> FP8Weight:
+    weight = FP8Weight(home, dtype, size, stride, offset)
+    return weight.as_parameter() if is_parameter else weight  # type: ignore[no-any-return]

@@ -129,7 +129,7 @@ def test_our_kernel_rounds_where_triton_is(fake: Fake, monkeypatch: pytest.Monke
         return module._quantize(x, ue8m0=rounding.ue8m0)
 
     kernels = SimpleNamespace(Rounding=SimpleNamespace, quantize_groups=quantize_groups)
-    monkeypatch.setitem(sys.modules, "fp8gemm.engines.triton_kernels.quantize", kernels)
+    monkeypatch.setitem(sys.modules, "fp8gemm.engines.triton.kernels.quantize", kernels)
     monkeypatch.setattr(module, "_has_kernels", lambda device: True)
     weight = ENGINE.prepare(quantize(torch.randn(64, 128), BLOCK_128, scale_format=scheme.scale_format), scheme)
     assert ENGINE.linear(torch.randn(3, 128), weight, None, torch.float32).isfinite().all()

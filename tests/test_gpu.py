@@ -30,9 +30,9 @@ from fp8gemm import (
     probe,
     quantize,
 )
-from fp8gemm.engines import triton_mm
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_mm import TritonEngine
+from fp8gemm.engines.triton import engine as triton_engine
+from fp8gemm.engines.triton.engine import TritonEngine
 from fp8gemm.fuse import fuse_siblings
 from fp8gemm.warm import warmup
 
@@ -103,7 +103,7 @@ def test_long_sums_with_outliers(accumulate: str) -> None:
 @pytest.mark.parametrize("k", [1, 7, 128, 4096, 14336, 32768, 40000])
 @pytest.mark.parametrize("ue8m0", [False, True])
 def test_quantization_bit_for_bit(k: int, ue8m0: bool) -> None:
-    from fp8gemm.engines.triton_kernels import quantize as kernels
+    from fp8gemm.engines.triton.kernels import quantize as kernels
 
     x = torch.randn(37, k, device=CUDA).to(BF16)
     x[0], x[1, 0], x[2, -1], x[3] = 0, float("nan"), float("inf"), 1e-38
@@ -117,7 +117,7 @@ def test_quantization_bit_for_bit(k: int, ue8m0: bool) -> None:
 
 def test_more_than_32_bits_of_elements() -> None:
     """M * K and M * N beyond 2**31: the last rows are right."""
-    from fp8gemm.engines.triton_kernels import quantize as kernels
+    from fp8gemm.engines.triton.kernels import quantize as kernels
 
     m, k = 2**31 // 4096 + 64, 4096
     x = torch.zeros(m, k, dtype=BF16, device=CUDA)
@@ -252,7 +252,7 @@ def test_inductor() -> None:
 
 
 def test_warm_layers_compile_nothing_more() -> None:
-    from fp8gemm.engines.triton_kernels.launch import _compiled
+    from fp8gemm.engines.triton.launch import _compiled
 
     layer = _layer(768, 1536)
     warmup(layer, tokens=[1, 16, 100])
@@ -263,7 +263,7 @@ def test_warm_layers_compile_nothing_more() -> None:
 
 
 def test_the_card_is_trusted() -> None:
-    assert triton_mm.failure(torch.device("cuda", torch.cuda.current_device())) == ""
+    assert triton_engine.failure(torch.device("cuda", torch.cuda.current_device())) == ""
 
 
 @torch.no_grad()

@@ -146,8 +146,8 @@ import fp8gemm
 assert dict(os.environ) == before
 new = {name.split(".")[0] for name in set(sys.modules) - modules}
 assert not new & {"vllm", "triton", "transformers", "numpy"}, new
-assert fp8gemm.engines.vllm_mm.find.cache_info().currsize == 0
-assert fp8gemm.engines._probe.cache_info().currsize == 0
+assert fp8gemm.engines.vllm.find.cache_info().currsize == 0
+assert fp8gemm.engines.choice._probe.cache_info().currsize == 0
 assert fp8gemm.native.find.cache_info().currsize == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)

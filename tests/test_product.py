@@ -12,8 +12,8 @@ import fp8gemm
 from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize, product
 from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_mm import TritonEngine
-from fp8gemm.engines.triton_plan import place
+from fp8gemm.engines.triton.engine import TritonEngine
+from fp8gemm.engines.triton.plan import place
 
 BEYOND = 8
 
@@ -57,7 +57,7 @@ class Graphs:
 def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     engines = {**ENGINES, "reference": Apart()}
-    for room in (product, fp8gemm.engines):
+    for room in (product, fp8gemm.engines.choice):
         monkeypatch.setattr(room, "ENGINES", engines)
 
 

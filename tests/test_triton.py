@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from fp8gemm import GROUP_128, MX, ROW, SCHEMES, Granularity, Machine, MatmulSpec, ScaledTensor, Scheme
-from fp8gemm.engines import triton_dispatch
-from fp8gemm.engines.triton_dispatch import plan
-from fp8gemm.engines.triton_mm import TritonEngine, installed
-from fp8gemm.engines.triton_plan import Place, Plan, formula, place
+from fp8gemm.engines.triton import table as tables
+from fp8gemm.engines.triton.engine import TritonEngine, installed
+from fp8gemm.engines.triton.plan import Place, Plan, formula, place
+from fp8gemm.engines.triton.table import plan
 
 H100 = Machine(device="cuda", name="H100", capability=(9, 0), triton_version=(3, 6))
 SPEC = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096)
@@ -163,14 +163,14 @@ def _weight(scheme: Scheme, n: int, k: int) -> ScaledTensor:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FP8GEMM_CACHE", str(tmp_path))
-    triton_dispatch.forget()
+    tables.forget()
     yield tmp_path
-    triton_dispatch.forget()
+    tables.forget()
 
 
 def test_shipped_table_claims_no_measurement() -> None:
     """Until a card has been timed: no card, no versions, no date, no rows that stand for anything but the formula."""
-    header, rows = triton_dispatch.read_table(triton_dispatch.SHIPPED)
+    header, rows = tables.read_table(tables.SHIPPED)
     assert (header["source"] == "formula") == (header["card"] is None)
     if header["source"] == "formula":
         assert header == {"source": "formula", "card": None, "versions": None, "date": None}
@@ -184,7 +184,7 @@ def test_user_table_comes_first(cache: Path) -> None:
     where = place((9, 0), card="NVIDIA H200")
     own = Plan(path="tokens", block_m=32, block_n=128, block_k=64, warps=8, stages=3)
     header = {"source": "tuned", "card": "NVIDIA H200", "versions": {"triton": "3.6"}, "date": "2026-11-21"}
-    triton_dispatch.write_table(cache / triton_dispatch.USER_FILE, header, {("sm90", "row", 4096, 4096, 32): own})
+    tables.write_table(cache / tables.USER_FILE, header, {("sm90", "row", 4096, 4096, 32): own})
     assert plan(where, "row", 4096, 4096, 20) == own
     assert plan(where, "row", 4090, 4000, 32) == own, "sizes of one bucket share a plan"
     assert plan(where, "row", 4096, 4096, 33) == formula(where, "row", 4096, 4096, 64)
@@ -198,7 +198,7 @@ def test_a_table_cannot_ask_for_what_cannot_run(cache: Path) -> None:
     where = place((9, 0), card="X")
     header = {"source": "tuned", "card": "X", "versions": {}, "date": "2026-11-21"}
     table = {("sm90", "row", 4096, 4096, 128): Plan(path="library")}
-    triton_dispatch.write_table(cache / triton_dispatch.USER_FILE, header, table)
+    tables.write_table(cache / tables.USER_FILE, header, table)
     assert plan(where, "row", 4096, 4096, 128).path == "library"
     assert plan(where, "row", 4095, 4096, 128).path == "rows"
 
@@ -221,7 +221,7 @@ def test_a_table_cannot_ask_for_what_cannot_run(cache: Path) -> None:
     ],
 )
 def test_a_broken_table_is_named(cache: Path, text: str) -> None:
-    path = cache / triton_dispatch.USER_FILE
+    path = cache / tables.USER_FILE
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"{path.name} is no table of plans.*delete it, or tune again"):
         plan(place((9, 0)), "row", 4096, 4096, 1)
@@ -230,18 +230,18 @@ def test_a_broken_table_is_named(cache: Path, text: str) -> None:
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP8GEMM_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert triton_dispatch.cache_directory() == Path("/a")
+    assert tables.cache_directory() == Path("/a")
     monkeypatch.delenv("FP8GEMM_CACHE")
-    assert triton_dispatch.cache_directory() == Path("/b/fp8gemm")
+    assert tables.cache_directory() == Path("/b/fp8gemm")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert triton_dispatch.cache_directory() == Path.home() / ".cache" / "fp8gemm"
+    assert tables.cache_directory() == Path.home() / ".cache" / "fp8gemm"
 
 
 def test_plans_are_written_as_they_are_read(tmp_path: Path) -> None:
     rows = {("sm90", "block", 1, 2, 4): Plan(path="blocks", **dict.fromkeys(_numbers(), 2), tma=True)}
     header = {"source": "s", "card": "c", "versions": {"torch": "2"}, "date": "d"}
-    triton_dispatch.write_table(tmp_path / "deep" / "table.json", header, rows)
-    assert triton_dispatch.read_table(tmp_path / "deep" / "table.json") == (header, rows)
+    tables.write_table(tmp_path / "deep" / "table.json", header, rows)
+    assert tables.read_table(tmp_path / "deep" / "table.json") == (header, rows)
 
 
 def _numbers() -> list[str]:
@@ -282,7 +282,7 @@ class _Compiled:
 def test_a_compiled_kernel_serves_only_what_it_was_compiled_for() -> None:
     """A launch goes straight through where nothing that Triton specializes on has changed, and only there."""
     _triton_or_skip()
-    from fp8gemm.engines.triton_kernels.launch import launch
+    from fp8gemm.engines.triton.launch import launch
 
     kernel = FakeKernel()
     x = torch.zeros(64)

@@ -32,11 +32,12 @@ from fp8gemm import (
 from fp8gemm.bench import bench, contest, plans, tune
 from fp8gemm.bench.contest import Calls, Entrant, errors
 from fp8gemm.bench.plans import problems_of, tune_engine
-from fp8gemm.engines import Prepared, triton_dispatch
+from fp8gemm.engines import Prepared
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_mm import TritonEngine
-from fp8gemm.engines.triton_plan import Place, Plan, formula, place, precise
-from fp8gemm.engines.triton_tune import MOST, TUNED, Cell, candidates, describe, held, shared_bytes, stays
+from fp8gemm.engines.triton import table as tables
+from fp8gemm.engines.triton.engine import TritonEngine
+from fp8gemm.engines.triton.plan import Place, Plan, formula, place, precise
+from fp8gemm.engines.triton.tune import MOST, TUNED, Cell, candidates, describe, held, shared_bytes, stays
 
 CPU = torch.device("cpu")
 H200 = place((9, 0), card="NVIDIA H200")
@@ -51,11 +52,11 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 16384)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the user's table lies; and one copy of each weight is enough."""
-    monkeypatch.setattr(triton_dispatch, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
-    triton_dispatch.forget()
+    tables.forget()
     yield tmp_path
-    triton_dispatch.forget()
+    tables.forget()
 
 
 def _cells(where: Place) -> list[tuple[Cell, bool]]:
@@ -131,9 +132,9 @@ def test_what_the_table_has_is_tried_again(folder: Path) -> None:
     cell = Cell(kind="row", n=4096, k=4096, m=16)
     assert odd not in candidates(H200, cell)
     header = {"source": "tuned", "card": H200.card, "versions": {}, "date": "2026-11-21"}
-    rows = {triton_dispatch.key_of(H200, cell.kind, cell.n, cell.k, cell.m): odd}
-    triton_dispatch.write_table(folder / triton_dispatch.USER_FILE, header, rows)
-    triton_dispatch.forget()
+    rows = {tables.key_of(H200, cell.kind, cell.n, cell.k, cell.m): odd}
+    tables.write_table(folder / tables.USER_FILE, header, rows)
+    tables.forget()
     assert candidates(H200, cell)[1] == odd
 
 
@@ -145,8 +146,8 @@ def test_a_row_serves_only_what_its_plan_can_run(folder: Path) -> None:
         "block": Plan(path="blocks", block_m=64, block_n=128, block_k=128, stages=3),
     }
     header = {"source": "tuned", "card": H200.card, "versions": {}, "date": "2026-11-21"}
-    table = {triton_dispatch.key_of(H200, kind, 65536, 4096, 64): own for kind, own in rows.items()}  # type: ignore[arg-type]
-    triton_dispatch.write_table(folder / triton_dispatch.USER_FILE, header, table)
+    table = {tables.key_of(H200, kind, 65536, 4096, 64): own for kind, own in rows.items()}  # type: ignore[arg-type]
+    tables.write_table(folder / tables.USER_FILE, header, table)
     for kind, n, k, served in (
         ("row", 65536, 4096, True),
         ("row", 65536, 4095, False),
@@ -156,9 +157,9 @@ def test_a_row_serves_only_what_its_plan_can_run(folder: Path) -> None:
         ("weight", 65536, 4096, True),
         ("weight", 65536, 4088, False),
     ):
-        found = triton_dispatch.plan(H200, kind, n, k, 64, scale_cols=128 if kind == "block" else 0)  # type: ignore[arg-type]
+        found = tables.plan(H200, kind, n, k, 64, scale_cols=128 if kind == "block" else 0)  # type: ignore[arg-type]
         assert (found == rows[kind]) == served, (kind, n, k)
-    assert not triton_dispatch.runs(H200, "weight", rows["weight"], 65552, 4096, 64), "more tiles than counters"
+    assert not tables.runs(H200, "weight", rows["weight"], 65552, 4096, 64), "more tiles than counters"
 
 
 def test_three_percent_are_noise() -> None:
@@ -237,7 +238,7 @@ def _tuned(cells: tuple[Cell, ...] = (CELL,), where: type[Fake] = Fake, **more: 
 
 
 def _plan(cell: Cell = CELL) -> Plan:
-    return triton_dispatch.plan(H200, cell.kind, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols)
+    return tables.plan(H200, cell.kind, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols)
 
 
 def test_the_fastest_is_written_and_taken_at_once(laboratory: Laboratory, folder: Path) -> None:
@@ -247,7 +248,7 @@ def test_the_fastest_is_written_and_taken_at_once(laboratory: Laboratory, folder
     assert _plan().path == home.path
     facts = _tuned()
     assert _plan() == best
-    header, rows = triton_dispatch.read_table(folder / triton_dispatch.USER_FILE)
+    header, rows = tables.read_table(folder / tables.USER_FILE)
     assert rows == {("sm90", "row", 64, 256, 16): best}
     assert header["card"] == "NVIDIA H200"
     assert header["date"]
@@ -296,7 +297,7 @@ def test_where_nothing_runs_nothing_is_written(laboratory: Laboratory, folder: P
     laboratory.fails = lambda plan: True
     (row,) = _tuned()["rows"]  # type: ignore[misc]
     assert row["plan"] is None
-    assert triton_dispatch.read_table(folder / triton_dispatch.USER_FILE)[1] == {}
+    assert tables.read_table(folder / tables.USER_FILE)[1] == {}
 
 
 def test_whether_a_kept_weight_is_faster_is_measured(laboratory: Laboratory) -> None:
@@ -310,17 +311,17 @@ def test_tables_of_one_card_are_merged(laboratory: Laboratory, folder: Path) -> 
     _tuned()
     other = replace(CELL, n=128, m=64)
     _tuned((other,))
-    path = folder / triton_dispatch.USER_FILE
-    header, rows = triton_dispatch.read_table(path)
+    path = folder / tables.USER_FILE
+    header, rows = tables.read_table(path)
     assert {(key[2], key[4]) for key in rows} == {(64, 16), (128, 64)}
     assert header["source"] == "tuned"
-    triton_dispatch.write_table(path, {**header, "versions": {"triton": "3.6"}, "date": "2026-01-02"}, rows)
+    tables.write_table(path, {**header, "versions": {"triton": "3.6"}, "date": "2026-01-02"}, rows)
     _tuned()
-    header, rows = triton_dispatch.read_table(path)
+    header, rows = tables.read_table(path)
     assert len(rows) == 2
     assert header["source"] == "tuned; older rows with triton 3.6 on 2026-01-02"
     _tuned(overwrite=True)
-    assert len(triton_dispatch.read_table(path)[1]) == 1
+    assert len(tables.read_table(path)[1]) == 1
 
 
 class Other(Fake):
@@ -330,7 +331,7 @@ class Other(Fake):
 
 def test_a_table_of_another_card_is_not_overwritten(laboratory: Laboratory, folder: Path) -> None:
     _tuned()
-    path = folder / triton_dispatch.USER_FILE
+    path = folder / tables.USER_FILE
     before = path.read_text()
     laboratory.ran.clear()
     with pytest.raises(
@@ -341,28 +342,28 @@ def test_a_table_of_another_card_is_not_overwritten(laboratory: Laboratory, fold
     assert not laboratory.ran, "it was tuned before it was refused"
     assert path.read_text() == before
     _tuned(where=Other, overwrite=True)
-    assert triton_dispatch.read_table(path)[0]["card"] == "NVIDIA H100 PCIe"
+    assert tables.read_table(path)[0]["card"] == "NVIDIA H100 PCIe"
 
 
 def test_a_broken_table_is_not_overwritten_either(laboratory: Laboratory, folder: Path) -> None:
-    path = folder / triton_dispatch.USER_FILE
+    path = folder / tables.USER_FILE
     path.write_text("not JSON")
     with pytest.raises(ValueError, match=f"{path.name} is no table of plans"):
         _tuned()
     _tuned(overwrite=True)
-    assert len(triton_dispatch.read_table(path)[1]) == 1
+    assert len(tables.read_table(path)[1]) == 1
 
 
 def test_what_is_done_is_written_after_each_shape(laboratory: Laboratory, folder: Path) -> None:
     def interrupted(plan: Plan | None) -> float:
-        if (folder / triton_dispatch.USER_FILE).is_file():
+        if (folder / tables.USER_FILE).is_file():
             raise KeyboardInterrupt
         return 1.0
 
     laboratory.seconds = interrupted
     with pytest.raises(KeyboardInterrupt):
         _tuned((CELL, replace(CELL, n=128)))
-    assert [key[2] for key in triton_dispatch.read_table(folder / triton_dispatch.USER_FILE)[1]] == [64]
+    assert [key[2] for key in tables.read_table(folder / tables.USER_FILE)[1]] == [64]
 
 
 def test_tokens_are_buckets(laboratory: Laboratory, folder: Path) -> None:
@@ -467,8 +468,8 @@ def test_tune_a_model(laboratory: Laboratory, folder: Path, monkeypatch: pytest.
         ("row", 32, 64, 16),
     ]
     assert list(facts["left_out"]) == ["row 60 x 32"]
-    assert facts["table"] == str(folder / triton_dispatch.USER_FILE)
-    assert len(triton_dispatch.read_table(folder / triton_dispatch.USER_FILE)[1]) == 2
+    assert facts["table"] == str(folder / tables.USER_FILE)
+    assert len(tables.read_table(folder / tables.USER_FILE)[1]) == 2
     with pytest.raises(ValueError, match="tokens must be at least 1, found 0"):
         tune(model, tokens=[0, 1], device="cpu")
 
@@ -553,14 +554,14 @@ def test_on_a_card(folder: Path) -> None:
         pytest.skip("; ".join(reasons))
     facts = tune([(512, 1024)], tokens=[1, 16, 64, 128, 1024], seconds=0.1)
     where = TritonEngine().place(torch.device("cuda", 0))
-    _, rows = triton_dispatch.read_table(folder / triton_dispatch.USER_FILE)
+    _, rows = tables.read_table(folder / tables.USER_FILE)
     assert len(rows) == len(facts["rows"]) >= 5
     for row in facts["rows"]:
         assert row["plan"], row
         assert row["bf16_microseconds"], row
         assert not any(note.startswith("wrong") for note in row["dropped"].values()), row
         cols = 128 if row["kind"] == "block" else 0
-        chosen = triton_dispatch.plan(where, row["kind"], 512, 1024, row["m"], scale_cols=cols)
+        chosen = tables.plan(where, row["kind"], 512, 1024, row["m"], scale_cols=cols)
         assert describe(chosen) == row["plan"]
     timed = bench([(512, 1024)], tokens=[1, 128], seconds=0.1)["rows"]
     assert {row["name"] for row in timed if row["microseconds"]} >= {"bf16", "triton"}

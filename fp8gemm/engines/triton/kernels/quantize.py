@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quantize import SCALE_FLOOR
-from .launch import divide_up, launch
-from .tape import empty
+from ....quantize import SCALE_FLOOR
+from ..launch import divide_up, launch
+from ..replay import empty
 
 _FLOOR = tl.constexpr(SCALE_FLOOR)
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

@@ -13,8 +13,8 @@ from stage import Held, OnCard, prepared
 from test_products import BLOCK, BLOCKS, ROW_ROW, ROWS, TOKENS, VECTORS
 
 from fp8gemm import ROW, Scheme, quantize
-from fp8gemm.engines.triton_kernels import launch, tape
-from fp8gemm.engines.triton_plan import Plan
+from fp8gemm.engines.triton import launch, replay
+from fp8gemm.engines.triton.plan import Plan
 
 BF16 = torch.bfloat16
 
@@ -99,11 +99,11 @@ def test_memory_that_nobody_named_is_not_recorded() -> None:
     engine = OnCard()
     x = torch.randn(8, 64, dtype=BF16)
     product = lambda tokens: engine.linear(tokens, weight, None, BF16)  # noqa: E731
-    assert tape.record(product, x, (weight.data, weight.scale), (8, 32)) is not None
-    assert tape.record(product, x, (weight.data,), (8, 32)) is None
-    assert tape.record(lambda tokens: product(tokens.clone()), x, (weight.data, weight.scale), (8, 32)) is None
-    assert tape.record(lambda tokens: product(tokens) + 1, x, (weight.data, weight.scale), (8, 32)) is None
-    assert tape.recording() is None
+    assert replay.record(product, x, (weight.data, weight.scale), (8, 32)) is not None
+    assert replay.record(product, x, (weight.data,), (8, 32)) is None
+    assert replay.record(lambda tokens: product(tokens.clone()), x, (weight.data, weight.scale), (8, 32)) is None
+    assert replay.record(lambda tokens: product(tokens) + 1, x, (weight.data, weight.scale), (8, 32)) is None
+    assert replay.recording() is None
 
 
 def test_an_uncompiled_kernel_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

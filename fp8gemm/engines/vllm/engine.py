@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from ..scaled import ScaledTensor, Scheme
-from . import vllm_cpu, vllm_cuda
-from .base import Engine, Machine, MatmulSpec, Prepared
+from ...scaled import ScaledTensor, Scheme
+from ..base import Engine, Machine, MatmulSpec, Prepared
+from . import cpu, cuda
 
 # Where the ops live: 0.24 and newer have the first alone, 0.18 and older the second, those between have both.
 _CUDA_LIBRARIES = ("_C_stable_libtorch.abi3.so", "_C.abi3.so")
@@ -30,7 +30,7 @@ class Vllm:
 
 
 class _Ops(Protocol):
-    """What ``vllm_cpu`` and ``vllm_cuda``, the modules, have in common."""
+    """What ``cpu`` and ``cuda``, the modules, have in common."""
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]: ...
 
@@ -71,19 +71,19 @@ class VllmEngine(Engine):
     def bind(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        return None if weight.device.type == "cpu" else vllm_cuda.bind(x, weight, bias, out_dtype)
+        return None if weight.device.type == "cpu" else cuda.bind(x, weight, bias, out_dtype)
 
     def linear_quantized(
         self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        return vllm_cuda.linear_quantized(x, weight, bias, out_dtype)
+        return cuda.linear_quantized(x, weight, bias, out_dtype)
 
     def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 
 
 def _ops(device: str) -> _Ops:
-    return vllm_cpu if device == "cpu" else vllm_cuda
+    return cpu if device == "cpu" else cuda
 
 
 @cache
@@ -99,7 +99,7 @@ def find(device: str) -> Vllm:
     version = _version(folder)
     names = (_cpu_library(),) if device == "cpu" else _CUDA_LIBRARIES
     problems = [problem for name in names if (problem := _load(folder / name))]
-    wanted = vllm_cpu.OPS if device == "cpu" else vllm_cuda.OPS
+    wanted = cpu.OPS if device == "cpu" else cuda.OPS
     ops = {name: count for name in wanted if (count := _arguments(name, device.upper())) is not None}
     if ops:
         return Vllm(version, ops)

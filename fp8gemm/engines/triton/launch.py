@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .tape import recording
+from .replay import recording
 
 # What Triton specializes a kernel on, next to its constants: see specialization().
 _compiled: dict[tuple[Any, ...], Any] = {}

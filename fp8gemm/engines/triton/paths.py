@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from . import triton_library
-from .base import Prepared
-from .triton_plan import INLINE_UP_TO, Kind, PathName, Place, Plan
+from ..base import Prepared
+from . import library
+from .plan import INLINE_UP_TO, Kind, PathName, Place, Plan
 
 if TYPE_CHECKING:
-    from .triton_kernels.quantize import Rounding
+    from .kernels.quantize import Rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def quantize(
 
     With a scale a row, the static one, or one for 128 features.
     """
-    from .triton_kernels import quantize as kernels
+    from .kernels import quantize as kernels
 
     ue8m0 = weight.scheme.scale_format == "ue8m0"
     if kind == "block":
@@ -60,27 +60,27 @@ def quantize(
 
 
 def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
-    from .triton_kernels import quantize as kernels
+    from .kernels import quantize as kernels
 
     return kernels.PLAIN if static is None and not ue8m0 else kernels.Rounding(static=static, ue8m0=ue8m0)
 
 
 def _vectors(product: Product) -> torch.Tensor:
-    from .triton_kernels import w8a16
+    from .kernels import w8a16
 
     x, weight, bias, out_dtype = product.operands
     return w8a16.multiply_vectors(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
 
 
 def _tokens(product: Product) -> torch.Tensor:
-    from .triton_kernels import w8a16
+    from .kernels import w8a16
 
     x, weight, bias, out_dtype = product.operands
     return w8a16.multiply_tokens(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
 
 
 def _rows(product: Product) -> torch.Tensor:
-    from .triton_kernels import row
+    from .kernels import row
 
     _, weight, bias, out_dtype = product.operands
     return row.multiply_rows(
@@ -95,7 +95,7 @@ def _rows(product: Product) -> torch.Tensor:
 
 
 def _blocks(product: Product) -> torch.Tensor:
-    from .triton_kernels import block
+    from .kernels import block
 
     x, weight, bias, out_dtype = product.operands
     x_scale = product.x_scale
@@ -108,16 +108,17 @@ def _blocks(product: Product) -> torch.Tensor:
 def _library(product: Product) -> torch.Tensor:
     _, weight, bias, out_dtype = product.operands
     if weight.scheme.weight.cols is not None:
-        return triton_library.multiply_blocks(*product.quantized("block"), weight, bias, out_dtype)
-    return triton_library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
+        return library.multiply_blocks(*product.quantized("block"), weight, bias, out_dtype)
+    return library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
 
 
 def _dense(product: Product) -> torch.Tensor:
-    from .triton_kernels import tape, w8a16
+    from . import replay
+    from .kernels import w8a16
 
     x, weight, bias, out_dtype = product.operands
     w = w8a16.dense(weight, x.dtype, native=product.where.native)
-    y: torch.Tensor = tape.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
+    y: torch.Tensor = replay.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
     return y.to(out_dtype)
 
 

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base import Prepared
-from .launch import divide_up, launch
+from ...base import Prepared
+from ..launch import divide_up, launch
+from ..replay import counters, empty
 from .parts import is_last, sum_parts
 from .quantize import encode, finite, scale_of
-from .tape import counters, empty
 
 BLOCK = 128  # of scales, and the step along K
 

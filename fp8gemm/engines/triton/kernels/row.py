@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base import Prepared
-from .launch import divide_up, launch
-from .tape import descriptor, empty
+from ...base import Prepared
+from ..launch import divide_up, launch
+from ..replay import descriptor, empty
 
 # "fast" leaves partial sums in the tensor cores' accumulator of about 14 bits; "precise" moves them to float32 after
 # every 128 products (DeepSeek-V3 report, 3.3.2). Only Hopper makes a difference between the two.

@@ -9,10 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..scaled import SCHEMES, Scheme
-from . import triton_dispatch as dispatch
-from .triton_mm import TritonEngine
-from .triton_plan import TILES, Kind, Place, Plan, formula, precise
+from ...scaled import SCHEMES, Scheme
+from . import table as tables
+from .engine import TritonEngine
+from .plan import TILES, Kind, Place, Plan, formula, precise
 
 MOST = 24  # candidates of one cell; each costs about a second of compiling
 # The formula's plan stays unless another takes at most this part of its time: less is noise.
@@ -75,7 +75,7 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     starts = {start.path: start for start in (*_starts(where, cell), home)}  # the formula's own where it has that path
     tiled = sorted((start for start in starts.values() if TILES[start.path]), key=lambda start: start != home)
     near = [list(_neighbours(where, start))[: None if start == tiled[0] else _FEW] for start in tiled]
-    current = dispatch.plan(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
+    current = tables.plan(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
     ordered = [home, current, *starts.values(), *chain.from_iterable(near)]
     ran = (one if fast else precise(one) for one in ordered)
     same = (replace(one, kept_is_faster=False) for one in ran)
@@ -127,7 +127,7 @@ def shared_bytes(plan: Plan) -> int:
 
 def _fits(where: Place, cell: Cell, plan: Plan) -> bool:
     """Whether a plan can run a cell, and is not absurd for it: idle splits, rows of no tokens, spilling sums."""
-    if not dispatch.runs(where, cell.kind, plan, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols):
+    if not tables.runs(where, cell.kind, plan, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols):
         return False
     if not TILES[plan.path]:
         return True
@@ -183,13 +183,13 @@ class Table:
 
     path: Path
     header: dict[str, Any]
-    rows: dict[dispatch.Key, Plan]
+    rows: dict[tables.Key, Plan]
 
-    def add(self, rows: Mapping[dispatch.Key, Plan]) -> None:
+    def add(self, rows: Mapping[tables.Key, Plan]) -> None:
         """Writes the table with these rows too; the engine follows it at once."""
         self.rows.update(rows)
-        dispatch.write_table(self.path, self.header, self.rows)
-        dispatch.forget()
+        tables.write_table(self.path, self.header, self.rows)
+        tables.forget()
 
 
 def open_table(card: str, versions: Mapping[str, str | None], date: str, *, overwrite: bool) -> Table:
@@ -198,14 +198,14 @@ def open_table(card: str, versions: Mapping[str, str | None], date: str, *, over
     Raises:
         ValueError: it holds plans of another card, or is no table; with its name and what would work.
     """
-    path = dispatch.cache_directory() / dispatch.USER_FILE
+    path = tables.cache_directory() / tables.USER_FILE
     header = {"source": "tuned", "card": card, "versions": dict(versions), "date": date}
     if overwrite or not path.is_file():
         table = Table(path, header, {})
         if overwrite:
             table.add({})  # at once, as the engine cannot plan with a broken one
         return table
-    former, rows = dispatch.read_table(path)
+    former, rows = tables.read_table(path)
     if former["card"] != card:
         raise ValueError(
             f"{path} holds plans of {former['card']}, and this card is {card}: --overwrite (overwrite=True) replaces "

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base import Prepared
-from .launch import divide_up, launch
+from ...base import Prepared
+from ..launch import divide_up, launch
+from ..replay import counters, empty
 from .parts import decode, format_of, is_last, sum_parts
-from .tape import counters, empty
 
 
 def multiply_vectors(

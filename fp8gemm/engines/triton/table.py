@@ -16,12 +16,12 @@ from typing import Any, get_args
 
 import torch
 
-from .. import native
-from ..scaled import Scheme
-from .base import Prepared
-from .triton_plan import Kind, PathName, Place, Plan, bucket, formula, in_library
+from ... import native
+from ...scaled import Scheme
+from ..base import Prepared
+from .plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
-SHIPPED = Path(__file__).with_name("triton_table.json")
+SHIPPED = Path(__file__).with_name("table.json")
 USER_FILE = "triton_table.json"
 MOST_SPLIT_TILES = 4096  # each has a counter of its own; a product of more needs no split
 

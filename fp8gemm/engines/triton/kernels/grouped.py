@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base import Prepared
+from ...base import Prepared
+from ..launch import divide_up, launch
+from ..replay import empty
 from .block import round_group
-from .launch import divide_up, launch
 from .parts import decode, format_of
 from .row import PROMOTION, Accumulate
-from .tape import empty
 
 
 def multiply_grouped(

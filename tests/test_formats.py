@@ -17,7 +17,7 @@ from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, CheckpointError, Gran
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.formats import FORMATS, Contents, TensorInfo, detect, join_rows, scan
 from fp8gemm.formats.scan import granularity_of
-from fp8gemm.quantize import dequantize
+from fp8gemm.numerics import dequantize
 
 N, K = 192, 320  # 1.5 and 2.5 blocks
 W = fp8(N, K)

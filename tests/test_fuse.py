@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fp8gemm import ENGINES, FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
-from fp8gemm.fuse import SiblingLinear, fuse_siblings, join
-from fp8gemm.warm import warmup
+from fp8gemm.models.siblings import SiblingLinear, fuse_siblings, join
+from fp8gemm.models.warmup import warmup
 
 
 class Attention(nn.Module):

@@ -33,8 +33,8 @@ from fp8gemm import (
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import engine as triton_engine
 from fp8gemm.engines.triton.engine import TritonEngine
-from fp8gemm.fuse import fuse_siblings
-from fp8gemm.warm import warmup
+from fp8gemm.models.siblings import fuse_siblings
+from fp8gemm.models.warmup import warmup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = torch.device(DEVICE)

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from fp8gemm import ENGINES, FP8Experts, FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, report, warmup
-from fp8gemm.einsum import batched_operands
-from fp8gemm.moe import is_transposed
+from fp8gemm.models.structure import is_transposed
+from fp8gemm.weights.einsum import batched_operands
 
 TOKENS = torch.arange(2 * 11).view(2, 11) % 99
 COMMON = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

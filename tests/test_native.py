@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, dequantize, native, quantize
 from fp8gemm.native.library import LEVELS, _problem
-from fp8gemm.quantize import expand_scale
+from fp8gemm.numerics import expand_scale
 
 FOUND = native.find()
 pytestmark = pytest.mark.skipif(

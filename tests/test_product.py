@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import fp8gemm
-from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize, product
+from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize
 from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton.engine import TritonEngine
 from fp8gemm.engines.triton.plan import place
+from fp8gemm.weights import product
 
 BEYOND = 8
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme, dequantize, quantize
-from fp8gemm.quantize import (
+from fp8gemm import (
+    BLOCK_128,
+    GROUP_128,
+    MX,
+    ROW,
+    TENSOR,
+    Granularity,
+    ScaledTensor,
+    Scheme,
+    dequantize,
+    numerics,
+    quantize,
+)
+from fp8gemm.numerics import (
     SCALE_FLOOR,
     block_scale,
     decode_ue8m0,
@@ -153,10 +164,9 @@ def test_weights_in_parts_are_bitwise_the_same(n: int, k: int, granularity: Gran
 @pytest.mark.parametrize("compiled", [True, False])
 def test_large_weights_in_parts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch alone too: the largest element may be in any part."""
-    room = sys.modules["fp8gemm.quantize"]
-    monkeypatch.setattr(room, "_PART_ELEMENTS", 1000)
+    monkeypatch.setattr(numerics, "_PART_ELEMENTS", 1000)
     if not compiled:
-        monkeypatch.setattr(room, "_compiled", lambda *weight: None)
+        monkeypatch.setattr(numerics, "_compiled", lambda *weight: None)
     for granularity, largest in itertools.product(GRANULARITIES, (0, 150, 299)):
         w = torch.randn(300, 70)
         w[largest, 3] = 100

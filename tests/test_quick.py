@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, quick
+from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
 from fp8gemm.engines import ENGINES, Engine, Prepared
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.original import Activity
-from fp8gemm.quick import KEPT_KERNEL, SHAPES, UNBOUND, Bound
+from fp8gemm.weights import quick
+from fp8gemm.weights.original import Activity
+from fp8gemm.weights.quick import KEPT_KERNEL, SHAPES, UNBOUND, Bound
 
 BF16 = torch.bfloat16
 
@@ -313,7 +314,7 @@ class Losing(Binding):
 
 @pytest.fixture
 def losing(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    from fp8gemm import linear
+    from fp8gemm.weights import linear
 
     engines = {**ENGINES, "reference": Losing()}
     monkeypatch.setattr(quick, "ENGINES", engines)

@@ -13,7 +13,7 @@ from fp8gemm import BLOCK_128, GROUP_128, ROW, SCHEMES, TENSOR, Machine, MatmulS
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.vllm import cuda
 from fp8gemm.engines.vllm.engine import VllmEngine
-from fp8gemm.quantize import expand_scale
+from fp8gemm.numerics import expand_scale
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 FLOATS = (BF16, torch.float16, torch.float32)

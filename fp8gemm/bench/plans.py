@@ -18,11 +18,11 @@ from ..engines.triton.engine import TritonEngine
 from ..engines.triton.plan import Kind, Plan, bucket
 from ..engines.triton.tune import TUNED, WORTH_IT, Cell, candidates, describe, held, open_table, stays
 from ..errors import UnsupportedError
-from ..fuse import SiblingLinear
-from ..linear import FP8Linear
+from ..models.siblings import SiblingLinear
+from ..models.warmup import TOKENS
 from ..progress import progress
 from ..scaled import SCHEMES
-from ..warm import TOKENS
+from ..weights.linear import FP8Linear
 from .contest import Entrant, Expectation, Result, Watch, Weights, bf16_entrant, contest, entrant_of, watch_of
 from .place import device_of, facts, shapes_of, sizes_of
 

@@ -12,17 +12,17 @@ from torch import nn
 
 from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
-from ..experts import FP8Experts
-from ..holder import FP8Holder
-from ..linear import FP8Linear
 from ..progress import byte_progress
-from ..report import KEPT, Report, report
 from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
+from ..weights.experts import FP8Experts
+from ..weights.holder import FP8Holder
+from ..weights.linear import FP8Linear
+from ..weights.report import KEPT, Report, report
 from .fill import fill, scheme_of, take
-from .places import Place, initialise_transient, places, transient
 from .plan import Step, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
+from .targets import Place, initialise_transient, places, transient
 
 
 @dataclass(frozen=True)

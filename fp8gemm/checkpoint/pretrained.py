@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..holder import FP8Holder
+from ..weights.holder import FP8Holder
 from .save import save_checkpoint
 
 _NAME = "save_pretrained"

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..experts import FP8Experts
 from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
-from ..holder import FP8Holder
-from ..linear import FP8Linear
+from ..formats.naming import Slice, expert_slices, file_name
 from ..scaled import ScaledTensor
-from ..state import KEYS
-from .expert_names import Slice, expert_slices, file_name
+from ..weights.experts import FP8Experts
+from ..weights.holder import FP8Holder
+from ..weights.linear import FP8Linear
+from ..weights.state import KEYS
 from .write import Piece, write_checkpoint
 
 # Who holds an FP8 matrix, and how to get it.

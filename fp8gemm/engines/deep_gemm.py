@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from ..quantize import encode_ue8m0, quantize
+from ..numerics import encode_ue8m0, quantize
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
 from .base import Engine, Machine, MatmulSpec, Prepared
 from .torch_mm import cropped, padded

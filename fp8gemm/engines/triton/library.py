@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...quantize import expand_scale
+from ...numerics import expand_scale
 from ...scaled import ScaledTensor
 from .. import torch_mm
 from ..base import Prepared

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import UnsupportedError
-from ...quantize import expand_scale, nan_rows
+from ...numerics import expand_scale, nan_rows
 from ...scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
 from ..base import Machine, MatmulSpec, Prepared
 from ..epilogue import scale_columns

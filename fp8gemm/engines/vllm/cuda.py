@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...quantize import block_scale, expand_scale
+from ...numerics import block_scale, expand_scale
 from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from ..base import Machine, MatmulSpec, Prepared
 from ..torch_mm import cropped, padded

@@ -2,7 +2,7 @@
 # Triton is untyped, and not installed everywhere.
 """Activations to e4m3 in one pass: by rows, and by groups along K with scales stored M-major.
 
-``fp8gemm.quantize.quantize`` is the reference of every kernel here, bit for bit; where ``up`` is given it is applied to
+``fp8gemm.numerics.quantize`` is the reference of every kernel here, bit for bit; where ``up`` is given it is applied to
 ``silu(x) * up`` in float32, which is what the second product of a gated MLP takes.
 """
 
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ....quantize import SCALE_FLOOR
+from ....numerics import SCALE_FLOOR
 from ..launch import divide_up, launch
 from ..replay import empty
 

@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from torch import nn
 
-from .checkpoint import give_saving_back, redirect_saving
-from .experts import FP8Experts
+from ..checkpoint import give_saving_back, redirect_saving
+from ..progress import progress
+from ..scaled import FP8GemmOptions
+from ..weights.experts import FP8Experts
+from ..weights.linear import FP8Linear
+from ..weights.report import KEPT, Report, Row
 from .gated import split_gated
-from .linear import FP8Linear
-from .plan import ModuleFilter, Step, plan
-from .progress import progress
-from .report import KEPT, Report, Row
-from .scaled import FP8GemmOptions
+from .selection import ModuleFilter, Step, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 

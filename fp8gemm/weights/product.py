@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch.autograd import forward_ad
 
-from . import native
-from .engines import ENGINES, Prepared, restore
-from .quantize import dequantize, quantize
-from .scaled import Accumulate, Granularity, ScaledTensor, Scheme
+from .. import native
+from ..engines import ENGINES, Prepared, restore
+from ..numerics import dequantize, quantize
+from ..scaled import Accumulate, Granularity, ScaledTensor, Scheme
 
 
 def multiply(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:

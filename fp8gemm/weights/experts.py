@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engines import ENGINES
+from ..engines import ENGINES
+from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
 from .holder import OURS, FP8Holder
 from .original import Activity, Original, renamed_subclass
 from .prepared import prepare_for, quantized
 from .product import dense, multiply
-from .scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
 from .stack import FP8Stack
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .scaled import FP8_DTYPES, ScaledTensor, Scheme
+from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 
 KEYS = ("weight", "weight_scale", "input_scale")
 

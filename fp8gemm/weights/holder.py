@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engines import ENGINES, Prepared, restore
-from .errors import UnsupportedError
+from ..engines import ENGINES, Prepared, restore
+from ..errors import UnsupportedError
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .original import Activity, Original, tensor_version
 from .prepared import prepare_for, quantized
 from .product import dense
 from .quick import Bound, Key, Unbound
-from .scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .state import KEYS, load_weight, save_weight
 from .weight import FP8Weight
 

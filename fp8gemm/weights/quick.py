@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .engines import ENGINES, Prepared
+from ..engines import ENGINES, Prepared
 from .original import Activity, Original
 from .product import wants_derivative
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .engines import MatmulSpec, Prepared, prepare, probe
-from .quantize import quantize_weight
-from .scaled import FP8GemmOptions, ScaledTensor, Scheme
+from ..engines import MatmulSpec, Prepared, prepare, probe
+from ..numerics import quantize_weight
+from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 
 
 def quantized(weight: torch.Tensor, options: FP8GemmOptions, device: torch.device) -> ScaledTensor:

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .engines import MatmulSpec, choose, probe
-from .errors import UnsupportedError
-from .experts import FP8Experts
-from .linear import FP8Linear
-from .moe import STACK_NAMES, is_transposed, routers, stacks
-from .scaled import COMPUTE_DTYPES, FP8GemmOptions
+from ..engines import MatmulSpec, choose, probe
+from ..errors import UnsupportedError
+from ..scaled import COMPUTE_DTYPES, FP8GemmOptions
+from ..weights.experts import FP8Experts
+from ..weights.linear import FP8Linear
+from .structure import STACK_NAMES, is_transposed, routers, stacks
 
 ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .fuse import Fused
-from .linear import FP8Linear
-from .original import renamed_subclass
+from ..weights.linear import FP8Linear
+from ..weights.original import renamed_subclass
+from .siblings import Fused
 
 Names = tuple[str, str, str]  # of the children gate, up and down
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .scaled import WeightStorage
+from ..scaled import WeightStorage
 
 
 @dataclass

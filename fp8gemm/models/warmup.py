@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .engines import ENGINES, Prepared
-from .experts import FP8Experts
-from .holder import FP8Holder
-from .linear import FP8Linear
+from ..engines import ENGINES, Prepared
+from ..weights.experts import FP8Experts
+from ..weights.holder import FP8Holder
+from ..weights.linear import FP8Linear
 
 # The powers of two that kernels are chosen by, up to a prefill of some length.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

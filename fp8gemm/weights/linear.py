@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import native
-from .engines import ENGINES, Prepared
+from .. import native
+from ..engines import ENGINES, Prepared
+from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .holder import OURS, FP8Holder
 from .original import Activity, Original
 from .prepared import prepare_for, quantized
 from .product import dense, jit_tracing, multiply, wants_derivative
 from .quick import KEPT_KERNEL, UNBOUND, Bound, notice
-from .scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor
 from .weight import FP8Weight
 
 
@@ -119,7 +119,7 @@ class FP8Linear(FP8Holder, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight ``[N, K]`` as a lazy tensor of the compute dtype; see ``fp8gemm.weight``."""
+        """The weight ``[N, K]`` as a lazy tensor of the compute dtype; see ``fp8gemm.weights.weight``."""
         if torch.compiler.is_compiling():  # traced as plain operations, and dropped where only its dtype is asked
             return dense(self._traced(), self.compute_dtype)
         return FP8Weight(self, (self.out_features, self.in_features), self.compute_dtype, self.device, False)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engines import Prepared
-from .errors import UnsupportedError
-from .linear import FP8Linear
-from .scaled import Granularity, ScaledTensor
+from ..engines import Prepared
+from ..errors import UnsupportedError
+from ..scaled import Granularity, ScaledTensor
+from ..weights.linear import FP8Linear
 
 # Names under which the Linears of one parent that may see the same tensor are found.
 SIBLINGS: tuple[tuple[str, ...], ...] = (

@@ -1,6 +1,6 @@
 """Round trips through the installed compressed-tensors and transformers.
 
-Not part of the ordinary run: ``pip install compressed-tensors accelerate transformers``, then ``pytest tests/interop``.
+Not part of the ordinary run: ``pip install compressed-tensors accelerate transformers``, then ``pytest tests/around``.
 """
 
 from __future__ import annotations

@@ -309,7 +309,7 @@ def test_a_compiled_kernel_serves_only_what_it_was_compiled_for() -> None:
 def test_kernels_in_the_interpreter() -> None:
     """Everything under tests/interpreted, in a process of its own: there the interpreter takes over every kernel."""
     _triton_or_skip()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parent / "interpreted")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parents[1] / "interpreted")]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

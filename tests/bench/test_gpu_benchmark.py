@@ -16,7 +16,7 @@ import torch
 
 from fp8gemm import ROW, dequantize, quantize
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Row = dict[str, Any]
 
 

@@ -1,6 +1,6 @@
 """peft's LoRA on patched models, and accelerate's offloading of them.
 
-Not part of the ordinary run: ``pip install peft accelerate transformers``, then ``pytest tests/interop``.
+Not part of the ordinary run: ``pip install peft accelerate transformers``, then ``pytest tests/around``.
 """
 
 from __future__ import annotations

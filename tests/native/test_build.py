@@ -25,7 +25,7 @@ compiled = pytest.mark.skipif(
 @compiled
 def test_several_processes_compile_at_once(tmp_path):
     cache = tmp_path / "cache"
-    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
         subprocess.Popen([sys.executable, "-c", CHILD + "assert multiply()"], env=environment) for _ in range(3)
     ]
@@ -122,7 +122,7 @@ print(type(native.find()).__name__, doctor.examine()["native"], flush=True)
 
 def patched(tmp_path: Path, **environment: str | None) -> str:
     """What `doctor` says of the kernels in a process of its own that patches and runs a model."""
-    own = {"PYTHONPATH": str(Path(__file__).parent.parent), "FP8GEMM_CACHE": str(tmp_path / "cache")}
+    own = {"PYTHONPATH": str(Path(__file__).parents[2]), "FP8GEMM_CACHE": str(tmp_path / "cache")}
     env = {**os.environ, **own, **environment}
     done = subprocess.run(
         [sys.executable, "-c", PATCH],
@@ -227,7 +227,7 @@ def test_what_killed_builds_left_goes(tmp_path):
     """A build that is killed while its compiler runs, which then goes on alone; and leftovers of other kinds."""
     slow = fake_compiler(tmp_path / "slow", "sleep 2; touch")
     environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": slow}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     victim = subprocess.Popen(
         [sys.executable, "-c", "from fp8gemm import native; native.find()"], env=environment, start_new_session=True
     )

@@ -163,7 +163,7 @@ def opened(hub: Hub, tmp_path: Path, name: str = "owner/name", **options: object
     ran = subprocess.run(
         [sys.executable, "-c", OPEN, name, json.dumps({"cache_dir": str(tmp_path / "cache"), **options})],
         env=environment,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

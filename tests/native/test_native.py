@@ -406,7 +406,7 @@ def overrun() -> None:
 
 
 def run_in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,

@@ -1,7 +1,7 @@
 // Runs every kernel on buffers of exactly their size, against sums in double; made for the sanitizers. Returns 1 where
 // a product is not exact.
 
-#include "../fp8gemm/native/fp8gemm.cpp"
+#include "../../fp8gemm/native/fp8gemm.cpp"
 
 #include <cmath>
 #include <cstdio>

@@ -1,6 +1,7 @@
 """On a CUDA card: kernels against the reference bit for bit where they can be, CUDA graphs, torch.compile.
 
-``pytest tests/test_gpu.py tests/test_engines.py`` is the whole check of a card; the conformance suite is in the latter.
+``pytest tests/engines/test_gpu.py tests/engines/test_engines.py`` is the whole check of a card; the conformance suite
+is in the latter.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import nn
 from fp8gemm import FP8Experts, FP8GemmOptions, FP8Linear, ScaledTensor
 from fp8gemm.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 
-ROOT = Path(os.environ.get("FP8GEMM_CHECKPOINTS", Path(__file__).parents[2] / "shared" / "checkpoints"))
+ROOT = Path(os.environ.get("FP8GEMM_CHECKPOINTS", Path(__file__).parents[3] / "shared" / "checkpoints"))
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/reference.safetensors"))
 COMFY = [folder for folder in FOLDERS if folder.name.startswith("comfy")]
 LANGUAGE = [folder for folder in FOLDERS if folder not in COMFY]

@@ -28,7 +28,7 @@ from fp8gemm import (
     probe,
 )
 from fp8gemm.engines import order
-from fp8gemm.quantize import quantize_weight
+from fp8gemm.numerics import quantize_weight
 
 ROTATION_BYTES = 256 * 2**20
 GEMV_TOKENS = 4  # the most that FBGEMM's kernels of this name take
@@ -196,7 +196,7 @@ def _gemv(operands: Operands, f: Callable[..., torch.Tensor]) -> Candidate:
 def _block_peers(operands: Operands, peers: ModuleType) -> Mapping[str, Maker | str]:
     """Peers' products after our quantization, whose scales lie as all of them read them."""
     try:
-        from fp8gemm.engines.triton_kernels import quantize as kernels
+        from fp8gemm.engines.triton.kernels import quantize as kernels
     except ImportError as error:
         return dict.fromkeys(peers.blockwise(torch), f"no quantization kernel: {error}")
     return {name: partial(_product, operands, kernels.quantize_groups, f) for name, f in peers.blockwise(torch).items()}

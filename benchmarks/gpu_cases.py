@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fp8gemm.engines.triton_plan import BF16_FLOPS, BYTES_PER_SECOND
+from fp8gemm.engines.triton.plan import BF16_FLOPS, BYTES_PER_SECOND
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 KINDS = ("row", "block", "grouped")

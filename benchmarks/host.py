@@ -23,8 +23,8 @@ from harness import save, table
 from torch import nn
 
 from fp8gemm import FP8GemmOptions, FP8Linear
-from fp8gemm.engines.triton_mm import TritonEngine
-from fp8gemm.engines.triton_plan import place
+from fp8gemm.engines.triton.engine import TritonEngine
+from fp8gemm.engines.triton.plan import place
 
 BF16 = torch.bfloat16
 TOKENS = (1, 16, 64)
@@ -87,7 +87,7 @@ class _Compiled(dict[Any, Any]):
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Makes the Triton engine believe in an H100 whose kernels take no time."""
-    from fp8gemm.engines.triton_kernels import launch
+    from fp8gemm.engines.triton import launch
 
     hopper = place((9, 0))
     believes = {"place": lambda engine, device: hopper, "rejects": lambda engine, spec, machine: []}

@@ -10,12 +10,12 @@ from .checkpoint import (
 )
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
 from .errors import CheckpointError, UnsupportedError
-from .fuse import Fused, fuse_siblings
-from .gated import fuse_gated
-from .patch import disable_fp8_gemm, enable_fp8_gemm
-from .plan import plan
-from .quantize import dequantize, quantize
-from .report import Report, report
+from .models.gated import fuse_gated
+from .models.patch import disable_fp8_gemm, enable_fp8_gemm
+from .models.selection import plan
+from .models.siblings import Fused, fuse_siblings
+from .models.warmup import warmup
+from .numerics import dequantize, quantize
 from .scaled import (
     BLOCK_128,
     GROUP_128,
@@ -28,8 +28,8 @@ from .scaled import (
     ScaledTensor,
     Scheme,
 )
-from .warm import warmup
 from .weights import FP8Linear, FP8Weight
+from .weights.report import Report, report
 
 __version__ = "0.1.0"
 

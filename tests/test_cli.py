@@ -13,11 +13,12 @@ from checkpoints import BLOCKS, compressed, fp8, scales, write
 from fp8gemm.bench import contest, plans
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.cli import main
-from fp8gemm.engines import ENGINES, Machine, MatmulSpec, Prepared, triton_dispatch
+from fp8gemm.engines import ENGINES, Machine, MatmulSpec, Prepared
 from fp8gemm.engines.cpu import CpuEngine
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_mm import TritonEngine
-from fp8gemm.engines.triton_plan import Place, place
+from fp8gemm.engines.triton import table as tables
+from fp8gemm.engines.triton.engine import TritonEngine
+from fp8gemm.engines.triton.plan import Place, place
 
 
 def folder_of(tmp_path: Path) -> Path:
@@ -119,7 +120,7 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One copy of each weight is enough, and no table but an empty one."""
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
-    monkeypatch.setattr(triton_dispatch, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
 
 
 BENCH = ["bench", "--device", "cpu", "--shapes", "64x128,100x60", "--tokens", "1,5", "--seconds", "0.01"]
@@ -235,13 +236,13 @@ def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "row           64 x 128     32" in text
     assert "    dropped: library: wrong by 1.0e+00" in text
     assert "left out: row 64 x 100: N and K must be multiples of 16" in text
-    table = tmp_path / triton_dispatch.USER_FILE
+    table = tmp_path / tables.USER_FILE
     assert f"wrote {table}" in text
     folder = write(tmp_path / "in", {"m.weight": fp8(128, 128), "m.weight_scale_inv": scales(1, 1)}, BLOCKS)
     assert main([*command, "--model", str(folder), "--tokens", "16", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["kind"], row["n"], row["k"], row["m"]) == ("block", 128, 128, 16)
-    assert {key[1:] for key in triton_dispatch.read_table(table)[1]} == {
+    assert {key[1:] for key in tables.read_table(table)[1]} == {
         ("row", 64, 128, 4),
         ("row", 64, 128, 32),
         ("block", 128, 128, 16),

@@ -17,18 +17,14 @@ PACKAGE = Path(fp8gemm.__file__).parent
 FLOORS = [
     {"errors", "scaled", "progress"},
     {"native"},
-    {"quantize", "moe", "einsum"},
+    {"numerics"},
     {"engines", "formats"},
-    {"product", "original", "state", "weight", "prepared"},
-    {"quick"},
-    {"holder", "stack"},
-    {"linear", "experts"},
-    {"report", "plan"},
-    {"doctor", "fuse", "warm"},
-    {"checkpoint", "gated"},
-    {"patch", "bench"},
-    {"__init__"},
+    {"weights"},
+    {"checkpoint"},
+    {"models"},
+    {"bench", "doctor"},
     {"cli"},
+    {"__init__"},
 ]
 DOORS = {
     "tqdm": {"progress"},
@@ -87,15 +83,15 @@ def test_floors_and_doors(room: str, file: Path) -> None:
 
 
 def test_the_test_bites() -> None:
-    assert problems("quantize", "from .linear import FP8Linear", ["fp8gemm"]) == [
-        "quantize imports linear, which is not below it"
+    assert problems("numerics", "from .weights.linear import FP8Linear", ["fp8gemm"]) == [
+        "numerics imports weights, which is not below it"
     ]
     assert problems("engines", "from ..formats import base", ["fp8gemm", "engines"]) == [
         "engines imports formats, which is not below it"
     ]
-    assert problems("linear", "import vllm._custom_ops", ["fp8gemm"]) == ["linear imports vllm, whose door is closed"]
-    assert problems("patch", "from tqdm import tqdm", ["fp8gemm"]) == ["patch imports tqdm, whose door is progress"]
-    assert problems("linear", "from .engines import probe\nimport torch", ["fp8gemm"]) == []
+    assert problems("weights", "import vllm._custom_ops", ["fp8gemm"]) == ["weights imports vllm, whose door is closed"]
+    assert problems("models", "from tqdm import tqdm", ["fp8gemm"]) == ["models imports tqdm, whose door is progress"]
+    assert problems("weights", "from ..engines import probe\nimport torch", ["fp8gemm", "weights"]) == []
 
 
 def test_rooms_are_small() -> None:
@@ -146,8 +142,8 @@ import fp8gemm
 assert dict(os.environ) == before
 new = {name.split(".")[0] for name in set(sys.modules) - modules}
 assert not new & {"vllm", "triton", "transformers", "numpy"}, new
-assert fp8gemm.engines.vllm_mm.find.cache_info().currsize == 0
-assert fp8gemm.engines._probe.cache_info().currsize == 0
+assert fp8gemm.engines.vllm.find.cache_info().currsize == 0
+assert fp8gemm.engines.choice._probe.cache_info().currsize == 0
 assert fp8gemm.native.find.cache_info().currsize == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)

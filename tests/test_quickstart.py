@@ -34,7 +34,9 @@ def test_every_storage_counts_once(quickstart: ModuleType) -> None:
     for storage, kept in (("keep", 2 * n * k), ("cpu_offload", 2 * n * k), ("discard", 0)):
         layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
         enable_fp8_gemm(layer, options=FP8GemmOptions(fp16_weight_storage=storage))
-        extra = sum(tensor.nbytes for tensor in layer.home.stored.packed.extra)  # an engine's own, where there is no compiler
+        extra = sum(
+            tensor.nbytes for tensor in layer.home.stored.packed.extra
+        )  # an engine's own, where there is no compiler
         assert quickstart.storage_bytes(layer) == n * k + 4 * n + kept + extra, storage
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..engines import Engine, Prepared
 from ..engines.reference import ReferenceEngine
-from ..quantize import dequantize, quantize_weight
+from ..numerics import dequantize, quantize_weight
 from ..scaled import ScaledTensor, Scheme
 
 # Of FP8 copies of a weight that are rotated through: more than the L2 cache of any card, or of most processors.

@@ -13,16 +13,16 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..engines import MatmulSpec, probe
-from ..engines import triton_dispatch as dispatch
-from ..engines.triton_mm import TritonEngine
-from ..engines.triton_plan import Kind, Plan, bucket
-from ..engines.triton_tune import TUNED, WORTH_IT, Cell, candidates, describe, held, open_table, stays
+from ..engines.triton import table as tables
+from ..engines.triton.engine import TritonEngine
+from ..engines.triton.plan import Kind, Plan, bucket
+from ..engines.triton.tune import TUNED, WORTH_IT, Cell, candidates, describe, held, open_table, stays
 from ..errors import UnsupportedError
-from ..fuse import SiblingLinear
-from ..weights import FP8Linear
+from ..models.siblings import SiblingLinear
+from ..models.warmup import TOKENS
 from ..progress import progress
 from ..scaled import SCHEMES
-from ..warm import TOKENS
+from ..weights import FP8Linear
 from .contest import Entrant, Expectation, Result, Watch, Weights, bf16_entrant, contest, entrant_of, watch_of
 from .place import device_of, facts, shapes_of, sizes_of
 
@@ -102,13 +102,13 @@ def tune_engine(
     told = []
     for _, group in itertools.groupby(shown, key=lambda cell: (cell.kind, cell.n, cell.k)):
         booth: _Booth | None = None
-        rows: dict[dispatch.Key, Plan] = {}
+        rows: dict[tables.Key, Plan] = {}
         for cell in group:
             booth = booth or _Booth(engine, Weights(cell.n, cell.k, cell.scheme, device))
             chosen, row = booth.decide(cell, watches, seconds)
             told.append(row)
             if chosen is not None:
-                rows[dispatch.key_of(engine.place(device), cell.kind, cell.n, cell.k, cell.m)] = chosen
+                rows[tables.key_of(engine.place(device), cell.kind, cell.n, cell.k, cell.m)] = chosen
         table.add(rows)
     return {**found, "table": str(table.path), "rows": told}
 
@@ -171,7 +171,7 @@ def problems_of(what: Source, kinds: Sequence[Kind] | None, *, native: bool) -> 
     rows: dict[tuple[Kind, int, int], Problem] = {}
     # The largest first: it serves the others of its row.
     for kind, n, k in sorted(_asked(what, kinds, native), key=lambda asked: (-asked[1] * asked[2], asked)):
-        row = (kind, dispatch.size_bucket(n), dispatch.size_bucket(k))
+        row = (kind, tables.size_bucket(n), tables.size_bucket(k))
         reason = _reason(kind, n, k, native)
         if not reason and rows.setdefault(row, (kind, n, k)) != (kind, n, k):
             reason = "shares the plans of {1} x {2}".format(*rows[row])
@@ -193,7 +193,7 @@ def _asked(what: Source, kinds: Sequence[Kind] | None, native: bool) -> set[Prob
     else:
         shapes = shapes_of(what)
         return {(kind, n, k) for kind in kinds or (TUNED if native else ("weight",)) for n, k in shapes}
-    found = {(dispatch.kind_for(scheme, stored, native=native), *shape) for scheme, stored, shape in layers}
+    found = {(tables.kind_for(scheme, stored, native=native), *shape) for scheme, stored, shape in layers}
     return {problem for problem in found if kinds is None or problem[0] in kinds}
 
 

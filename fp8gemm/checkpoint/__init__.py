@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .convert import WriteReport, convert_checkpoint
 from .load import LoadReport, load_checkpoint
 from .pretrained import give_saving_back, redirect_saving
-from .quantized import quantize_checkpoint
 from .read import Checkpoint, open_checkpoint
+from .rewrite import WriteReport, convert_checkpoint, quantize_checkpoint
 from .save import save_checkpoint
 
 __all__ = [

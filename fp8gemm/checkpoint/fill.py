@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..formats import join_rows
-from ..quantize import dequantize
+from ..numerics import dequantize
 from ..scaled import ROW, TENSOR, Granularity, ScaledTensor, Scheme
-from .places import Place
 from .read import Checkpoint
+from .targets import Place
 
 # Elements that are widened to float32 at once by a thread: what torch gives one thread. They stay in a core's cache,
 # and on one or two cores no parallel region is opened, which costs more than it gains where those are shared.

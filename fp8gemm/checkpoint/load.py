@@ -13,15 +13,15 @@ from torch import nn
 from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
-from ..report import KEPT, Report, report
 from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from ..weights import FP8Linear, FP8Weight, convert
 from ..weights.prepared import spec_of
+from ..weights.report import KEPT, Report, report
 from .fill import fill, scheme_of, take
-from .places import Place, initialise_transient, places, transient
 from .plan import Step, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
+from .targets import Place, initialise_transient, places, transient
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from .mapping import Assignment, assign
-from .places import Place, groups, places, transient
 from .read import Checkpoint
+from .targets import Assignment, Place, assign, groups, places, transient
 
 
 @dataclass(frozen=True, kw_only=True)

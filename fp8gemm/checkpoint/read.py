@@ -11,10 +11,10 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats import Contents, Format, Layer, Layout, Stack, detect, join_rows, scan, stacks
-from ..quantize import dequantize
+from ..numerics import dequantize
 from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
+from .files import Source, Tensors, locate
 from .hub import Hub
-from .source import Source, Tensors, locate
 
 # Bytes that are looked through at once for NaN: what torch gives one thread, as in fill.py, and stays in its cache.
 _PART = 1 << 15

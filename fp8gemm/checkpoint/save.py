@@ -15,10 +15,10 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
+from ..formats.naming import Slice, expert_slices, file_name
 from ..scaled import ScaledTensor
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
-from .expert_names import Slice, expert_slices, file_name
 from .write import Piece, write_checkpoint
 
 # An FP8 weight, and how to get one matrix of it.

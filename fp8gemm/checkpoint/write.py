@@ -17,7 +17,7 @@ import torch
 from ..errors import CheckpointError
 from ..formats import TensorInfo
 from ..progress import byte_progress
-from .source import DTYPE_NAMES
+from .files import DTYPE_NAMES
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _OURS = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")

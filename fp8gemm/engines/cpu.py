@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import native
-from ..quantize import expand_scale, nan_rows
+from ..numerics import expand_scale, nan_rows
 from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, Prepared, WeightOnlyEngine
 from .epilogue import scale_columns

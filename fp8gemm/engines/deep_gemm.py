@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from ..quantize import encode_ue8m0, quantize
+from ..numerics import encode_ue8m0, quantize
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
-from . import triton_mm
 from .base import Engine, Machine, MatmulSpec, Prepared
 from .torch_mm import cropped, padded
+from .triton import engine as triton_engine
 
 ROWS, COLS = 64, 128  # of N and K, for every version: DeepGEMM 1's assertion, which vLLM still follows
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,7 +121,7 @@ def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tens
     Scales that lie so are read as they are; others DeepGEMM copies first (its csrc/jit_kernels/impls/smxx_layout.hpp).
     """
     if _has_kernels(x.device):
-        from .triton_kernels.quantize import Rounding, quantize_groups
+        from .triton.kernels.quantize import Rounding, quantize_groups
 
         fused: tuple[torch.Tensor, torch.Tensor] = quantize_groups(x, Rounding(ue8m0=ue8m0))
         return fused
@@ -133,8 +133,8 @@ def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tens
 
 def _has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run there."""
-    present = device.type == "cuda" and (triton_mm.installed() or (0, 0)) >= triton_mm.OLDEST_TRITON
-    return present and not triton_mm.failure(device)
+    present = device.type == "cuda" and (triton_engine.installed() or (0, 0)) >= triton_engine.OLDEST_TRITON
+    return present and not triton_engine.failure(device)
 
 
 def features() -> frozenset[str]:

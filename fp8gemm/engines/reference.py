@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..quantize import dequantize, quantize
+from ..numerics import dequantize, quantize
 from ..scaled import GROUP_128, ScaledTensor
 from .base import Engine, Machine, MatmulSpec, Prepared
 

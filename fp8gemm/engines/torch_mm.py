@@ -7,7 +7,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from ..quantize import expand_scale, quantize
+from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from .base import Engine, Machine, MatmulSpec, Prepared
 

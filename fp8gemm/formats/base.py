@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quantize import decode_ue8m0
+from ..numerics import decode_ue8m0
 from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
 
 Read = Callable[[str], torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..quantize import encode_ue8m0
+from ..numerics import encode_ue8m0
 from ..scaled import MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme
 from .base import Activation, Contents, Format, Layout, TensorInfo, Written, block_granularity, matching
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..quantize import encode_ue8m0
+from ..numerics import encode_ue8m0
 from ..scaled import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, ScaledTensor
 from .base import UE8M0_DTYPES, Activation, Contents, Format, Layout, TensorInfo, Written, block_granularity
 

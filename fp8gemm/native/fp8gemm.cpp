@@ -152,7 +152,7 @@ struct Kernel {
     void (*panel)(const Problem&, Tokens, Rows, uint8_t* scratch);
 };
 
-// x [n, k] of any type -> data [n, k] and scale [ceil(n / rows), ceil(k / cols)], as fp8gemm/quantize.py defines it.
+// x [n, k] of any type -> data [n, k] and scale [ceil(n / rows), ceil(k / cols)], as fp8gemm/numerics.py defines it.
 struct Quantization {
     const uint8_t* x;
     uint8_t* data;

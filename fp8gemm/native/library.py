@@ -191,7 +191,7 @@ class Library:
         *,
         ue8m0: bool = False,
     ) -> None:
-        """``fp8gemm.quantize.quantize`` of ``x [N, K]`` to float8_e4m3fn, bit for bit, into the last two tensors.
+        """``fp8gemm.numerics.quantize`` of ``x [N, K]`` to float8_e4m3fn, bit for bit, into the last two tensors.
 
         Raises:
             ValueError: for a shape, dtype, stride or device that does not fit.

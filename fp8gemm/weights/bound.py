@@ -7,7 +7,7 @@ the engine's launch; whatever does not fit goes the long way, which is always ri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Layer(Protocol):
     """What of an FP8Linear decides whether a call is like an earlier one."""
 
     _bound: dict[Key, Bound | Unbound]
-    _parameters: dict[str, nn.Parameter | None]
+    _parameters: dict[str, Any]
 
     def faster_kept(self, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
         """A kept weight that is multiplied sooner."""
@@ -40,7 +40,12 @@ class Bound:
     __slots__ = ("bias", "bias_address", "compute", "home", "kernel", "kind", "version")
 
     def __init__(
-        self, home: Home, bias: nn.Parameter | None, compute: Callable[[torch.Tensor], torch.Tensor], kernel: str, kind: str
+        self,
+        home: Home,
+        bias: nn.Parameter | None,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+        kernel: str,
+        kind: str,
     ) -> None:
         self.home, self.version, self.compute, self.kernel, self.kind = home, home.version, compute, kernel, kind
         self.bias = bias

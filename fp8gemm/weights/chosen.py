@@ -8,7 +8,8 @@ import torch
 
 from ..scaled import ScaledTensor
 from .geometry import Layout
-from .home import Home, Stored
+from .home import Home
+from .stored import Stored
 
 
 class ChosenExperts(Home):
@@ -34,7 +35,7 @@ class ChosenExperts(Home):
         return None
 
     @property
-    def stored(self) -> Stored | None:  # type: ignore[override]
+    def stored(self) -> Stored | None:
         if self._stored is None and self._source is not None:
             weight = self._source.scaled()
             data = weight.data.view(torch.uint8).index_select(0, self.ids).view(weight.data.dtype)

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
 from .geometry import Layout
-from .home import Home, Stored
+from .home import Home
 from .persistence import install_hooks, remove_hooks
 from .prepared import quantized
+from .stored import Stored
 from .weight import FP8Weight
 
 _FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
@@ -42,6 +43,7 @@ def convert(
     """
     new = made(module, name, options, turned=turned, weight=weight, input_scale=input_scale)
     put(module, name, new, kind)
+    assert isinstance(new, FP8Weight)
     return new
 
 

@@ -8,7 +8,8 @@ import torch
 
 from ..scaled import ScaledTensor
 from .geometry import Layout, Part
-from .home import Home, Stored
+from .home import Home
+from .stored import Stored
 from .weight import OPERATIONS, FP8Weight, implements
 
 aten = torch.ops.aten
@@ -83,7 +84,12 @@ def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.dev
     behind = home.changed
     twin.original = torch.nn.Parameter(values, original.requires_grad)
     twin.original_version = None if behind else twin.original._version
-    if twin.stored is None and twin.dense is not None and twin.dense.shape == values.shape and where == twin.dense.device:
+    if (
+        twin.stored is None
+        and twin.dense is not None
+        and twin.dense.shape == values.shape
+        and where == twin.dense.device
+    ):
         twin.dense = twin.original.detach()
     return twin
 
@@ -146,7 +152,6 @@ def _blank(home: Home, shape: tuple[int, ...], device: torch.device) -> ScaledTe
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
     """What FSDP2 asks for: room for some rows of the weight."""
     home = weight._home
-    *_, n, k = home.layout.shape
     size = tuple(size)
     block = home.scheme.weight.rows
     alike = len(size) == weight.dim() and size[1:] == tuple(weight.shape)[1:] and not home.layout.turned

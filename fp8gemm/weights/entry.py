@@ -30,7 +30,7 @@ _LOOKED_AT = {
     if name.startswith("is_") or name in ("dim", "ndim", "size", "stride", "numel", "nelement", "storage_offset")
 } | {
     "__dlpack__", "__dlpack_device__", "__repr__", "__format__", "__str__", "__len__", "__deepcopy__", "__reduce_ex__",
-    "__setstate__", "__hash__", "data_ptr", "element_size", "untyped_storage", "storage", "storage_type", "type", "view",
+    "__setstate__", "__hash__", "data_ptr", "element_size", "untyped_storage", "storage", "storage_type", "view",
     "shape", "dtype", "device", "layout", "nbytes", "itemsize", "requires_grad", "grad", "grad_fn", "names", "numpy",
     "tolist", "_version", "_base", "_is_view", "_typed_storage", "share_memory_", "get_device", "_backward_hooks",
     "backward_hooks", "record_stream", "__class__", "as_subclass",

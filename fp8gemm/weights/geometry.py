@@ -12,8 +12,8 @@ from ..scaled import ScaledTensor
 class Layout:
     """How a weight lies in the (virtual) memory of its dense values.
 
-    ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` memory is that of a parameter whose last
-    two dimensions are ``[K, N]``, as Conv1D and some stacks have them.
+    ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` memory is that of a parameter whose
+    last two dimensions are ``[K, N]``, as Conv1D and some stacks have them.
     """
 
     shape: tuple[int, ...]
@@ -118,5 +118,3 @@ def part_of(layout: Layout, size: Sequence[int], stride: Sequence[int], offset: 
         if lies and row + rows <= n and col + cols <= k:
             return Part((row, rows), (col, cols), experts, single=stack and len(size) == 2, flipped=flipped)
     return None
-
-

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,75 +11,22 @@ import torch
 from torch import nn
 
 from .. import native
-from ..engines import Prepared, restore
+from ..engines import Prepared
 from ..errors import UnsupportedError
-from ..quantize import dequantize
+from ..numerics import dequantize
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part
 from .prepared import prepare_for, quantized
 from .rounding import rounded_again, warn_of_loss
-
-_lock = threading.RLock()  # of quantizing, packing and settling, which are rare; one for all weights
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and is not in the child
-
-
-class Stored:
-    """A quantized weight at one moment. Its bytes are never written to: a change makes another, published at once.
-
-    Copies of a weight share it until they are written to. Either ``plain`` bytes ``[..., N, K]`` are there, or the form
-    that an engine ``packed`` them into, from which they can be restored; both where they share memory.
-    """
-
-    __slots__ = ("forms", "packed", "plain")
-
-    def __init__(self, plain: ScaledTensor | None, packed: Prepared | None = None) -> None:
-        self.plain, self.packed = plain, packed
-        self.forms: dict[Any, Prepared] = {}  # of parts, other devices and other dtypes
-
-    @property
-    def device(self) -> torch.device:
-        holder = self.packed if self.plain is None else self.plain
-        assert holder is not None
-        return holder.device
-
-    def scaled(self) -> ScaledTensor:
-        """The plain bytes and float32 scales, bit for bit; new memory where an engine packed them."""
-        if (plain := self.plain) is not None:
-            return plain
-        assert self.packed is not None
-        return restore(self.packed)
-
-    def hold(self, packed: Prepared) -> None:
-        """Takes the form that products use; plain bytes that it does not share memory with are let go."""
-        plain = self.plain
-        shares = plain is not None and _same_memory(plain.data, packed.data)
-        self.packed = packed
-        if not shares:
-            self.plain = None
-
-
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b:
-        return True
-    if type(a) is not torch.Tensor or a.is_meta:
-        return False
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+from .stored import Stored, lock
 
 
 class Home:
     """What a weight, its views and its aliases share.
 
-    A weight begins unquantized where that was asked for (only ``dense`` exists), is quantized once, and collects what is
-    written to it in ``dense`` until the next product, copy or save needs it quantized.
+    A weight begins unquantized where that was asked for (only ``dense`` exists), is quantized once, and collects what
+    is written to it in ``dense`` until the next product, copy or save needs it quantized.
 
     Attributes:
         layout: shape ``[(E,) N, K]`` and how the parameter lies in memory.
@@ -137,8 +82,8 @@ class Home:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def master(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dense values that a write goes to, in the parameter's own layout: the kept original's where that fits."""
-        with _lock:
+        """The dense values that writes go to, in the parameter's own layout; who writes adds one to ``version``."""
+        with lock():
             if self.dense is None:
                 self.dense = self._values(dtype)
             return self.dense
@@ -155,10 +100,6 @@ class Home:
         w = dequantize(self.stored.scaled(), dtype)
         return w.transpose(-1, -2).contiguous() if self.layout.turned else w
 
-    def wrote(self) -> None:
-        """Something was written to ``master``."""
-        self.version += 1
-
     def settle(self) -> Stored | None:
         """The quantized weight, with every write so far rounded into it, once; None for a written scratch copy."""
         if not self.pending:
@@ -168,7 +109,7 @@ class Home:
         return self._settle(None)
 
     def _settle(self, device: torch.device | None) -> Stored:
-        with _lock:
+        with lock():
             dense, original = self.dense, self.original
             if dense is None and not self.changed:
                 assert self.stored is not None
@@ -203,7 +144,7 @@ class Home:
 
     def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
         """Takes other bytes and scales; pending writes and a kept original are of the former weight and go."""
-        with _lock:
+        with lock():
             self._publish(Stored(weight))
             self.dense, self.original = None, None
             if weight.data.dtype != self.options.weight_dtype:
@@ -213,7 +154,7 @@ class Home:
 
     def take_bytes(self, weight: ScaledTensor) -> None:
         """The same weight with some of its bytes and scales written over."""
-        with _lock:
+        with lock():
             self._publish(Stored(weight))
 
     def keep(self, original: nn.Parameter) -> None:
@@ -221,7 +162,8 @@ class Home:
         if self.options.fp16_weight_storage == "discard":
             return
         if original.is_inference():
-            original = nn.Parameter(_plain_copy(original), original.requires_grad)  # whose changes torch counts
+            with torch.inference_mode(mode=False):
+                original = nn.Parameter(original.detach().clone(), original.requires_grad)  # torch counts its changes
         if self.options.fp16_weight_storage == "cpu_offload" and original.device.type != "cpu":
             original = nn.Parameter(original.detach().to("cpu"), original.requires_grad)
         self.original, self.original_version = original, original._version
@@ -264,7 +206,7 @@ class Home:
         return self._make_form(stored, key)
 
     def _split(self, stored: Stored) -> Prepared:
-        with _lock:
+        with lock():
             assert stored.packed is not None
             if not stored.packed.parts:
                 stored.packed = stored.packed.split()
@@ -272,7 +214,7 @@ class Home:
 
     def _make_form(self, stored: Stored, key: tuple[torch.device, torch.dtype, Part | None]) -> Prepared | None:
         device, dtype, part = key
-        with _lock:
+        with lock():
             if (found := stored.forms.get(key)) is not None:
                 return found
             weight: ScaledTensor | None = stored.scaled()
@@ -302,7 +244,7 @@ class Home:
 
     def forget(self) -> None:
         """Lets go of what can be made again: the FP8 bytes if the original is kept, else the engines' forms."""
-        with _lock:
+        with lock():
             if self.original is not None:
                 self.dense = self.dense if self.dense is not None else self._values(self.original.dtype)
                 self.stored = None
@@ -328,7 +270,7 @@ class Home:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Home:
         """Shares no memory with the original."""
-        with _lock:
+        with lock():
             stored = self.stored
             if stored is not None:
                 plain = stored.scaled()
@@ -340,7 +282,7 @@ class Home:
             twin = Home(self.options, self.layout, stored=stored, scheme=self.scheme, trains=self.trains)
             if self.dense is not None:
                 shares = self._dense_is_original()
-                twin.dense = original.detach() if shares else self.dense.detach().clone()
+                twin.dense = original.detach() if original is not None and shares else self.dense.detach().clone()
             if original is not None:
                 behind = self.changed
                 twin.original, twin.original_version = original, None if behind else original._version
@@ -351,7 +293,7 @@ class Home:
 
     def __reduce__(self) -> Any:
         """Plain bytes, as uint8: torch 2.13 cannot unpickle FP8 tensors."""
-        with _lock:
+        with lock():
             facts: dict[str, Any] = {
                 "options": replace(self.options, generator=None),
                 "layout": self.layout,
@@ -373,7 +315,9 @@ class Home:
         return _rebuild, (facts,)
 
     def _dense_is_original(self) -> bool:
-        return self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
+        return (
+            self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
+        )
 
     @property
     def fp8_nbytes(self) -> int:
@@ -404,9 +348,3 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     if facts["writes"]:
         home.dense = facts.get("dense", None if original is None else original.detach())
     return home
-
-
-def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(mode=False):
-        return tensor.detach().clone()
-

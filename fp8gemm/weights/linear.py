@@ -15,7 +15,7 @@ from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .bound import KEPT_KERNEL, UNBOUND, Bound, notice
 from .convert import convert, revert
 from .home import Home
-from .product import exporting, in_forward_mode, jit_tracing, multiply, wants_derivative
+from .product import exporting, in_forward_mode, jit_tracing, multiply, profiling, wants_derivative
 from .weight import FP8Weight
 
 
@@ -174,7 +174,7 @@ class FP8Linear(nn.Linear):
             return self._traced(input, weight)
         if not isinstance(weight, FP8Weight) or not native.plain(input) or in_forward_mode():
             return F.linear(input, self.weight, self.bias)
-        if not jit_tracing() and not torch.autograd._profiler_enabled():
+        if not jit_tracing() and not profiling():
             key = (input.shape, input.dtype, input.device)
             bound = self._bound.get(key)
             if isinstance(bound, Bound):
@@ -215,8 +215,7 @@ class FP8Linear(nn.Linear):
         """Inside a trace the graph is handed the bytes themselves, not the weight around them."""
         if isinstance(weight, FP8Weight):
             home = weight._home
-            ready = home.dense is None and home.stored is not None and home.stored.packed is not None
-            if ready and not exporting():
+            if home.dense is None and home.stored is not None and home.stored.packed is not None and not exporting():
                 out_dtype, given = self._dtypes(x, weight.dtype)
                 form = home.stored.packed
                 run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
@@ -281,5 +280,3 @@ class FP8Linear(nn.Linear):
             return None
         self.activity.count(ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype))
         return y.view(*gate.shape[:-1], self.out_features)
-
-

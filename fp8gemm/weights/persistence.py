@@ -14,15 +14,16 @@ from torch import nn
 from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
 from .geometry import Layout
-from .home import Home, Stored
+from .home import Home
+from .stored import Stored
 from .weight import FP8Weight
 
 
 def install_hooks(module: nn.Module) -> None:
     """Lets ``module`` save and load its FP8 weights."""
     if not any(hook is _save for hook in module._state_dict_hooks.values()):
-        module.register_state_dict_post_hook(_save)
-        module.register_load_state_dict_pre_hook(_load)
+        module.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -38,7 +39,8 @@ def remove_hooks(module: nn.Module) -> None:
 
 def own_weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
     """The FP8 weights among a module's own parameters."""
-    return [(name, p) for name, p in module._parameters.items() if isinstance(p, FP8Weight)]
+    parameters: dict[str, Any] = module._parameters
+    return [(name, p) for name, p in parameters.items() if isinstance(p, FP8Weight)]
 
 
 def input_scale_key(key: str) -> str:

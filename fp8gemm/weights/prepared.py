@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..engines import MatmulSpec, Prepared, prepare, probe
-from ..quantize import quantize_weight
+from ..numerics import quantize_weight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 
 

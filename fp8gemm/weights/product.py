@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from .. import native
 from ..engines import ENGINES, Prepared, restore
-from ..quantize import dequantize, quantize
+from ..numerics import dequantize, quantize
 from ..scaled import Granularity, ScaledTensor, Scheme
 
 
@@ -109,9 +109,12 @@ def grouped_forward(x: torch.Tensor, weight: Prepared, ends: torch.Tensor, out_d
     return y
 
 
+profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+
 def watched(*tensors: torch.Tensor | None) -> bool:
     """Whether a product of these has to be an operation: somebody traces, counts or profiles, or C cannot read them."""
-    return jit_tracing() or torch.autograd._profiler_enabled() or not native.plain(*tensors)
+    return jit_tracing() or profiling() or not native.plain(*tensors)
 
 
 def exporting() -> bool:
@@ -143,7 +146,7 @@ _FACTS = (
     "str engine, str accumulate, int[] shape, int[] weight_block, int[] activation_block, bool static, "
     "str scale_format, int[] x_block"
 )
-_library = torch.library.Library("fp8gemm", "DEF")
+_library: Any = torch.library.Library("fp8gemm", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "linear(Tensor x, Tensor? x_scale, Tensor data, Tensor scale, Tensor? input_scale, Tensor[] extra, Tensor? bias, "
     f"{_FACTS}, bool derive, ScalarType out_dtype) -> Tensor"
@@ -184,8 +187,6 @@ def _scheme(weight: tuple[int, ...], activation: tuple[int, ...], static: bool, 
     grid = _grid(*weight)
     assert grid is not None
     return Scheme(weight=grid, activation=_grid(*activation), static=static, scale_format=scale_format)
-
-
 
 
 def _linear_operation(
@@ -291,11 +292,11 @@ _library.impl("linear", _linear_operation, "CompositeExplicitAutograd")
 _library.impl("grouped", _grouped_operation, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fp8gemm::linear", lib=_library)
+@torch.library.register_fake("fp8gemm::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, *operands: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], operands[8][0], dtype=operands[-1])
 
 
-@torch.library.register_fake("fp8gemm::grouped", lib=_library)
+@torch.library.register_fake("fp8gemm::grouped", lib=_library)  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, *operands: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], operands[7][0], dtype=operands[-1])

@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 
 from .. import native
 from ..engines import ENGINES
-from ..quantize import dequantize
+from ..numerics import dequantize
 from ..scaled import Granularity, ScaledTensor
 from .chosen import ChosenExperts
 from .einsum import batched_operands
+from .geometry import Part
 from .home import Home
 from .product import forward as engine_forward
 from .product import grouped_forward
@@ -28,7 +29,7 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     part = weight.part()
     if part is None or isinstance(x, FP8Weight) or weight.dim() != 2:
         return NotImplemented
-    if not part.all_columns(home.layout) or not _is_straight(part, home) or not x.is_floating_point():
+    if not part.all_columns(home.layout) or part.flipped or not x.is_floating_point():
         return NotImplemented
     if x.is_nested or x.layout != torch.strided:
         return NotImplemented
@@ -46,11 +47,6 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     if not torch.compiler.is_compiling():
         home.activity.count(ENGINES[form.engine].kernel(rows.shape[0], form, run_dtype))
     return y.view(*x.shape[:-1], n).to(x.dtype)
-
-
-def _is_straight(part: Any, home: Home) -> bool:
-    """Whether the view has N before K."""
-    return not part.flipped
 
 
 @implements(FUNCTIONS, F.linear)
@@ -118,7 +114,7 @@ def _bmm(a: Any, b: Any) -> Any:
     if isinstance(a, FP8Weight) or a.dim() != 3 or a.shape[0] != b.shape[0]:
         return NotImplemented
     if b.stride(0) == 0 or b.size(0) == 1:  # one matrix for the whole batch
-        matrix = b.like((tuple(b.shape[1:]), b.stride()[1:], b.storage_offset()))
+        matrix = b.like((tuple(b.shape[1:]), b.stride()[1:], b.offset))
         y = linear(a.reshape(-1, a.size(2)), matrix.turned_around())
         return y if y is NotImplemented else y.view(a.size(0), a.size(1), -1)
     batch, m, k = a.shape
@@ -232,12 +228,12 @@ def _index(weight: Any, indices: Any) -> Any:
     return chosen if part.flipped == home.layout.turned else chosen.turned_around()
 
 
-def _every_expert(weight: FP8Weight, part: Any) -> bool:
+def _every_expert(weight: FP8Weight, part: Part) -> bool:
     n, k = weight._home.layout.matrix
     return part.rows == (0, n) and part.cols == (0, k) and part.experts == (0, weight._home.layout.shape[0])
 
 
-def _rows_of(weight: FP8Weight, part: Any, indices: torch.Tensor) -> Any:
+def _rows_of(weight: FP8Weight, part: Part, indices: torch.Tensor) -> Any:
     """Rows ``indices`` of a matrix ``[N, K]``, dequantized: ``[..., K]``."""
     home = weight._home
     stored = home.settle()

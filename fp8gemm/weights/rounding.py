@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from ..quantize import block_amax, block_scale, dequantize, expand_scale, quantize, round_stochastically
+from ..numerics import block_amax, block_scale, dequantize, expand_scale, quantize, round_stochastically
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 
 MOST_LOST = 0.1  # of what was written, as a share of its norm, before a warning
@@ -42,7 +42,7 @@ def rounded_again(
 
 
 def _lost(was: torch.Tensor, wanted: torch.Tensor, found: ScaledTensor) -> float:
-    if was.is_meta or not type(was) is torch.Tensor:
+    if was.is_meta or type(was) is not torch.Tensor:
         return 0.0
     delta = (wanted.to(torch.float32) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
     kept = (dequantize(found) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
@@ -59,8 +59,8 @@ def warn_of_loss(lost: float, size: tuple[int, ...]) -> None:
         return
     _warned.add("loss")
     warnings.warn(
-        f"{lost:.0%} of what was just written to an FP8 weight {list(size)} was lost to rounding, as it is small beside "
-        "the weight. FP8GemmOptions(fp16_weight_storage='keep') writes to the original instead, "
+        f"{lost:.0%} of what was just written to an FP8 weight {list(size)} was lost to rounding, as it is small "
+        "beside the weight. FP8GemmOptions(fp16_weight_storage='keep') writes to the original instead, "
         "FP8GemmOptions(rounding='stochastic') keeps such changes on average, and disable_fp8_gemm(model) before "
         "merging loses nothing",
         stacklevel=2,

@@ -11,7 +11,8 @@ from .. import native
 from ..engines import Prepared
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .geometry import Layout
-from .home import Home, Stored
+from .home import Home
+from .stored import Stored
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,3 @@ def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
         packed = packed.split()
     home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight) if plain else None, packed)
     return home
-

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..quantize import dequantize
+from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .geometry import Part, part_of
 from .home import Home
@@ -51,9 +51,7 @@ def _last(size: Sequence[int], stride: Sequence[int], offset: int) -> int:
     return offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
-def _experts(
-    home: Home, size: Sequence[int], stride: Sequence[int], offset: int
-) -> tuple[tuple[int, int] | None, int]:
+def _experts(home: Home, size: Sequence[int], stride: Sequence[int], offset: int) -> tuple[tuple[int, int] | None, int]:
     """The experts of a stack that a view touches, as (first, count); None where it is no stack, or has no elements."""
     *stack, n, k = home.layout.shape
     if not stack or 0 in size or n * k == 0:

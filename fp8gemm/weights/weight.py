@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..errors import UnsupportedError
-from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme
+from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part, part_of
-from .home import Home, Stored
+from .home import Home
 from .tracing import flatten_home, unflatten_home
 from .values import read
 
@@ -52,7 +52,7 @@ class _Flatten:
 
 
 class FP8Weight(torch.Tensor):
-    """A weight ``[N, K]``, its transpose, a stack of them, or a view of one: FP8 bytes behind the shape of dense values.
+    """A weight ``[N, K]``, its transpose, a stack of them, or a view of one: FP8 bytes in the shape of dense values.
 
     It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
     FP8; reading it in any other way gives the dequantized values; writing to it, or to a view, changes the weight.
@@ -73,7 +73,7 @@ class FP8Weight(torch.Tensor):
         requires_grad: bool = False,
     ) -> FP8Weight:
         if isinstance(home, torch.Tensor):
-            return _parameter_of(home, requires_grad)
+            return _parameter_of(home, requires_grad)  # type: ignore[no-any-return]
         weight: FP8Weight = torch.Tensor._make_wrapper_subclass(
             cls,
             home.layout.size if size is None else size,
@@ -92,26 +92,31 @@ class FP8Weight(torch.Tensor):
         self, geometry: Geometry | None = None, *, home: Home | None = None, dtype: torch.dtype | None = None
     ) -> FP8Weight:
         """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
-        size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.storage_offset())
+        size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
         return FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
 
     def turned_around(self) -> FP8Weight:
         """The last two dimensions exchanged."""
         *stack, a, b = self.size()
         *steps, step_a, step_b = self.stride()
-        return self.like(((*stack, b, a), (*steps, step_b, step_a), self.storage_offset()))
+        return self.like(((*stack, b, a), (*steps, step_b, step_a), self.offset))
 
     def geometry_of(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """What a view operation makes of this geometry: tried on a tensor of the same one, without memory."""
         with _disable_current_modes():
             total = max(self._home.layout.stride[0] * self._home.layout.size[0], 1)
             base = torch.empty(total, dtype=self.dtype, device="meta")
-            view = base.as_strided(self.size(), self.stride(), self.storage_offset())
+            view = base.as_strided(self.size(), self.stride(), self.offset)
             return func(view, *args, **kwargs)
+
+    @property
+    def offset(self) -> int:
+        """The storage offset, which is never symbolic here."""
+        return self.storage_offset()  # type: ignore[return-value]
 
     def part(self) -> Part | None:
         """Which rows, columns and experts of the stored weight this is; None if it is no such rectangle."""
-        return part_of(self._home.layout, self.size(), self.stride(), self.storage_offset())
+        return part_of(self._home.layout, self.size(), self.stride(), self.offset)
 
     def as_parameter(self) -> Any:
         """This very tensor, as nn.Parameter marks it."""
@@ -128,7 +133,7 @@ class FP8Weight(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         """The dense values, in memory of their own; counted in the report."""
         with torch._C.DisableTorchFunctionSubclass():
-            return read(self._home, self.size(), self.stride(), self.storage_offset(), self.dtype)
+            return read(self._home, self.size(), self.stride(), self.offset, self.dtype)
 
     def scaled(self) -> ScaledTensor:
         """The FP8 bytes ``[(E,) N, K]`` and float32 scales of the whole weight; quantizes first if that is due."""
@@ -150,7 +155,7 @@ class FP8Weight(torch.Tensor):
         return self._home.engine
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         if isinstance(self, nn.Parameter):
             self._home.owned = True
         return self.detach()
@@ -163,7 +168,7 @@ class FP8Weight(torch.Tensor):
         self._home = new._home
 
     def adopt(self, values: torch.Tensor) -> FP8Weight:
-        """``values`` as this parameter takes them over: what it has done, and the original it came from, stay its own."""
+        """``values`` as this parameter takes them over; what it has done, and its original, stay its own."""
         mine = self._home
         if not isinstance(values, torch.Tensor) or values.dim() != self.dim():
             found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -179,7 +184,7 @@ class FP8Weight(torch.Tensor):
             home = Home(mine.options, Layout(shape, mine.layout.turned), dense=dense.contiguous(), scheme=mine.scheme)
             home.trains = mine.trains
             if mine.original is not None:
-                home.keep(nn.Parameter(home.dense, mine.original.requires_grad))
+                home.keep(nn.Parameter(dense.contiguous(), mine.original.requires_grad))
             new = FP8Weight(home, dense.dtype)
         if home is not mine:
             home.activity, home.owned = mine.activity, True
@@ -201,7 +206,7 @@ class FP8Weight(torch.Tensor):
 
     def _flatten(self) -> tuple[list[str], Any]:
         tensors, context = flatten_home(self._home, self.dtype)
-        return list(tensors), (context, self.dtype, self.stride(), self.storage_offset())
+        return list(tensors), (context, self.dtype, self.stride(), self.offset)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -210,7 +215,7 @@ class FP8Weight(torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    def _inner(name: str) -> Any:  # type: ignore[misc]  # noqa: N805
+    def _inner(name: str) -> Any:  # type: ignore[misc]
         return property(lambda self: flatten_home(self._home, self.dtype)[0][name])
 
     # Not by __getattr__, with which Dynamo takes no attribute of a tensor for what it is.
@@ -231,7 +236,7 @@ class FP8Weight(torch.Tensor):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        geometry = (tuple(self.size()), self.stride(), self.storage_offset())
+        geometry = (tuple(self.size()), self.stride(), self.offset)
         return (_rebuild, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
 
     def share_memory_(self) -> FP8Weight:
@@ -239,26 +244,26 @@ class FP8Weight(torch.Tensor):
         if stored is not None:
             holder = stored.plain or stored.packed
             assert holder is not None
-            holder.data.share_memory_()
-            holder.scale.share_memory_()
+            holder.data.share_memory_()  # type: ignore[no-untyped-call]
+            holder.scale.share_memory_()  # type: ignore[no-untyped-call]
         return self.like().fresh()
 
     def is_shared(self) -> bool:
         stored = self._home.stored
         holder = None if stored is None else stored.plain or stored.packed
-        return holder is not None and holder.data.is_shared()
+        return holder is not None and holder.data.is_shared()  # type: ignore[no-untyped-call]
 
     def data_ptr(self) -> int:
         """The address of the FP8 bytes: it tells weights apart, and nothing may be read there."""
         stored = self._home.stored
         holder = None if stored is None else stored.plain or stored.packed
         if holder is not None:
-            return holder.data.data_ptr() + self.storage_offset()
+            return holder.data.data_ptr() + self.offset
         assert self._home.dense is not None
-        return self._home.dense.data_ptr() + self.storage_offset() * self._home.dense.element_size()
+        return self._home.dense.data_ptr() + self.offset * self._home.dense.element_size()
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes that are held for it: FP8 and scales, pending writes, a kept original; of a view, its share."""
         whole = self._home.nbytes
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
@@ -322,25 +327,12 @@ def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     if values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
         entry = getattr(values, "weight", None)
         if not isinstance(entry, FP8Weight):
-            raise UnsupportedError("FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype))
+            raise UnsupportedError(
+                "FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype)
+            )
         values = entry
     frozen = isinstance(values, FP8Weight)
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
-
-
-def whole_weight(
-    weight: ScaledTensor,
-    dtype: torch.dtype,
-    options: FP8GemmOptions,
-    *,
-    turned: bool = False,
-    home: Home | None = None,
-) -> FP8Weight:
-    """An FP8 weight of its own that holds these bytes and scales."""
-    layout = Layout(tuple(weight.shape), turned)
-    if home is None:
-        home = Home(options, layout, stored=Stored(weight))
-    return FP8Weight(home, dtype)
 
 
 def _rebuild(
@@ -352,4 +344,4 @@ def _rebuild(
     is_parameter: bool,
 ) -> FP8Weight:
     weight = FP8Weight(home, dtype, size, stride, offset)
-    return weight.as_parameter() if is_parameter else weight  # type: ignore[no-any-return]
+    return weight.as_parameter() if is_parameter else weight

@@ -26,13 +26,11 @@ def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _view(func: Any, weight: FP8Weight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A view operation is geometry: its result shares the home."""
     found = weight.geometry_of(func, *args, **kwargs)
-    return tree_map_only(
-        torch.Tensor, lambda t: weight.like((tuple(t.size()), t.stride(), t.storage_offset())), found
-    )
+    return tree_map_only(torch.Tensor, lambda t: weight.like((tuple(t.size()), t.stride(), t.storage_offset())), found)
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs an operation on dense values. What it writes to is the home's master, which is rounded to FP8 once, later."""
+    """Runs an operation on dense values. It writes to the home's master, which is rounded to FP8 once, later."""
     written = _written(func, args, kwargs)
     masters: dict[int, tuple[Home, torch.Tensor]] = {}
     for weight in written:
@@ -55,7 +53,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*tree_map_only(FP8Weight, values, args), **tree_map_only(FP8Weight, values, kwargs))
     finally:
         for home, _ in masters.values():
-            home.wrote()
+            home.version += 1
     back = {id(made[id(weight)][1]): weight for weight in written if id(weight) in made}
     return tree_map_only(torch.Tensor, lambda t: back.get(id(t), t), result)
 
@@ -86,4 +84,3 @@ def _refused(weight: Any, *args: Any, **kwargs: Any) -> Any:
         "an FP8 weight has no memory of its own dtype, so set_, resize_ and view(dtype) are not possible; "
         "weight.dequantize() is a dense tensor"
     )
-

@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fp8gemm.engines.triton_kernels import block, grouped, launch, quantize, row, w8a16
-from fp8gemm.engines.triton_kernels.launch import ALWAYS
+from fp8gemm.engines.triton import launch
+from fp8gemm.engines.triton.kernels import block, grouped, quantize, row, w8a16
+from fp8gemm.engines.triton.launch import ALWAYS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme
-from fp8gemm.engines.triton_mm import TritonEngine, installed
-from fp8gemm.engines.triton_plan import Place, place
+from fp8gemm.engines.triton.engine import TritonEngine, installed
+from fp8gemm.engines.triton.plan import Place, place
 from fp8gemm.scaled import Accumulate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -87,7 +87,7 @@ def _linear(
 
 
 def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object]) -> None:
-    from fp8gemm.engines.triton_kernels.launch import specialization
+    from fp8gemm.engines.triton.launch import specialization
 
     limit = place(capability).shared
     for launch in launches:
@@ -164,7 +164,7 @@ def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch
 @pytest.mark.parametrize("k", [60, 4096, 8192, 16384, 32768, 40000])
 def test_quantization_compiles(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of up to 32768 elements stay in registers."""
-    from fp8gemm.engines.triton_kernels import quantize
+    from fp8gemm.engines.triton.kernels import quantize
 
     seen: set[object] = set()
     for gated, ue8m0 in itertools.product((False, True), repeat=2):
@@ -179,7 +179,7 @@ def test_quantization_compiles(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: 128 x 256 sums in 4 warps do not fit into registers."""
-    from fp8gemm.engines.triton_kernels import row
+    from fp8gemm.engines.triton.kernels import row
 
     engine = Elsewhere(capability=(9, 0)).engine()
     weight = engine.prepare(_weight(SCHEMES["row"], 4096, 4096), SCHEMES["row"])

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp8gemm.engines.triton_kernels.parts import E4M3_TO_BF16
+from fp8gemm.engines.triton.kernels.parts import E4M3_TO_BF16
 
 WORD = 0xFFFFFFFF
 

@@ -1,7 +1,7 @@
 """Kernels on CPU tensors, in Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
 
 The interpreter takes over every kernel of a process, so these tests are collected only where it was asked for;
-``tests/test_triton.py`` asks for it in a process of its own.
+``tests/engines/test_triton.py`` asks for it in a process of its own.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 
 from fp8gemm import ROW, Machine, ScaledTensor, Scheme
 from fp8gemm.engines import Prepared
-from fp8gemm.engines.triton_mm import TritonEngine, installed
-from fp8gemm.engines.triton_plan import Place, Plan, place
+from fp8gemm.engines.triton.engine import TritonEngine, installed
+from fp8gemm.engines.triton.plan import Place, Plan, place
 
 MACHINE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
 # Three multiprocessors, so that persistent kernels walk several tiles each.

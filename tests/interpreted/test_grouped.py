@@ -10,9 +10,10 @@ import torch
 from stage import AMPERE, HOPPER, OnCard
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, MatmulSpec, ScaledTensor, Scheme, quantize
-from fp8gemm.engines import Prepared, triton_mm
+from fp8gemm.engines import Prepared
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_plan import GroupedPlan, grouped_plan
+from fp8gemm.engines.triton import engine as triton_engine
+from fp8gemm.engines.triton.plan import GroupedPlan, grouped_plan
 
 CPU = torch.device("cpu")
 SCHEMES = {
@@ -71,7 +72,7 @@ def test_torchs_grouped_product(static: bool, spread: str, monkeypatch: pytest.M
     """Behind our quantization, where each expert has many tokens."""
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _scaled_grouped_mm)
     monkeypatch.setattr(
-        triton_mm, "grouped_plan", lambda *args, **more: GroupedPlan(mode="library", quantize_first=True)
+        triton_engine, "grouped_plan", lambda *args, **more: GroupedPlan(mode="library", quantize_first=True)
     )
     scheme, (ends, tokens) = replace(SCHEMES["row"], static=static), SPREADS[spread]
     weight = stack(scheme, 3, 32, 144)
@@ -125,7 +126,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_rounded_activations(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random operands, one output and a tail in K: as expert by expert by the reference."""
-    monkeypatch.setattr(triton_mm, "grouped_plan", lambda *args, **more: PLANS[plan])
+    monkeypatch.setattr(triton_engine, "grouped_plan", lambda *args, **more: PLANS[plan])
     scheme = SCHEMES["row" if plan == "row" else "block"]
     for n, k in ((1, 7), (40, 200)):
         weight = quantize(torch.randn(4, n, k), scheme.weight)

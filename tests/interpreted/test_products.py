@@ -21,10 +21,12 @@ from fp8gemm import (
     dequantize,
     quantize,
 )
-from fp8gemm.engines import Engine, triton_mm, triton_paths
+from fp8gemm.engines import Engine
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.triton_kernels import row, tape, w8a16
-from fp8gemm.engines.triton_plan import Plan
+from fp8gemm.engines.triton import engine as triton_engine
+from fp8gemm.engines.triton import paths, replay
+from fp8gemm.engines.triton.kernels import row, w8a16
+from fp8gemm.engines.triton.plan import Plan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -175,7 +177,7 @@ def test_e5m2_weights_multiply() -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A split product leaves its counters as it found them; otherwise the next one would be wrong."""
-    counters = torch.zeros(tape.COUNTERS, dtype=torch.int32)
+    counters = torch.zeros(replay.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(w8a16, "counters", lambda device: counters)
     scheme = Scheme(weight=ROW, activation=None)
     layout = prepared(quantize(torch.randn(40, 128), ROW), scheme)
@@ -268,17 +270,17 @@ def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
 
 def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ``auto`` takes another engine where Triton has no C compiler, or a driver that is too old."""
-    monkeypatch.setattr(triton_mm, "place_of", lambda device: replace_library(HOPPER))
-    examine = triton_mm.failure.__wrapped__
+    monkeypatch.setattr(triton_engine, "place_of", lambda device: replace_library(HOPPER))
+    examine = triton_engine.failure.__wrapped__
     assert examine(CPU) == ""
 
     def no_compiler(product: object) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    real = dict(triton_paths.PATHS)
-    monkeypatch.setattr(triton_mm, "PATHS", {**real, "tokens": no_compiler})
+    real = dict(paths.PATHS)
+    monkeypatch.setattr(triton_engine, "PATHS", {**real, "tokens": no_compiler})
     assert examine(CPU).startswith("Triton's kernels fail here: RuntimeError: Failed to find C compiler.")
-    monkeypatch.setattr(triton_mm, "PATHS", {**real, "rows": lambda product: real["rows"](product) + 1})
+    monkeypatch.setattr(triton_engine, "PATHS", {**real, "rows": lambda product: real["rows"](product) + 1})
     assert examine(CPU) == "Triton's kernel for 128 tokens gives wrong products here"
 
 

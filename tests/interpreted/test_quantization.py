@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fp8gemm import GROUP_128, MX, ROW, quantize
-from fp8gemm.engines.triton_kernels import quantize as kernels
-from fp8gemm.engines.triton_kernels.quantize import Rounding
+from fp8gemm.engines.triton.kernels import quantize as kernels
+from fp8gemm.engines.triton.kernels.quantize import Rounding
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (1, 7), (5, 33), (17, 160), (3, 300)]

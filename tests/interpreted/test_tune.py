@@ -11,9 +11,9 @@ from stage import AMPERE, HOPPER, OnCard
 
 from fp8gemm.bench import contest
 from fp8gemm.bench.plans import tune_engine
-from fp8gemm.engines import triton_dispatch
-from fp8gemm.engines.triton_kernels import tape
-from fp8gemm.engines.triton_tune import Cell, candidates
+from fp8gemm.engines.triton import replay
+from fp8gemm.engines.triton import table as tables
+from fp8gemm.engines.triton.tune import Cell, candidates
 
 # The CPU has torch's row product, but no block product.
 ROWS_ONLY = replace(HOPPER, card="a card", library=frozenset({"row"}))
@@ -27,7 +27,7 @@ ROWS_ONLY = replace(HOPPER, card="a card", library=frozenset({"row"}))
 )
 def test_candidates_are_right(kind: str, where, m: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
-    monkeypatch.setattr(triton_dispatch, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
     engine, cell = OnCard(where), Cell(kind=kind, n=80, k=272, m=m)  # type: ignore[arg-type]
     plans = candidates(where, cell)
     problems = [(cell.kind, cell.n, cell.k)]
@@ -36,8 +36,8 @@ def test_candidates_are_right(kind: str, where, m: int, monkeypatch: pytest.Monk
     assert row["dropped"] == {}
     assert row["candidates"] == len(plans) > 1
     assert any(plan.splits > 1 for plan in plans)
-    triton_dispatch.forget()
+    tables.forget()
 
 
 def test_split_products_have_a_counter_for_each_tile() -> None:
-    assert triton_dispatch.MOST_SPLIT_TILES == tape.COUNTERS
+    assert tables.MOST_SPLIT_TILES == replay.COUNTERS

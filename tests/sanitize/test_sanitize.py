@@ -11,7 +11,7 @@ import pytest
 
 from fp8gemm.native.build import FLAGS, FLOAT_FLAGS
 
-DRIVER = Path(__file__).parent.parent / "native_driver.cpp"
+DRIVER = Path(__file__).with_name("native_driver.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # The driver is a program; where torch's OpenMP runtime would be found in a process, it links the system's.
@@ -39,7 +39,7 @@ def test_kernels_are_clean_and_exact(tmp_path):
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler: install one, or set CXX")
 def test_the_sanitizers_notice_a_byte_too_many(tmp_path):
     source = tmp_path / "broken.cpp"
-    text = DRIVER.read_text().replace('"../fp8gemm', f'"{DRIVER.parent.parent}/fp8gemm')
+    text = DRIVER.read_text().replace('"../../fp8gemm', f'"{DRIVER.parents[2]}/fp8gemm')
     broken = text.replace(
         "data(size_t(n * k));\n    std::vector<uint8_t> out",
         "data(size_t(n * k - (n > 1)));\n    std::vector<uint8_t> out",

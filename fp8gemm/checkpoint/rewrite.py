@@ -1,0 +1,307 @@
+"""Checkpoint to checkpoint without a model, one layer at a time: into another format, or from bfloat16 to FP8."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats import Format, Layer, TensorInfo, Written, writer
+from ..formats.base import UE8M0_DTYPES
+from ..formats.naming import expert_slices, file_name
+from ..numerics import quantize_weight
+from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
+from .fill import powers_of_two
+from .read import Checkpoint, count_nan, open_checkpoint
+from .save import merged_config, refuse
+from .write import Piece, write_checkpoint
+
+# What lies beside weights and is copied with them, but for configs that describe the old format.
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
+_REPLACED = ("config.json", "hf_quant_config.json", "params.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteReport:
+    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense."""
+
+    files: tuple[Path, ...]
+    format: str
+    bytes_before: int
+    bytes_after: int
+    layers: tuple[str, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return {**self.__dict__, "files": [str(path) for path in self.files], "kept": dict(self.kept)}
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str] | Checkpoint,
+    directory: str | os.PathLike[str],
+    *,
+    format: str = "compressed-tensors",
+    max_shard_size: int | str = "5GB",
+) -> WriteReport:
+    """Writes a checkpoint in another format, under canonical names: the same bytes and the same scales.
+
+    Streams: at no time is more than one layer in memory. Other files of a folder (tokenizer, generation config) are
+    copied.
+
+    Raises:
+        UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
+        CheckpointError: the source is broken or holds no FP8, or writing failed.
+        ValueError: source and directory are the same.
+    """
+    target = writer(format)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    refuse_same(checkpoint, directory)
+    written = {module_of(name): _as_written(checkpoint, layer) for name, layer in checkpoint.layers.items()}
+    if not written:
+        raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weight; quantize_checkpoint makes some")
+    refuse(target, written, "convert")
+    if unsupported := checkpoint.layout.unsupported:
+        raise CheckpointError("\n".join(f"{name}: {reason}" for name, reason in unsupported.items()))
+    pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in checkpoint.layers]
+    pieces += [plain_piece(checkpoint, name, key) for name, key in checkpoint.layout.plain.items()]
+    pieces += [plain_piece(checkpoint, _kv_name(name), key) for name, key in checkpoint.layout.kv_scales.items()]
+    return finish(checkpoint, directory, target, pieces, written, max_shard_size=max_shard_size, what="Converting")
+
+
+def finish(
+    checkpoint: Checkpoint,
+    directory: str | os.PathLike[str],
+    target: Format,
+    pieces: Sequence[Piece],
+    written: Mapping[str, Written],
+    *,
+    kept: Mapping[str, str] | None = None,
+    max_shard_size: int | str,
+    what: str,
+) -> WriteReport:
+    """Writes the pieces, the config with the names of dense matrices, and what else lies beside the source."""
+    dense = sorted(
+        module_of(name)
+        for piece in pieces
+        for name, info in piece.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and module_of(name) not in written
+    )
+    config = merged_config(checkpoint.model_config, target, written, dense)
+    if config is not None and checkpoint.layout.kv_scales and "config_groups" in config["quantization_config"]:
+        config["quantization_config"]["kv_cache_scheme"] = _KV_SCHEME
+    files = write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what=what)
+    _copy_companions(checkpoint, Path(directory))
+    return WriteReport(
+        files=tuple(files),
+        format=target.name,
+        bytes_before=checkpoint.nbytes,
+        bytes_after=sum(piece.nbytes for piece in pieces),
+        layers=tuple(written),
+        kept=kept or {},
+    )
+
+
+def refuse_same(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
+    """Raises ValueError where the source would be written over."""
+    folder = checkpoint.source.files[0].parent
+    if Path(directory).resolve() == folder.resolve():
+        raise ValueError(f"{directory} holds the source; give another directory")
+
+
+def module_of(name: str) -> str:
+    """The module whose weight is called ``name``."""
+    return name.removesuffix(".weight")
+
+
+def plain_piece(checkpoint: Checkpoint, name: str, key: str) -> Piece:
+    """A tensor as it is; FP8 without a scale, which only raw casts have, as the bfloat16 that holds it exactly."""
+    info = checkpoint.contents.tensors[key]
+    dtype = torch.bfloat16 if info.dtype in FP8_DTYPES else info.dtype
+    stored = {name: TensorInfo(dtype=dtype, shape=info.shape)}
+    return Piece(tensors=stored, make=lambda: {name: checkpoint.read(key).to(dtype)})
+
+
+_KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def _kv_name(name: str) -> str:
+    """``self_attn.k_proj.k_scale`` and ``self_attn.k_proj.output_scale`` as ``self_attn.k_scale``."""
+    return re.sub(r"\.(?P<which>[kv])_proj\.((?P=which)_scale|output_scale)$", r".\g<which>_scale", name)
+
+
+def _as_written(checkpoint: Checkpoint, layer: Layer) -> Written:
+    scheme = layer.scheme
+    # A config may call float32 scales powers of two that are not.
+    if scheme.scale_format == "ue8m0" and layer.scale_dtype not in UE8M0_DTYPES:
+        exact = powers_of_two(layer.read_scale(checkpoint.read))
+        scheme = scheme if exact else type(scheme)(**{**scheme.__dict__, "scale_format": "float32"})
+    inputs = checkpoint.contents.tensors.get(layer.input_scale or "")
+    same = not scheme.static or inputs is None or inputs.dtype == layer.scale_dtype
+    scale_dtype = layer.scale_dtype if same else torch.float32
+    return Written(scheme=scheme, shape=layer.shape, dtype=layer.dtype, scale_dtype=scale_dtype)
+
+
+def _layer_piece(target: Format, checkpoint: Checkpoint, name: str, written: Written) -> Piece:
+    return Piece(
+        tensors=target.stored(module_of(name), written),
+        make=partial(_read_layer, target, checkpoint, name, written),
+    )
+
+
+def _read_layer(target: Format, checkpoint: Checkpoint, name: str, written: Written) -> Mapping[str, torch.Tensor]:
+    weight = checkpoint[name]
+    assert isinstance(weight, ScaledTensor)
+    return target.write(module_of(name), written, weight, checkpoint.input_scale(name))
+
+
+def _copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
+    folder = checkpoint.source.folder
+    if folder is None:
+        return
+    for path in sorted(folder.iterdir()):
+        described = path.name.endswith(".index.json") or path.name in _REPLACED
+        if path.is_file() and path.suffix in _COMPANIONS and not described:
+            try:
+                shutil.copyfile(path, directory / path.name)
+            except OSError as error:
+                raise CheckpointError(f"cannot copy {path} to {directory}: {error.strerror or error}") from error
+
+
+# Modules with a matrix for a weight that are no Linear, or a Linear that published FP8 checkpoints leave alone:
+# embeddings, output heads and routers.
+IGNORE = (
+    "*embed*",
+    "*wte",
+    "*wpe",
+    "shared",
+    "*relative_attention_bias",
+    "*lm_head",
+    "*embed_out",
+    "*.gate",
+    "*router*",
+    "*shared_expert_gate",
+)
+
+Make = Callable[[], torch.Tensor]
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str] | Checkpoint,
+    directory: str | os.PathLike[str],
+    *,
+    scheme: SchemeName | Scheme = "row",
+    ignore: Sequence[str] = (),
+    format: str = "compressed-tensors",
+    max_shard_size: int | str = "5GB",
+    device: torch.device | str | None = None,
+) -> WriteReport:
+    """Makes an FP8 checkpoint of a bfloat16, float16 or float32 one; streams, and needs no model.
+
+    Quantized is every matrix called ``X.weight``, and every expert of stacked ones, unless ignored: embeddings, output
+    heads and routers (``IGNORE``) always are.
+
+    Args:
+        scheme: of weights and activations.
+        ignore: more modules to leave: names, with ``*`` and ``?``, or regexes that begin with ``re:``.
+        device: where to compute; by default the CPU.
+
+    Raises:
+        UnsupportedError: the format cannot express the scheme.
+        CheckpointError: the source is FP8 already or broken, a matrix is not finite, or writing failed.
+        ValueError: a static scheme, a pattern that matches nothing, or source and directory are the same.
+    """
+    resolved = FP8GemmOptions(scheme=scheme).resolved_scheme
+    if resolved.static:
+        raise ValueError("static activation scales come from calibration; choose a scheme that is not static")
+    target = writer(format)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    refuse_same(checkpoint, directory)
+    if checkpoint.layers:
+        raise CheckpointError(f"{checkpoint.source.path} is FP8 already; convert_checkpoint changes its format")
+    matrices, taken = _matrices(checkpoint)
+    kept = _ignored(matrices, ignore)
+    chosen = {name: matrix for name, matrix in matrices.items() if module_of(name) not in kept}
+    if not chosen:
+        raise CheckpointError(f"{checkpoint.source.path} has no matrix to quantize: {len(kept)} are ignored")
+    written = {module_of(name): Written(scheme=resolved, shape=shape) for name, (shape, _) in chosen.items()}
+    refuse(target, written, "quantize")
+    kind = _kind(checkpoint)
+    pieces = [
+        Piece(
+            tensors=target.stored(module_of(name), written[module_of(name)]),
+            make=partial(_quantized, target, name, written[module_of(name)], make, device),
+        )
+        for name, (_, make) in chosen.items()
+    ]
+    for name, key in checkpoint.layout.plain.items():
+        if name not in taken and name not in chosen:
+            pieces.append(plain_piece(checkpoint, file_name(name, kind), key))
+    return finish(
+        checkpoint, directory, target, pieces, written, kept=kept, max_shard_size=max_shard_size, what="Quantizing"
+    )
+
+
+def _quantized(
+    target: Format, name: str, written: Written, make: Make, device: torch.device | str | None
+) -> Mapping[str, torch.Tensor]:
+    weight = quantize_weight(
+        make(), written.scheme.weight, scale_format=written.scheme.scale_format, device=torch.device(device or "cpu")
+    )
+    if count := count_nan(weight.data):
+        raise CheckpointError(f"{name} holds {count} values that are not finite; nothing was written")
+    return target.write(module_of(name), written, weight, None)
+
+
+def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, tuple[tuple[int, ...], Make]], set[str]]:
+    """Name -> shape and how to read it, for all that could be quantized; and the stacked names that were split."""
+    found: dict[str, tuple[tuple[int, ...], Make]] = {}
+    infos = {name: checkpoint.contents.tensors[key] for name, key in checkpoint.layout.plain.items()}
+    wide = {name: info for name, info in infos.items() if info.dtype.is_floating_point and info.dtype.itemsize > 1}
+    for name, info in wide.items():
+        if name.endswith(".weight") and len(info.shape) == 2 and info.numel:
+            found[name] = (info.shape, partial(checkpoint.read, checkpoint.layout.plain[name]))
+    slices = expert_slices({name: info.shape for name, info in wide.items()}, _kind(checkpoint))
+    for name, part in slices.items():
+        shape = (part.stop - part.start, wide[part.name].shape[2])
+        key = checkpoint.layout.plain[part.name]
+        found[name] = (shape, lambda part=part, key=key: part.of(checkpoint.read(key)))  # type: ignore[misc]
+    return found, {part.name for part in slices.values()}
+
+
+def _ignored(matrices: Mapping[str, object], patterns: Sequence[str]) -> dict[str, str]:
+    """Module -> why it is left dense.
+
+    Raises:
+        ValueError: one of ``patterns`` matches no module.
+    """
+    kept: dict[str, str] = {}
+    unmatched = set(patterns)
+    for name in matrices:
+        module = module_of(name)
+        for pattern in (*patterns, *IGNORE):
+            if _matches(module, pattern):
+                kept.setdefault(module, f"ignored by {pattern}")
+                unmatched.discard(pattern)
+    if unmatched:
+        raise ValueError(f"ignore patterns that match no module: {', '.join(sorted(unmatched))}")
+    return kept
+
+
+def _matches(module: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return fnmatchcase(module, pattern)
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    return str((checkpoint.model_config or {}).get("model_type", ""))

@@ -1,0 +1,197 @@
+"""Where tensors go in a model: the places that it keeps them in, and which names of a checkpoint go to which place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from .read import Checkpoint
+
+_EXPERTS = re.compile(r"^(?P<stem>.*)\.(?P<block>\w+)\.experts\.(gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One name of one parameter or buffer: ``module`` keeps it as ``attribute``."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: torch.Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.attribute in self.module._parameters
+
+    @property
+    def is_linear_weight(self) -> bool:
+        return isinstance(self.module, nn.Linear) and self.attribute == "weight"
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Makes ``tensor`` what the module keeps here, as it was kept: a Parameter stays one."""
+        if self.is_parameter:
+            self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
+        else:
+            self.module._buffers[self.attribute] = tensor
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Every name that ``model.state_dict()`` has for a parameter or a buffer."""
+    found = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in _own_tensors(module):
+            if attribute not in module._non_persistent_buffers_set:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                found[name] = Place(name=name, module=module, attribute=attribute, tensor=tensor)
+    return found
+
+
+def transient(model: nn.Module) -> dict[str, Place]:
+    """The buffers that are never saved, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for attribute, tensor in _own_tensors(module):
+            if attribute in module._non_persistent_buffers_set:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                found[name] = Place(name=name, module=module, attribute=attribute, tensor=tensor)
+    return found
+
+
+def groups(found: Iterable[Place]) -> list[list[Place]]:
+    """The places that are one and the same tensor, together."""
+    by_tensor: dict[int, list[Place]] = {}
+    for place in found:
+        by_tensor.setdefault(id(place.tensor), []).append(place)
+    return list(by_tensor.values())
+
+
+def initialise_transient(model: nn.Module, device: torch.device) -> list[str]:
+    """Computes the never saved buffers that are on meta, as transformers models can; returns the names of the rest.
+
+    A buffer counts as computed when what it held before does not matter: it comes out the same from two fills.
+    """
+    waiting = [place for place in transient(model).values() if place.tensor.is_meta]
+    initialise = getattr(model, "_init_weights", None)
+    if not waiting or not callable(initialise):
+        return [place.name for place in waiting]
+    owners = {id(place.module): place.module for place in waiting}
+    results: list[list[torch.Tensor]] = []
+    with torch.no_grad():
+        for fill in (0, 1):
+            for place in waiting:
+                place.put(torch.full(place.tensor.shape, fill, dtype=place.tensor.dtype, device=device))
+            for module in owners.values():
+                initialise(module)
+            results.append([place.module._buffers[place.attribute].clone() for place in waiting])  # type: ignore[union-attr]
+    left = [place for place, first, second in zip(waiting, *results, strict=True) if not _same(first, second)]
+    for place in left:
+        place.put(place.tensor)
+    return [place.name for place in left]
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.numel() == 0 or torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None:
+            yield attribute, parameter
+    for attribute, buffer in module._buffers.items():
+        if buffer is not None:
+            yield attribute, buffer
+
+
+@dataclass
+class Assignment:
+    """``sources[name of the model]``: the checkpoint's names whose rows follow each other there.
+
+    ``unexpected`` names of the checkpoint have no place in the model.
+    """
+
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[str, str] | None) -> Assignment:
+    """Finds for every name of the checkpoint its place among the model's ``names``.
+
+    ``key_mapping`` (regex -> replacement) is applied in its order to canonical names. Several names may become one:
+    their rows are joined in the order of the patterns that renamed them.
+
+    Raises:
+        CheckpointError: two names become one without an order between them.
+    """
+    wanted = set(names)
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in (key_mapping or {}).items()]
+    renamed = {name: _renamed(name, rules) for name in checkpoint}
+    blocks = _blocks({new for new, _ in renamed.values()}, wanted)
+    gathered: dict[str, list[tuple[int, str]]] = {}
+    unexpected = []
+    for name, (new, order) in renamed.items():
+        place = new if new in wanted else _moved(new, blocks)
+        if place in wanted:
+            gathered.setdefault(place, []).append((order, name))
+        elif name not in checkpoint.stacks:
+            unexpected.append(name)
+    assignment = Assignment()
+    for place, found in gathered.items():
+        assignment.sources[place] = _ordered(place, found)
+    in_stacks = {
+        part
+        for sources in assignment.sources.values()
+        for source in sources
+        if source in checkpoint.stacks
+        for parts in checkpoint.stacks[source].parts
+        for part in parts
+    }
+    assignment.unexpected = [name for name in unexpected if name not in in_stacks]
+    return assignment
+
+
+def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, int]:
+    """The new name, and the place of the first rule that changed it (-1 for none)."""
+    first = -1
+    for order, (pattern, replacement) in enumerate(rules):
+        new = pattern.sub(replacement, name)
+        if new != name and first < 0:
+            first = order
+        name = new
+    return name, first
+
+
+def _blocks(names: set[str], wanted: set[str]) -> dict[str, str]:
+    """Prefixes of expert blocks that the model calls otherwise: ``...block_sparse_moe.`` -> ``...mlp.``."""
+    theirs = {match["stem"]: match["block"] for name in names if (match := _EXPERTS.match(name))}
+    ours = {match["stem"]: match["block"] for name in wanted if (match := _EXPERTS.match(name))}
+    return {
+        f"{stem}.{block}.": f"{stem}.{ours[stem]}."
+        for stem, block in theirs.items()
+        if stem in ours and ours[stem] != block
+    }
+
+
+def _moved(name: str, blocks: Mapping[str, str]) -> str:
+    """``name`` with the prefix of its expert block exchanged, if it is in one."""
+    start = 0
+    while blocks and (end := name.find(".", start)) >= 0:
+        prefix = name[: end + 1]
+        if prefix in blocks:
+            return blocks[prefix] + name[end + 1 :]
+        start = end + 1
+    return name
+
+
+def _ordered(place: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
+    orders = [order for order, _ in found]
+    if len(set(orders)) < len(orders):
+        raise CheckpointError(
+            f"{', '.join(name for _, name in found)} all become {place}, in no order; give key_mapping one pattern for "
+            "each, in the order in which their rows follow each other"
+        )
+    return tuple(name for _, name in sorted(found))

@@ -1,0 +1,146 @@
+"""The choice between engines: what this machine is, which engine runs a problem on it, and the weight in its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
+
+import torch
+
+from .. import native
+from ..errors import UnsupportedError
+from ..scaled import ScaledTensor
+from . import deep_gemm, torch_mm
+from .base import Choice, Machine, MatmulSpec, Prepared
+from .table import AUTO, ENGINES
+from .triton.engine import installed as triton_installed
+from .vllm import find as find_vllm
+
+
+def prepare(
+    weight: ScaledTensor,
+    spec: MatmulSpec,
+    machine: Machine,
+    engine: str = "auto",
+    *,
+    input_scale: torch.Tensor | None = None,
+) -> Prepared:
+    """A weight in the layout of the engine that is chosen for it; ``auto`` passes over one that refuses its bytes.
+
+    Raises:
+        UnsupportedError: as ``choose``.
+    """
+    refused: dict[str, list[str]] = {}
+    while True:
+        winner = choose(spec, machine, engine, refused=refused).winner
+        try:
+            if spec.experts:
+                stack = ENGINES[winner].prepare_stack(weight, spec.scheme)
+                parts = tuple(replace(part, accumulate=spec.accumulate) for part in stack.parts)
+                return replace(stack, accumulate=spec.accumulate, parts=parts)
+            prepared = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
+            return replace(prepared, accumulate=spec.accumulate)
+        except UnsupportedError as error:
+            if engine != "auto":
+                raise
+            refused[winner] = [str(error)]
+
+
+def order(machine: Machine) -> tuple[str, ...]:
+    """The engines that ``auto`` tries on a machine, best first."""
+    if machine.device == "cpu" and "native" in machine.features:
+        return AUTO["native"]
+    return AUTO.get(machine.device, ())
+
+
+def restore(prepared: Prepared) -> ScaledTensor:
+    """The plain weight, or stack, that a layout was made of, bit for bit (but see ``TorchEngine.restore``)."""
+    engine = ENGINES[prepared.engine]
+    return engine.restore_stack(prepared) if prepared.experts else engine.restore(prepared)
+
+
+def choose(
+    spec: MatmulSpec, machine: Machine, engine: str = "auto", *, refused: Mapping[str, list[str]] | None = None
+) -> Choice:
+    """The engine for a problem on a machine, and why the others that were asked are not it. Pure.
+
+    ``refused`` are engines that are out already, with their reasons.
+
+    Raises:
+        ValueError: there is no engine of that name.
+        UnsupportedError: the engine that was named, or each that ``auto`` tries, rejects it; with all reasons.
+    """
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"engine must be auto or one of {', '.join(ENGINES)}, found {engine!r}")
+    refused = refused or {}
+    rejected: dict[str, list[str]] = {}
+    for name in order(machine) if engine == "auto" else (engine,):
+        reasons = refused.get(name) or ENGINES[name].rejects(spec, machine)
+        if not reasons:
+            return Choice(name, rejected)
+        rejected[name] = reasons
+    raise UnsupportedError(_refusal(spec, machine, engine, rejected))
+
+
+def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str, list[str]]) -> str:
+    stack = f"{spec.experts} x " if spec.experts else ""
+    asked = f"{stack}[{spec.n}, {spec.k}] in {spec.compute_dtype}, {spec.scheme}"
+    where = f"{machine.device} {machine.name}".strip()
+    lines = [f"no engine can multiply {asked} on {where}" if engine == "auto" else f"engine {engine!r} cannot: {asked}"]
+    lines += [f"  {name}: {reason}" for name, reasons in rejected.items() for reason in reasons]
+    able = [name for name, other in ENGINES.items() if name not in rejected and not other.rejects(spec, machine)]
+    if able:
+        lines.append(f"  can: engine={' or '.join(repr(name) for name in able)}")
+    return "\n".join(lines)
+
+
+def probe(device: torch.device | str) -> Machine:
+    """The machine behind a device, as a value; asks the driver once for each device."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _probe(device)
+
+
+@cache
+def _probe(device: torch.device) -> Machine:
+    kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
+    vllm = find_vllm(kind)
+    capability, name, features = None, "", frozenset[str]()
+    if kind == "cpu":
+        name, features = torch.backends.cpu.get_cpu_capability(), _cpu_features()
+    elif kind in ("cuda", "rocm"):
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name
+        capability = (properties.major, properties.minor)
+        features = deep_gemm.features() if kind == "cuda" else torch_mm.features(device)
+    return Machine(
+        device=kind,
+        name=name,
+        capability=capability,
+        torch_version=_major_minor(torch.__version__) or (0, 0),
+        cuda_version=_major_minor(torch.version.cuda),
+        features=features,
+        triton_version=triton_installed(),
+        vllm_version=vllm.version,
+        vllm_ops=MappingProxyType(vllm.ops),
+        vllm_note=vllm.note,
+    )
+
+
+def _cpu_features() -> frozenset[str]:
+    """Named as Linux names them; torch's questions are private, so an absent one counts as a no."""
+    questions = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    found = {name for name, question in questions.items() if getattr(torch.cpu, question, lambda: False)()}
+    if isinstance(native.find(), native.Library):
+        found.add("native")
+    return frozenset(found)
+
+
+def _major_minor(version: str | None) -> tuple[int, int] | None:
+    if version is None:
+        return None
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,5 @@
+"""Triton kernels of our own: the engine, the plans and tables that it chooses tiles from, and the kernels."""
+
+from .engine import TritonEngine
+
+__all__ = ["TritonEngine"]

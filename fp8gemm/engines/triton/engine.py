@@ -1,0 +1,282 @@
+"""Triton kernels of our own: any N and K, every scheme, cards from compute capability 8.0 on; dispatch by M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+
+import torch
+
+from ...errors import UnsupportedError
+from ...scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
+from ..base import Engine, Machine, MatmulSpec, Prepared
+from ..torch_mm import multiply_grouped
+from . import library
+from . import table as tables
+from .paths import PATHS, Product, quantize
+from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
+
+OLDEST_TRITON = (3, 6)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonEngine(Engine):
+    """One launch and activations as they are for few tokens, FP8 products for many.
+
+    Activations are rounded per token under tensor and row schemes, and only beyond 64 tokens; 128 features at a time
+    under the block scheme; never on cards before compute capability 8.9, which cannot multiply FP8.
+    """
+
+    name = "triton"
+    tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, beside the bfloat16 output
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+        _refuse_broken(weight.device)
+        layout = _layout(weight, scheme, input_scale)
+        rounding = self._rounding(layout)
+        few = INLINE_UP_TO if rounding == GROUP_128 else AS_THEY_ARE_UP_TO
+        return replace(layout, apart=rounding, few=few)
+
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+        _refuse_broken(weight.device)
+        return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        reasons = []
+        if machine.device != "cuda":
+            reasons.append(f"runs on cuda only, found {machine.device}")
+        elif (machine.capability or (0, 0)) < (8, 0):
+            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 8.0 or newer, found {found}")
+        if machine.triton_version is None:
+            reasons.append("Triton is not installed")
+        elif machine.triton_version < OLDEST_TRITON:
+            found = "{}.{}".format(*machine.triton_version)
+            reasons.append("needs Triton {}.{} or newer, found {}".format(*OLDEST_TRITON, found))
+        if spec.compute_dtype not in _DTYPES:
+            reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
+        if (spec.scheme.weight.cols or 16) % 16:
+            reasons.append(f"takes scales along K in steps of 16, found {spec.scheme.weight}")
+        return reasons
+
+    def place(self, device: torch.device) -> Place:
+        """What of a card decides which kernel runs."""
+        return place_of(device)
+
+    def plan(self, m: int, weight: Prepared, dtype: torch.dtype) -> Plan:
+        """The kernel for ``m`` tokens, and its tiles."""
+        where = self.place(weight.device)
+        kind = tables.kind_of(weight, native=where.native)
+        cols = weight.scheme.weight.cols or 0
+        chosen = tables.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
+        return chosen if weight.fast else precise(chosen)
+
+    def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
+        """The scheme that ``m`` tokens really meet: activations as they are, or rounded as the kernel for them does."""
+        path = self.plan(max(m, 1), weight, dtype).path
+        if path in ("vectors", "tokens", "dense"):
+            return weight.scheme.weight_only()
+        activation = self._rounding(weight)
+        return replace(weight.scheme, activation=activation)
+
+    def _rounding(self, weight: Prepared) -> Granularity | None:
+        """How FP8 products of this weight round activations; None where there are none."""
+        kind = tables.kind_of(weight, native=self.place(weight.device).native)
+        if kind == "block":
+            return GROUP_128
+        if kind == "row":
+            return weight.scheme.activation if weight.scheme.static else ROW
+        return None
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        m = x.shape[0]
+        if m == 0 or weight.n == 0 or weight.k == 0:
+            return _nothing(m, weight, bias, out_dtype)
+        return self._run(self.plan(m, weight, x.dtype), x, None, weight, bias, out_dtype)
+
+    def _run(
+        self,
+        chosen: Plan,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        weight: Prepared,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The product by one plan, of ``x`` that is quantized where it comes with scales."""
+        where = self.place(weight.device)
+        product = Product(x=x, x_scale=x_scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
+        return PATHS[chosen.path](product)
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        from . import replay
+
+        fixed = [weight.data, weight.scale, weight.input_scale, *weight.extra, bias]
+        return replay.record(
+            lambda tokens: self.linear(tokens, weight, bias, out_dtype),
+            x.view(-1, weight.k),
+            tuple(tensor for tensor in fixed if tensor is not None),
+            (*x.shape[:-1], weight.n),
+        )
+
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        m = gate.shape[0]
+        chosen = self.plan(m, weight, gate.dtype)
+        if not _rounds_first(chosen, m):
+            return None
+        kind = tables.kind_of(weight, native=self.place(weight.device).native)
+        return self._run(chosen, *quantize(gate, weight, kind, up=up), weight, bias, out_dtype)
+
+    def linear_quantized(
+        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        m = x.shape[0]
+        if m == 0 or weight.n == 0 or weight.k == 0:
+            return _nothing(m, weight, bias, out_dtype)
+        where = self.place(weight.device)
+        kind = tables.kind_of(weight, native=where.native)
+        chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
+        # M-major, which is what quantize_groups gives and torch's quantization does not.
+        scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
+        return self._run(chosen if weight.fast else precise(chosen), x.data, scale, weight, bias, out_dtype)
+
+    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+        return self.plan(m, weight, dtype).kept_is_faster
+
+    def grouped(
+        self,
+        x: torch.Tensor,
+        weight: Prepared,
+        ends: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        from .kernels import grouped
+
+        tokens = x.shape[0]
+        if tokens == 0 or weight.n == 0 or weight.k == 0 or weight.experts == 0:
+            return x.new_zeros(tokens, weight.n, dtype=out_dtype)
+        where = self.place(weight.device)
+        kind = tables.kind_of(weight, native=where.native)
+        cols = weight.scheme.weight.cols or 0
+        wide = x.dtype == torch.float32
+        chosen = grouped_plan(where, kind, weight.n, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
+        scale = None
+        if chosen.quantize_first:
+            x, scale = quantize(x, weight, kind)
+        if chosen.mode == "library" and scale is not None:
+            w, w_scale = weight.extra
+            scale = scale.expand(tokens, 1).contiguous()  # a static one is one for all
+            return multiply_grouped(x, scale, (w, w_scale.squeeze(-2)), weight, ends, bias, out_dtype)
+        return grouped.multiply_grouped(
+            x,
+            scale,
+            weight,
+            ends,
+            None if bias is None else bias.contiguous(),
+            out_dtype,
+            mode=chosen.mode,
+            native=where.native,
+            ue8m0=weight.scheme.scale_format == "ue8m0",
+            accumulate="fast" if weight.fast else "precise",
+            block_m=chosen.block_m,
+            block_n=chosen.block_n,
+            block_k=chosen.block_k,
+            warps=chosen.warps,
+            stages=chosen.stages,
+        )
+
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+        return f"triton {self.plan(max(m, 1), weight, dtype).path}"
+
+
+def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None = None) -> Prepared:
+    """A weight, or a stack, in plain rows, and the views that torch's products take."""
+    weight = replace(weight, data=weight.data.contiguous(), scale=weight.scale.contiguous())
+    n, k = weight.shape[-2:]
+    return Prepared(
+        engine=TritonEngine.name,
+        scheme=scheme,
+        n=n,
+        k=k,
+        data=weight.data,
+        scale=weight.scale,
+        input_scale=input_scale,
+        extra=library.operands(weight),
+        dtypes=_DTYPES,
+    )
+
+
+def _refuse_broken(device: torch.device) -> None:
+    """Raises UnsupportedError on a card where our kernels fail."""
+    if device.type == "cuda" and (problem := failure(device)):
+        raise UnsupportedError(problem)
+
+
+def _nothing(m: int, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """The product of nothing, or of no features."""
+    y = torch.zeros(m, weight.n, dtype=out_dtype, device=weight.device)
+    return y if bias is None else y + bias.to(out_dtype)
+
+
+def _rounds_first(chosen: Plan, m: int) -> bool:
+    """Whether activations are rounded by a launch of their own."""
+    return chosen.path in ("rows", "library") or (chosen.path == "blocks" and m > INLINE_UP_TO)
+
+
+@cache
+def installed() -> tuple[int, int] | None:
+    """Triton's (major, minor), without importing it; None if it is not installed under any of its names."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            major, minor = metadata.version(name).split(".")[:2]
+        except metadata.PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    return None
+
+
+@cache
+def failure(device: torch.device) -> str:
+    """Why our kernels cannot be trusted on this device, empty if they can: compiles and checks one for each path.
+
+    Triton needs a C compiler at run time and a driver that takes its code; where either fails, ``auto`` goes on.
+    Seconds, once a machine: Triton keeps what it compiled on disk.
+    """
+    engine, row = TritonEngine(), SCHEMES["row"]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randint(-3, 4, (2, 128, 256), generator=generator, dtype=torch.int64, device="cpu")
+    w, x = drawn.to(device)
+    weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, dtype=torch.float32, device=device), ROW)
+    x[:, 0] = 448  # so that every token's scale is 1 and its rounding exact
+    layout = _layout(weight, row)
+    expected = (x.double() @ w.double().t()).to(torch.bfloat16)
+    for m in (1, 16, 128):
+        try:
+            y = engine.linear(x[:m].to(torch.bfloat16), layout, None, torch.bfloat16)
+        except Exception as error:  # whatever Triton, its compiler or the driver may raise
+            return f"Triton's kernels fail here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not y.equal(expected[:m]):
+            return f"Triton's kernel for {m} tokens gives wrong products here"
+    return ""
+
+
+@cache
+def place_of(device: torch.device) -> Place:
+    """What of this device decides; asks the driver once."""
+    properties = torch.cuda.get_device_properties(device)
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return place(
+        (properties.major, properties.minor),
+        card=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        cuda=(int(major), int(minor)),
+    )

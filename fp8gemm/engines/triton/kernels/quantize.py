@@ -1,0 +1,223 @@
+# mypy: ignore-errors
+# Triton is untyped, and not installed everywhere.
+"""Activations to e4m3 in one pass: by rows, and by groups along K with scales stored M-major.
+
+``fp8gemm.numerics.quantize`` is the reference of every kernel here, bit for bit; where ``up`` is given it is applied to
+``silu(x) * up`` in float32, which is what the second product of a gated MLP takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ....numerics import SCALE_FLOOR
+from ..launch import divide_up, launch
+from ..replay import empty
+
+_FLOOR = tl.constexpr(SCALE_FLOOR)
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+_LARGEST = tl.constexpr(LARGEST)
+
+# The longest row that stays in registers, in 16 warps and without a spill (compiled for sm_90, Triton 3.6; half of it
+# where two rows are read); a longer one is read twice, in steps.
+LONGEST_ROW = 32768
+STEP = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How activations are rounded, beyond where their scales lie.
+
+    ``static`` is a float32 scale, one for all; ``upper_bound`` caps amax; ``ue8m0`` rounds scales up to powers of two.
+    """
+
+    static: torch.Tensor | None = None
+    upper_bound: float | None = None
+    ue8m0: bool = False
+
+
+PLAIN = Rounding()
+
+
+def quantize_rows(
+    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [M, K]`` with unit stride along K to e4m3 ``[M, K]`` and float32 scales ``[M, 1]`` (static: ``[1, 1]``)."""
+    m, k = x.shape
+    y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    static = rounding.static
+    scale = empty(m, 1, dtype=torch.float32, device=x.device) if static is None else static.reshape(1, 1)
+    if m == 0 or k == 0:
+        return y, scale.fill_(SCALE_FLOOR) if static is None else scale
+    longest = LONGEST_ROW // (1 if up is None else 2)
+    block = max(triton.next_power_of_2(k), 16) if k <= longest else min(STEP, longest)
+    rows = max(1, 1024 // block) if m >= 1024 else 1
+    bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
+    constants = {
+        "ROWS": rows,
+        "BLOCK_K": block,
+        "ONE_PASS": k <= block,
+        "STATIC": static is not None,
+        "BOUNDED": rounding.upper_bound is not None,
+        "UE8M0": rounding.ue8m0,
+        "GATED": up is not None,
+    }
+    second = x if up is None else up
+    args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), bound)
+    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    launch(row_kernel, (divide_up(m, rows),), args, constants, num_warps=warps)
+    return y, scale
+
+
+def quantize_groups(
+    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None, group: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K / group]`` whose stride is (1, M rounded up to 4).
+
+    That is the layout which cuBLASLt, DeepGEMM and the block product read without a transpose.
+    """
+    m, k = x.shape
+    y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    groups, pitch = divide_up(k, group), 4 * divide_up(m, 4)
+    scale = empty(groups, pitch, dtype=torch.float32, device=x.device)
+    if m and k:
+        across = min(8, triton.next_power_of_2(groups))
+        bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
+        constants = {
+            "ROWS": 4,
+            "GROUPS": across,
+            "GROUP": group,
+            "BOUNDED": rounding.upper_bound is not None,
+            "UE8M0": rounding.ue8m0,
+            "GATED": up is not None,
+        }
+        grid = (divide_up(m, 4), divide_up(groups, across))
+        second = x if up is None else up
+        args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), pitch, bound)
+        launch(group_kernel, grid, args, constants, num_warps=4)
+    return y, scale.t()[:m]
+
+
+@triton.jit
+def finite(value):
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def scale_of(amax, bound, BOUNDED: tl.constexpr, UE8M0: tl.constexpr):
+    """``max(amax, floor) / 448``, as ``quantize.block_scale`` has it."""
+    if BOUNDED:
+        amax = tl.minimum(amax, bound)
+    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, _LARGEST, tl.float32)), _FLOOR)
+    if UE8M0:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def encode(value, scale, dtype: tl.constexpr):
+    """``value / scale`` rounded to ``dtype``, saturating; what is not finite becomes NaN.
+
+    The division is that by a reciprocal, one for all that share a scale, and its remainder, which rounds as a division
+    does (Markstein, 1990) in 3 instructions an element where ``div_rn`` takes about 15. Bounds come first, so that no
+    quotient overflows; they turn NaN into numbers, so it is put back at the end.
+    """
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    bound = scale * _LARGEST
+    inside = tl.minimum(tl.maximum(value, -bound), bound)
+    quotient = inside * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, scale, inside), reciprocal, quotient)
+    return tl.where(finite(value), quotient, float("nan")).to(dtype)
+
+
+@triton.jit
+def load_values(x, up, row, x_stride, up_stride, k, mask, GATED: tl.constexpr):
+    """float32 elements of a tile of ``x``, or of ``silu(x) * up``."""
+    value = tl.load(x + row * x_stride + k, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        value = tl.div_rn(value, 1.0 + tl.exp(-value))
+        value *= tl.load(up + row * up_stride + k, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_kernel(
+    x,
+    up,
+    y,
+    scale,
+    M,
+    K,
+    x_stride,
+    up_stride,
+    bound,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    STATIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    # 64 bits: M * K may exceed 2**31.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    inside = row < M
+    if ONE_PASS:
+        value = load_values(x, up, row, x_stride, up_stride, k, inside & (k < K), GATED)
+        if STATIC:
+            s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
+        else:
+            amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1)
+            s = scale_of(amax, bound, BOUNDED, UE8M0)[:, None]
+            tl.store(scale + row, s, mask=inside)
+        tl.store(y + row * K + k, encode(value, s, y.dtype.element_ty), mask=inside & (k < K))
+    else:
+        if STATIC:
+            s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
+        else:
+            amax = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, K, BLOCK_K):
+                value = load_values(x, up, row, x_stride, up_stride, start + k, inside & (start + k < K), GATED)
+                amax = tl.maximum(amax, tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1))
+            s = scale_of(amax, bound, BOUNDED, UE8M0)[:, None]
+            tl.store(scale + row, s, mask=inside)
+        for start in range(0, K, BLOCK_K):
+            mask = inside & (start + k < K)
+            value = load_values(x, up, row, x_stride, up_stride, start + k, mask, GATED)
+            tl.store(y + row * K + start + k, encode(value, s, y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def group_kernel(
+    x,
+    up,
+    y,
+    scale,
+    M,
+    K,
+    x_stride,
+    up_stride,
+    pitch,
+    bound,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    k = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    mask = (row < M)[:, None, None] & (k < K)
+    value = load_values(x, up, row[:, None, None], x_stride, up_stride, k, mask, GATED)
+    amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=2)
+    s = scale_of(amax, bound, BOUNDED, UE8M0)
+    at = tl.cast(group, tl.int64)[None, :] * pitch + row[:, None]
+    tl.store(scale + at, s, mask=(row < M)[:, None] & (group * GROUP < K)[None, :])
+    tl.store(y + row[:, None, None] * K + k, encode(value, s[:, :, None], y.dtype.element_ty), mask=mask)

@@ -1,0 +1,54 @@
+"""torch's own FP8 products behind our quantization kernels: cuBLASLt and CUTLASS where they are hard to beat."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...numerics import expand_scale
+from ...scaled import ScaledTensor
+from .. import torch_mm
+from ..base import Prepared
+
+
+def multiply_rows(
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """torch's row-wise product of operands that are quantized already; N and K are multiples of 16."""
+    from . import replay
+
+    w, w_scale = weight.extra
+    if x_scale.numel() != xq.shape[0]:
+        x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
+    fused = bias if bias is not None and bias.dtype == out_dtype else None
+    options = {"bias": fused, "out_dtype": out_dtype, "use_fast_accum": weight.fast}
+    y: torch.Tensor = replay.call(torch._scaled_mm, xq, w, x_scale, w_scale, **options)
+    return y if bias is None or fused is not None else y + bias.to(out_dtype)
+
+
+def multiply_blocks(
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """torch's 1x128 by 128x128 product of any number of tokens; cuBLASLt takes 4 at a time (vllm#49932)."""
+    from . import replay
+
+    w, w_scale = weight.extra
+    m = xq.shape[0]
+    if m % 4:
+        xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
+        x_scale = F.pad(x_scale.t(), (0, -m % 4)).t()
+    y: torch.Tensor = replay.call(torch_mm.multiply_blocks, xq, w, x_scale, w_scale)
+    y = (y[:m] if m % 4 else y).to(out_dtype)
+    return y if bias is None else y + bias.to(out_dtype)
+
+
+def operands(weight: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and its scales as torch's products read them, views made once.
+
+    The transposed weight ``[K, N]``, and scales ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``; of a stack each.
+    """
+    w = weight.data.transpose(-2, -1)
+    if weight.granularity.cols is not None:
+        return w, torch_mm.block_scales(weight.scale)
+    scale = expand_scale(weight.scale, weight.granularity, weight.shape)
+    return w, scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)

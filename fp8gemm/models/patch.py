@@ -1,0 +1,185 @@
+"""Patching a model: plan every layer first, then convert; and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..checkpoint import give_saving_back, redirect_saving
+from ..progress import progress
+from ..scaled import FP8GemmOptions
+from ..weights import FP8Linear, FP8Weight, own_weights, revert
+from ..weights.report import KEPT, Report, Row
+from .gated import split_gated
+from .selection import ModuleFilter, Step, plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def enable_fp8_gemm(
+    model: Model,
+    *,
+    options: FP8GemmOptions | None = None,
+    module_filter: ModuleFilter | None = None,
+    inplace: bool = True,
+) -> Model:
+    """Makes every Linear of ``model``, and every stack of experts, run on FP8 weights.
+
+    Each layer stays the same object under the same name, so hooks, shared modules and references of any kind
+    survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
+    ``save_pretrained`` of a transformers model writes what ``save_checkpoint`` does from then on.
+
+    The original weights are freed as it goes; ``FP8GemmOptions(fp16_weight_storage="keep")`` holds them for an exact
+    undo. Everything that can fail is checked before the first layer changes. What interrupts the work later, such as
+    Ctrl-C, puts every layer back: with its own weight, or, where that was freed already, dequantized; then a warning
+    says how many those are.
+
+    Args:
+        options: see ``FP8GemmOptions``.
+        module_filter: which layers: a callable ``(name, module) -> bool``, or one or more glob patterns over the
+            full names (``"*.mlp.*"``); a pattern that begins with ``!`` excludes.
+        inplace: False leaves ``model`` as it is and returns a converted copy that shares nothing with it.
+
+    Returns:
+        ``model`` itself, or the copy.
+
+    Raises:
+        ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
+        UnsupportedError: the engine that was named cannot run a layer. Nothing has been touched then.
+    """
+    options = options or FP8GemmOptions()
+    steps = plan(model, options=options, module_filter=module_filter)
+    if not inplace:
+        return _converted_copy(model, steps, options)
+    _convert_all(model, steps, options)
+    if options.fp16_weight_storage == "discard":
+        _return_freed_memory()
+    return model
+
+
+def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
+    """Gives every layer its former self back: the same object with its own weight, or, where that was discarded, with
+    the dequantized one.
+
+    Returns:
+        ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
+    """
+    rows = []
+    give_saving_back(model)
+    split_gated(model)
+    for prefix, module in list(model.named_modules()):
+        module.__dict__.pop(KEPT, None)
+        for parameter, weight in own_weights(module):
+            layer = parameter == "weight" and isinstance(module, nn.Linear)
+            name = prefix if layer else f"{prefix}.{parameter}".strip(".")
+            size, shape = weight.numel() * weight.dtype.itemsize, tuple(weight._home.layout.shape)
+            exact = module.revert() if isinstance(module, FP8Linear) else revert(module, parameter)
+            reason = "original weight" if exact else "dequantized weight: the original was discarded"
+            rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
+    return model, Report(tuple(rows))
+
+
+def _convert_all(model: nn.Module, steps: list[Step], options: FP8GemmOptions) -> None:
+    todo = [step for step in steps if step.converts]
+    reasons = [(step.module, dict(step.module.__dict__.get(KEPT, {}))) for step in steps]
+    begun: list[Step] = []
+    try:
+        for step in progress(todo, what="quantizing to FP8", total=len(todo)):
+            parameter = step.make(options)  # touches nothing
+            begun.append(step)
+            step.place(parameter)
+        _remember_kept(steps)
+        redirect_saving(model)
+    except BaseException as error:  # of any kind, Ctrl-C too: the model goes back to what it was, and the error goes on
+        with _undisturbed():
+            _put_back(model, reasons, begun, error)
+        raise
+
+
+def _put_back(
+    model: nn.Module,
+    reasons: list[tuple[nn.Module, dict[str, str]]],
+    begun: list[Step],
+    error: BaseException,
+) -> None:
+    lost = 0
+    for step in begun:
+        lost += step.revert()
+    give_saving_back(model)
+    redirect_saving(model)  # of what was FP8 before
+    for module, former in reasons:
+        module.__dict__.pop(KEPT, None)
+        if former:
+            module.__dict__[KEPT] = former
+    if lost:
+        text = (
+            f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came back "
+            "dequantized from FP8; load the model again, or use FP8GemmOptions(fp16_weight_storage='keep')"
+        )
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(text)
+        warnings.warn(text, stacklevel=4)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts another Ctrl-C off until layers are whole again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed below the top of its heap; in a patched model that is half of what it was."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) -> Model:
+    """A deep copy in which FP8 weights take the place of dense ones, which are never copied themselves."""
+    todo = [step for step in steps if step.converts]
+    memo: dict[int, Any] = {}
+    twins: list[nn.Parameter] = []
+    for step in progress(todo, what="quantizing to FP8", total=len(todo)):
+        twin = step.make(options)
+        assert isinstance(twin, FP8Weight)
+        if twin._home.original is not None or twin._home.dense is not None:
+            twin = copy.deepcopy(twin)  # of its own, where it holds the original
+            if twin._home.dense is None and not twin.is_meta:
+                twin._home.form(twin.dtype)
+        twins.append(twin)
+        memo[id(step.module._parameters[step.parameter])] = twin
+    result = copy.deepcopy(model, memo)
+    for step, twin in zip(todo, twins, strict=True):
+        step.place(twin, result.get_submodule(step.owner))
+    _remember_kept([replace(step, module=result.get_submodule(step.owner)) for step in steps if not step.converts])
+    redirect_saving(result)
+    return result
+
+
+def _remember_kept(steps: list[Step]) -> None:
+    """Writes the reasons where the report reads them."""
+    for step in steps:
+        if not step.converts:
+            reasons = step.module.__dict__.setdefault(KEPT, {})
+            reasons[step.stack] = step.reason

@@ -1,0 +1,174 @@
+"""The report: what became of every Linear, what it takes, and what really ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .linear import FP8Linear
+from .persistence import own_weights
+from .structure import STACK_NAMES, stacks
+from .weight import FP8Weight
+
+KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the stack that was left as it is, "" for the module itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layer: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of its weight.
+
+    ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` are
+    counted since patching, outside torch.compile.
+    """
+
+    name: str
+    status: str
+    shape: tuple[int, ...]
+    reason: str = ""
+    engine: str = ""
+    scheme: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    calls: int = 0
+    kernels: tuple[tuple[str, int], ...] = ()
+    dequantizations: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every Linear of a model, converted or kept; ``str`` of it is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def converted(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.status == "fp8")
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.status == "kept")
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all these layers' weights, before patching."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        rows = [{**asdict(row), "kernels": dict(row.kernels)} for row in self.rows]
+        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "rows": rows}
+
+    def __str__(self) -> str:
+        header = ("layer", "weight", "runs on", "MB before", "after", "calls", "kernels", "dequantized")
+        table = [header, *(_cells(row) for row in self.rows), self._total()]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _total(self) -> tuple[str, ...]:
+        name = f"{len(self.converted)} converted, {len(self.kept)} kept"
+        calls = sum(row.calls for row in self.rows)
+        dequantized = sum(row.dequantizations for row in self.rows)
+        sizes = (_megabytes(self.bytes_before), _megabytes(self.bytes_after))
+        return (name, "", "", *sizes, str(calls), "", str(dequantized))
+
+
+def report(model: nn.Module) -> Report:
+    """What became of every Linear of ``model`` and every other matrix that was seen, and what has run since."""
+    return Report(tuple(_rows(model)))
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    modules = list(model.named_modules())
+    patched = any(own_weights(module) or KEPT in module.__dict__ for _, module in modules)
+    seen: set[int] = set()  # homes: a tied weight has one row
+    for name, module in modules:
+        for parameter, weight in own_weights(module):
+            if id(weight._home) not in seen:
+                seen.add(id(weight._home))
+                layer = parameter == "weight" and isinstance(module, nn.Linear)
+                yield _converted_row(name if layer else f"{name}.{parameter}".strip("."), weight)
+        reasons = module.__dict__.get(KEPT, {})
+        for parameter, reason in reasons.items():
+            if not isinstance(module._parameters.get(parameter or "weight"), FP8Weight):
+                yield _kept_row(f"{name}.{parameter}".strip(".") if parameter else name, module, parameter, reason)
+        if patched and not reasons:
+            yield from _later_rows(name, module)
+
+
+def _later_rows(name: str, module: nn.Module) -> Iterator[Row]:
+    """Dense Linears and stacks of experts that nobody decided about: they came after patching."""
+    own = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and own is not None and not isinstance(own, FP8Weight):
+        replaced = isinstance(module, FP8Linear)
+        reason = "its weight was replaced by a dense one after patching" if replaced else "added after patching"
+        yield _kept_row(name, module, "", reason)
+    for stack in stacks(module):
+        if stack in STACK_NAMES and not isinstance(module._parameters[stack], FP8Weight):
+            yield _kept_row(f"{name}.{stack}".strip("."), module, stack, "added after patching")
+
+
+def _converted_row(name: str, weight: FP8Weight) -> Row:
+    home, activity = weight._home, weight._home.activity
+    return Row(
+        name=name or "(the model itself)",
+        status="fp8",
+        shape=tuple(home.layout.shape),
+        engine=home.engine or "",
+        scheme=str(home.scheme),
+        bytes_before=weight.numel() * weight.dtype.itemsize,
+        bytes_after=home.nbytes,
+        calls=activity.calls,
+        kernels=tuple(Counter(activity.kernels).most_common()),
+        dequantizations=activity.dequantizations,
+    )
+
+
+def _kept_row(name: str, module: nn.Module, stack: str, reason: str) -> Row:
+    """A layer's row counts its matrices, a stack's row that stack."""
+    own = module._parameters
+    matrices = [
+        parameter
+        for parameter in ([own.get(stack)] if stack else own.values())
+        if parameter is not None
+        and not isinstance(parameter, nn.UninitializedParameter)
+        and (stack or parameter.dim() == 2)
+    ]
+    size = sum(matrix.nbytes for matrix in matrices)
+    return Row(
+        name=name or "(the model itself)",
+        status="kept",
+        shape=tuple(matrices[0].shape) if matrices else (),
+        reason=reason,
+        bytes_before=size,
+        bytes_after=size,
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    runs_on = row.engine or "not materialized" if row.status == "fp8" else f"kept: {row.reason}"
+    kernels = ", ".join(f"{name} x{count}" for name, count in row.kernels)
+    shape = "x".join(str(size) for size in row.shape)
+    calls, dequantized = (str(row.calls), str(row.dequantizations)) if row.status == "fp8" else ("", "")
+    return (
+        row.name,
+        shape,
+        runs_on,
+        _megabytes(row.bytes_before),
+        _megabytes(row.bytes_after),
+        calls,
+        kernels,
+        dequantized,
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"

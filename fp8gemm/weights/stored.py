@@ -1,0 +1,71 @@
+"""The bytes of a quantized weight, and the forms that engines made of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+from ..engines import Prepared, restore
+from ..scaled import ScaledTensor
+
+_lock = threading.RLock()
+
+
+def lock() -> threading.RLock:
+    """Of quantizing, packing and settling, which are rare; one for all weights."""
+    return _lock
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and is not in the child
+
+
+class Stored:
+    """A quantized weight at one moment. Its bytes are never written to: a change makes another, published at once.
+
+    Copies of a weight share it until they are written to. Either ``plain`` bytes ``[..., N, K]`` are there, or the form
+    that an engine ``packed`` them into, from which they can be restored; both where they share memory.
+    """
+
+    __slots__ = ("forms", "packed", "plain")
+
+    def __init__(self, plain: ScaledTensor | None, packed: Prepared | None = None) -> None:
+        self.plain, self.packed = plain, packed
+        self.forms: dict[Any, Prepared] = {}  # of parts, other devices and other dtypes
+
+    @property
+    def device(self) -> torch.device:
+        holder = self.packed if self.plain is None else self.plain
+        assert holder is not None
+        return holder.device
+
+    def scaled(self) -> ScaledTensor:
+        """The plain bytes and float32 scales, bit for bit; new memory where an engine packed them."""
+        if (plain := self.plain) is not None:
+            return plain
+        assert self.packed is not None
+        return restore(self.packed)
+
+    def hold(self, packed: Prepared) -> None:
+        """Takes the form that products use; plain bytes that it does not share memory with are let go."""
+        plain = self.plain
+        shares = plain is not None and _same_memory(plain.data, packed.data)
+        self.packed = packed
+        if not shares:
+            self.plain = None
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if type(a) is not torch.Tensor or a.is_meta:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape

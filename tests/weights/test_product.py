@@ -1,0 +1,213 @@
+"""What torch.compile sees of a product: an op, and before it the rounding of activations where that can be fused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import fp8gemm
+from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize
+from fp8gemm.engines import ENGINES
+from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.engines.triton.engine import TritonEngine
+from fp8gemm.engines.triton.plan import place
+from fp8gemm.weights import product
+
+BEYOND = 8
+
+
+class Apart(ReferenceEngine):
+    """Leaves up to 8 tokens as they are, as a GPU engine does, and rounds more before its product."""
+
+    traceable = False
+
+    def rounds(self, m, weight, dtype=torch.bfloat16):
+        return weight.scheme if m > BEYOND else weight.scheme.weight_only()
+
+    def linear(self, x, weight, bias, out_dtype):
+        scheme = self.rounds(x.shape[0], weight)
+        return super().linear(x, replace(weight, scheme=scheme), bias, out_dtype)
+
+    def prepare(self, weight, scheme, *, input_scale=None):
+        prepared = super().prepare(weight, scheme, input_scale=input_scale)
+        return replace(prepared, apart=scheme.activation, few=BEYOND)
+
+    def linear_quantized(self, x: ScaledTensor, weight, bias, out_dtype):
+        unrounded = replace(weight, scheme=weight.scheme.weight_only())
+        return super().linear(dequantize(x), unrounded, bias, out_dtype)
+
+
+class Graphs:
+    """A backend that keeps what it was given and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: object) -> object:
+        self.seen.append(graph)
+        return graph.forward
+
+    def names(self, index: int) -> str:
+        return " ".join(str(node.target) for node in self.seen[index].graph.nodes)
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    engines = {**ENGINES, "reference": Apart()}
+    for room in (product, fp8gemm.engines.choice):
+        monkeypatch.setattr(room, "ENGINES", engines)
+
+
+def layer_of(scheme: str = "row", **more: object) -> FP8Linear:
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    options = FP8GemmOptions(engine="reference", scheme=scheme, fp16_weight_storage="discard", **more)  # type: ignore[arg-type]
+    return FP8Linear.from_linear(linear, options)
+
+
+@pytest.mark.parametrize("scheme", ["row", "tensor", "block"])
+def test_the_compiler_sees_the_rounding(scheme: str) -> None:
+    layer, graphs = layer_of(scheme), Graphs()
+    x = torch.randn(40, 256)
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" in graphs.names(0)
+    assert graphs.names(0).count("fp8gemm.linear") == 1
+
+
+def test_static_scales_too() -> None:
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    scheme = replace(FP8GemmOptions(scheme="tensor").resolved_scheme, static=True)
+    options = FP8GemmOptions(engine="reference", scheme=scheme, fp16_weight_storage="discard")
+    dense = FP8Linear.from_linear(linear, FP8GemmOptions(engine="reference", scheme="tensor"))
+    layer = FP8Linear.convert(linear, options, weight=dense.scaled(), input_scale=torch.tensor(0.005))
+    x, graphs = torch.randn(40, 256), Graphs()
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" not in graphs.names(0)
+    assert "clamp" in graphs.names(0)
+
+
+def test_few_tokens_are_left_to_the_engine() -> None:
+    layer, graphs = layer_of(), Graphs()
+    x = torch.randn(BEYOND, 256)
+    assert torch.compile(layer, fullgraph=True, backend=graphs)(x).equal(layer(x))
+    assert "amax" not in graphs.names(0)
+
+
+def test_two_graphs_serve_every_number_of_tokens() -> None:
+    layer, graphs = layer_of(), Graphs()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for m in (3, 100, 5, 9, 8, 31, 2, 700):
+        x = torch.randn(m, 256)
+        assert compiled(x).equal(layer(x)), m
+    assert len(graphs.seen) == 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_serves_every_number_of_tokens(strict: bool) -> None:
+    layer = layer_of().eval()
+    shapes = ({0: torch.export.Dim("m", max=1000)},)
+    exported = torch.export.export(layer, (torch.randn(40, 256),), dynamic_shapes=shapes, strict=strict).module()
+    for m in (3, 40, 700):
+        x = torch.randn(m, 256)
+        assert exported(x).equal(layer(x)), m
+
+
+def test_inductor_and_gradients() -> None:
+    model = nn.Sequential(nn.LayerNorm(256), layer_of()).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(40, 256, requires_grad=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, model(x), rtol=2e-2, atol=2e-2)
+    y.square().sum().backward()
+    found, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    assert found is not None
+    assert x.grad is not None
+    assert (found - x.grad).norm() <= 3e-2 * x.grad.norm()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning",
+    "ignore:`torch.jit.trace:FutureWarning",
+    "ignore::torch.jit.TracerWarning",
+)
+def test_jit_tracing_records_the_product() -> None:
+    """Not the outputs of the example as constants."""
+    layer = layer_of()
+    traced = torch.jit.trace(layer, torch.randn(20, 256))
+    for m in (20, 33):
+        x = torch.randn(m, 256)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", ["row", "block"])
+def test_the_triton_engine_is_traced_without_a_card(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of its dispatch is looked into, which reads files and asks drivers."""
+    monkeypatch.setattr(TritonEngine, "place", lambda engine, device: place((9, 0)))
+    monkeypatch.setattr(TritonEngine, "rejects", lambda engine, spec, machine: [])
+    linear = nn.Linear(512, 64, dtype=torch.bfloat16).requires_grad_(False)
+    options = FP8GemmOptions(engine="triton", scheme=scheme, fp16_weight_storage="discard")  # type: ignore[arg-type]
+    layer = FP8Linear.from_linear(linear, options)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+
+        def run(*given: object) -> tuple[torch.Tensor]:
+            x = next(
+                one for one in given if isinstance(one, torch.Tensor) and one.dtype == torch.bfloat16 and one.dim() == 2
+            )
+            return (torch.zeros(x.shape[0], 64),)
+
+        return run
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for m in (7, 3, 100, 16, 700):
+        assert compiled(torch.randn(m, 512, dtype=torch.bfloat16)).shape == (m, 64)
+    assert ["amax" in names for names in graphs] == [False, True]
+
+
+class Remembers(nn.Module):
+    """Changes a dict before its product, as caches and keyword arguments do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["seen"] = x
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_forward_that_changes_a_dict_compiles_whole(engine: str) -> None:
+    model = fp8gemm.enable_fp8_gemm(Remembers(), options=FP8GemmOptions(engine=engine))
+    x, cache = torch.randn(2, 64), {}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x, cache), model(x, {}), atol=1e-5)
+    assert cache["seen"] is x
+    assert torch._dynamo.explain(model)(x, {}).graph_break_count == 0
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.10's own archive
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "derived"])
+def test_an_exported_program_holds_its_bytes_once_and_takes_others(extra: bool, monkeypatch, tmp_path) -> None:
+    """Also where the engine multiplies by tensors that it derived from the bytes, such as a scale a column."""
+    if extra:
+        monkeypatch.setattr(fp8gemm.engines.cpu, "_library", lambda *operands: None)
+    monkeypatch.setattr(product, "ENGINES", ENGINES)
+    linears = (nn.Linear(512, 512), nn.Linear(512, 512))
+    first, second = (fp8gemm.enable_fp8_gemm(linear.requires_grad_(False)) for linear in linears)
+    packed = first.home.stored.packed
+    assert bool(packed.extra) == extra or not extra  # machines without a compiler derive in both cases
+    x = torch.randn(2, 512)
+    exported = torch.export.export(first, (x,))
+    torch.export.save(exported, tmp_path / "program.pt2")
+    assert (tmp_path / "program.pt2").stat().st_size < 1.3 * 512 * 512
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    assert program(x).equal(first(x))
+    program.load_state_dict({"weight": second.weight, "bias": second.bias})
+    assert program(x).equal(second(x))

@@ -123,8 +123,8 @@ def _put_back(
             module.__dict__[KEPT] = former
     if lost:
         text = (
-            f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came back "
-            "dequantized from FP8; load the model again, or use FP8GemmOptions(fp16_weight_storage='keep')"
+            f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came "
+            "back dequantized from FP8; load the model again, or use FP8GemmOptions(fp16_weight_storage='keep')"
         )
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(text)

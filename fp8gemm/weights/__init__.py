@@ -2,7 +2,7 @@
 
 from . import copies, products, writes  # handlers register themselves
 from .activity import Activity
-from .convert import convert, made, put, revert
+from .convert import Change, convert, leave, made, put, revert
 from .home import Home
 from .linear import FP8Linear
 from .persistence import own_weights
@@ -10,11 +10,13 @@ from .weight import FP8Weight
 
 __all__ = [
     "Activity",
+    "Change",
     "FP8Linear",
     "FP8Weight",
     "Home",
     "convert",
     "copies",
+    "leave",
     "made",
     "own_weights",
     "products",

@@ -57,6 +57,7 @@ class Home:
         self.activity = Activity()
         self.owned = False
         self.version = 0
+        self.flat: tuple[dict[str, torch.Tensor], Any] | None = None  # of this version, as graphs are handed it
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +140,7 @@ class Home:
 
     def _publish(self, stored: Stored) -> None:
         """Other threads see the weight as it was, or this."""
-        self.stored = stored
+        self.stored, self.flat = stored, None
         self.version += 1
 
     def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
@@ -250,6 +251,7 @@ class Home:
                 self.stored = None
             elif self.stored is not None:
                 self.stored = Stored(self.stored.scaled())
+            self.flat = None
             self.version += 1
 
     # --- copies ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class Context:
 
 def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Context]:
     """The tensors by name, and the rest. What an engine packed is handed over packed, without what it derives."""
+    if home.flat is not None and not home.pending:  # guards ask for it at every call
+        return home.flat
     stored = home.settle()
     if stored is not None and stored.packed is None and native.plain(stored.scaled().data) and not home.is_meta:
         home.form(dtype)
@@ -57,7 +59,10 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor
         )
     if home.input_scale is not None:
         tensors["_inner_input_scale"] = home.input_scale
-    return tensors, Context(home.options, home.scheme, home.layout, home.owned, facts)
+    context = Context(home.options, home.scheme, home.layout, home.owned, facts)
+    if native.plain(*tensors.values()):
+        home.flat = (tensors, context)
+    return tensors, context
 
 
 def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:

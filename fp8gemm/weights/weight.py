@@ -215,8 +215,15 @@ class FP8Weight(torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    def _inner(name: str) -> Any:  # type: ignore[misc]
-        return property(lambda self: flatten_home(self._home, self.dtype)[0][name])
+    def _inner(name: str) -> Any:  # type: ignore[misc]  # noqa: N805
+        def get(self: FP8Weight) -> torch.Tensor:
+            home = self._home
+            flat = home.flat
+            if flat is None or home.pending:
+                flat = flatten_home(home, self.dtype)
+            return flat[0][name]
+
+        return property(get)
 
     # Not by __getattr__, with which Dynamo takes no attribute of a tensor for what it is.
     _inner_data, _inner_scale = _inner("_inner_data"), _inner("_inner_scale")

@@ -18,8 +18,8 @@ from ..errors import CheckpointError
 from ..formats import Format, Layer, TensorInfo, Written, writer
 from ..formats.base import UE8M0_DTYPES
 from ..formats.naming import expert_slices, file_name
-from ..numerics import quantize_weight
 from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
+from ..weights.quantization import quantize_weight
 from .fill import powers_of_two
 from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse

@@ -61,10 +61,9 @@ class Home:
 
     @property
     def device(self) -> torch.device:
-        if self.stored is not None:
-            return self.stored.device
-        assert self.dense is not None
-        return self.dense.device
+        holder = self.dense if self.stored is None else self.stored
+        assert holder is not None
+        return holder.device
 
     @property
     def is_meta(self) -> bool:
@@ -139,7 +138,6 @@ class Home:
             return self.stored
 
     def _publish(self, stored: Stored) -> None:
-        """Other threads see the weight as it was, or this."""
         self.stored, self.flat = stored, None
         self.version += 1
 

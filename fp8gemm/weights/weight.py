@@ -215,7 +215,7 @@ class FP8Weight(torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    def _inner(name: str) -> Any:  # type: ignore[misc]  # noqa: N805
+    def _inner(name: str) -> Any:  # type: ignore[misc]
         def get(self: FP8Weight) -> torch.Tensor:
             home = self._home
             flat = home.flat

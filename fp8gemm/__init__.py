@@ -8,8 +8,9 @@ from .checkpoint import (
     quantize_checkpoint,
     save_checkpoint,
 )
-from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
+from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe, register_engine
 from .errors import CheckpointError, UnsupportedError
+from .formats import register_format
 from .models.gated import fuse_gated
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
 from .models.selection import plan
@@ -68,6 +69,8 @@ __all__ = [
     "probe",
     "quantize",
     "quantize_checkpoint",
+    "register_engine",
+    "register_format",
     "report",
     "save_checkpoint",
     "warmup",

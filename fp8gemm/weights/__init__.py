@@ -1,6 +1,6 @@
 """The FP8 weight: a parameter that multiplies by itself, whoever owns it."""
 
-from . import copies, products, writes  # handlers register themselves
+from . import copies, functions, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import convert, made, put, revert
 from .home import Home
@@ -15,6 +15,7 @@ __all__ = [
     "Home",
     "convert",
     "copies",
+    "functions",
     "made",
     "own_weights",
     "products",

@@ -111,6 +111,8 @@ def revert(module: nn.Module, name: str) -> bool:
             parameter.data = parameter.data.to(weight.device)
     parameter.__dict__.update(_attributes(weight))
     module._parameters[name] = parameter
+    if home.stored is not None:
+        home.stored.forget_calls()
     leave(module)
     remove_hooks(module)
     return exact

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..scaled import ScaledTensor
+from .dispatch import OPERATIONS, implements
 from .geometry import Layout, Part
 from .home import Home
 from .stored import Stored
-from .weight import OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 

@@ -138,6 +138,8 @@ class Home:
             return self.stored
 
     def _publish(self, stored: Stored) -> None:
+        if self.stored is not None:
+            self.stored.forget_calls()
         self.stored, self.flat = stored, None
         self.version += 1
 

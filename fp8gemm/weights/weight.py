@@ -9,31 +9,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import native
 from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
+from .dispatch import FUNCTIONS, OPERATIONS
 from .geometry import Layout, Part, part_of
 from .home import Home
 from .tracing import flatten_home, unflatten_home
 from .values import read
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset, in elements
-
-# What handles a function of torch's, and an operation below autograd; the operation None takes all others. A handler
-# gives NotImplemented for what it leaves to them. Filled by the files beside this one.
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-OPERATIONS: dict[Any, Callable[..., Any]] = {}
-
-
-def implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a handler for these functions or operations."""
-
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        table.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
 
 
 class _Flatten:
@@ -311,22 +296,6 @@ class FP8Weight(torch.Tensor):
             if result is not NotImplemented:
                 return result
         return OPERATIONS[None](func, args, kwargs)
-
-
-@implements(FUNCTIONS, torch.Tensor.detach)
-def _detach(weight: FP8Weight) -> Any:
-    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
-    return weight.like() if native.plain() and not torch.compiler.is_compiling() else NotImplemented
-
-
-@implements(FUNCTIONS, torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
-def _ask_for_gradient(weight: FP8Weight, requires_grad: bool = True) -> Any:
-    if not requires_grad:
-        return NotImplemented
-    raise UnsupportedError(
-        f"an FP8 weight of shape {tuple(weight.shape)} takes no gradient: train adapters beside it (LoRA), keep the "
-        "layer dense by module_filter, or disable_fp8_gemm(model) first"
-    )
 
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:

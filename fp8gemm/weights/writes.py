@@ -8,8 +8,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import UnsupportedError
+from .dispatch import OPERATIONS, implements
 from .home import Home
-from .weight import OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 

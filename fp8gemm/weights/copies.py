@@ -207,7 +207,7 @@ def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
     ours.scale.copy_(theirs.scale)
     for stored in (a, b):
         stored.forms = {}
-    target._home.version += 1
+    target._home.touch()
     return target
 
 

@@ -57,7 +57,11 @@ class Home:
         self.activity = Activity()
         self.owned = False
         self.version = 0
-        self.flat: tuple[dict[str, torch.Tensor], Any] | None = None  # of this version, as graphs are handed it
+        self.flat: tuple[list[str], Any] | None = None  # what graphs are handed of this version: names, the rest
+        self.inner_data: torch.Tensor | None = None  # the tensors, set with ``flat``
+        self.inner_scale: torch.Tensor | None = None
+        self.inner_input_scale: torch.Tensor | None = None
+        self.inner_dense: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -137,11 +141,17 @@ class Home:
             assert self.stored is not None
             return self.stored
 
+    def touch(self) -> None:
+        """Notes a change: of what was bound or handed to a graph before nothing fits any more."""
+        self.version += 1
+        self.flat = None
+        self.inner_data = self.inner_scale = self.inner_input_scale = self.inner_dense = None
+
     def _publish(self, stored: Stored) -> None:
         if self.stored is not None:
             self.stored.forget_calls()
-        self.stored, self.flat = stored, None
-        self.version += 1
+        self.stored = stored
+        self.touch()
 
     def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
         """Takes other bytes and scales; pending writes and a kept original are of the former weight and go."""
@@ -251,8 +261,7 @@ class Home:
                 self.stored = None
             elif self.stored is not None:
                 self.stored = Stored(self.stored.scaled())
-            self.flat = None
-            self.version += 1
+            self.touch()
 
     # --- copies ----------------------------------------------------------------------------------------------------
 

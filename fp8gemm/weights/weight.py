@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -190,8 +191,8 @@ class FP8Weight(torch.Tensor):
         return self
 
     def _flatten(self) -> tuple[list[str], Any]:
-        tensors, context = flatten_home(self._home, self.dtype)
-        return list(tensors), (context, self.dtype, self.stride(), self.offset)
+        names, context = flatten_home(self._home, self.dtype)
+        return names, (context, self.dtype, self.stride(), self.offset)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -200,20 +201,12 @@ class FP8Weight(torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    def _inner(name: str) -> Any:  # type: ignore[misc]
-        def get(self: FP8Weight) -> torch.Tensor:
-            home = self._home
-            flat = home.flat
-            if flat is None or home.pending:
-                flat = flatten_home(home, self.dtype)
-            return flat[0][name]
-
-        return property(get)
-
-    # Not by __getattr__, with which Dynamo takes no attribute of a tensor for what it is.
-    _inner_data, _inner_scale = _inner("_inner_data"), _inner("_inner_scale")
-    _inner_input_scale, _inner_dense = _inner("_inner_input_scale"), _inner("_inner_dense")
-    del _inner
+    # Set by ``flatten_home``, which every graph asks first. In C, as torch 2.10's Dynamo would trace a getter in Python
+    # each time that its own guards ask; and not by __getattr__, with which it misreads every attribute of a tensor.
+    _inner_data = property(attrgetter("_home.inner_data"))
+    _inner_scale = property(attrgetter("_home.inner_scale"))
+    _inner_input_scale = property(attrgetter("_home.inner_input_scale"))
+    _inner_dense = property(attrgetter("_home.inner_dense"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
         if id(self) in memo:

@@ -54,7 +54,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*tree_map_only(FP8Weight, values, args), **tree_map_only(FP8Weight, values, kwargs))
     finally:
         for home, _ in masters.values():
-            home.version += 1
+            home.touch()
     back = {id(made[id(weight)][1]): weight for weight in written if id(weight) in made}
     return tree_map_only(torch.Tensor, lambda t: back.get(id(t), t), result)
 

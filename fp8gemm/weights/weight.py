@@ -42,6 +42,14 @@ class FP8Weight(torch.Tensor):
 
     It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
     FP8; reading it in any other way gives the dequantized values; writing to it, or to a view, changes the weight.
+
+    Example:
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> layer = enable_fp8_gemm(torch.nn.Linear(64, 32))
+        >>> with torch.no_grad():
+        ...     layer.weight[0] = 0.5
+        >>> layer.weight[0, :3], isinstance(layer.weight, torch.nn.Parameter)
+        (FP8Weight([0.5000, 0.5000, 0.5000], weight row, activation row), True)
     """
 
     _home: Home
@@ -254,12 +262,14 @@ class FP8Weight(torch.Tensor):
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        parameter = "Parameter, " if isinstance(self, nn.Parameter) else ""
-        waiting = ", not quantized yet" if self._home.stored is None else ""
-        return (
-            f"FP8Weight({parameter}shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, "
-            f"{self._home.scheme}{waiting})"
-        )
+        """As of a dense tensor, with the scheme; without values where somebody traces, or there are none."""
+        if self.is_meta or not native.plain() or torch.compiler.is_compiling():
+            shown = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}"
+        else:
+            activity, before = self._home.activity, self._home.activity.dequantizations
+            shown = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")")
+            activity.dequantizations = before
+        return f"FP8Weight({shown}, {self._home.scheme})"
 
     # --- operations ------------------------------------------------------------------------------------------------
 

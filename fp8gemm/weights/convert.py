@@ -127,7 +127,7 @@ def leave(module: nn.Module) -> None:
 
 def _attributes(parameter: Any) -> dict[str, Any]:
     """What others have written on a parameter, such as ``tensor_model_parallel``."""
-    return {key: value for key, value in vars(parameter).items() if key not in ("_home", "_fresh")}
+    return {key: value for key, value in vars(parameter).items() if key not in ("_home", "_fresh", "_source")}
 
 
 def scheme_for(options: FP8GemmOptions, name: str, shape: tuple[int, ...]) -> Scheme:

@@ -16,6 +16,7 @@ from .prepared import quantized
 from .stored import Stored
 from .weight import FP8Weight
 
+_OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
 
 
@@ -129,7 +130,7 @@ def leave(module: nn.Module) -> None:
 
 def _attributes(parameter: Any) -> dict[str, Any]:
     """What others have written on a parameter, such as ``tensor_model_parallel``."""
-    return {key: value for key, value in vars(parameter).items() if key not in ("_home", "_fresh")}
+    return {key: value for key, value in vars(parameter).items() if key not in _OURS}
 
 
 def scheme_for(options: FP8GemmOptions, name: str, shape: tuple[int, ...]) -> Scheme:

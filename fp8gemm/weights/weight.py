@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import native
 from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
@@ -54,6 +55,7 @@ class FP8Weight(torch.Tensor):
 
     _home: Home
     _fresh: bool
+    _source: FP8Weight  # what it was detached from, whose writes autograd counts
     _is_param: bool
 
     @staticmethod
@@ -87,7 +89,10 @@ class FP8Weight(torch.Tensor):
     ) -> FP8Weight:
         """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
         size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
-        return FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+        twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+        if home is None and (source := self.__dict__.get("_source")) is not None:
+            twin._source = source
+        return twin
 
     def turned_around(self) -> FP8Weight:
         """The last two dimensions exchanged."""
@@ -152,12 +157,15 @@ class FP8Weight(torch.Tensor):
     def data(self) -> torch.Tensor:
         if isinstance(self, nn.Parameter):
             self._home.owned = True
-        return self.detach()
+        view = self.detach()
+        view.__dict__.pop("_source", None)  # autograd does not see what is written to ``data``, as torch has it
+        return view
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
         """Becomes what ``values`` are: FP8 with its home, or dense values, which are quantized at the next product."""
         new = self.adopt(values)
+        self.__dict__.pop("_source", None)
         torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as C++ sees them
         self._home = new._home
 

@@ -1,5 +1,7 @@
 """The FP8 weight: a parameter that multiplies by itself, whoever owns it."""
 
+import torch
+
 from . import copies, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import convert, made, put, revert
@@ -7,6 +9,9 @@ from .home import Home
 from .linear import FP8Linear
 from .persistence import own_weights
 from .weight import FP8Weight
+
+if torch.distributed.is_available():
+    from . import bucket, collectives  # noqa: F401
 
 __all__ = [
     "Activity",

@@ -267,6 +267,8 @@ functional = torch.ops._c10d_functional
 def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
     """The ranks' weights one behind the other along the first dimension: in FP8 where their scales can be."""
     group, message = _resolved(group_name), Message.of(weight)
+    if hasattr(functional, "_wrap_tensor_autograd"):  # of torch 2.13, in a file that is imported when it is needed
+        OPERATIONS.setdefault(functional._wrap_tensor_autograd.default, _there_already)
     if not _agree(group, weight, message) or message is None:
         return NotImplemented
     buffer = functional.all_gather_into_tensor(message.write(), group_size, group_name)
@@ -284,6 +286,11 @@ def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
     twin = home.copy(Stored(scaled), Layout(tuple(scaled.shape), message.part.flipped))
     twin.scheme = scheme
     return FP8Weight(twin, weight.dtype)
+
+
+def _there_already(weight: FP8Weight) -> FP8Weight:
+    """In place of a tensor that waits when it is used."""
+    return _waited_for(weight).like()
 
 
 @implements(OPERATIONS, functional.wait_tensor.default)

@@ -102,6 +102,65 @@ def ddp(rank: int) -> None:
     assert all(map(same_everywhere, bytes_of(kept.weight)))
 
 
+SHAPES = [("row", 96), ("row", 97), ("tensor", 96), ("tensor", 97), ("block", 256), ("block", 192), ("block", 97)]
+
+
+class Adapted(nn.Module):
+    """A frozen FP8 model with a low-rank adapter beside it that trains."""
+
+    def __init__(self, scheme: str, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body = mlp(n, scheme, dtype=dtype)
+        self.down, self.up = nn.Linear(64, 4, bias=False, dtype=dtype), nn.Linear(4, 64, bias=False, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.body(x) + self.up(self.down(x)))
+
+
+@area
+def fsdp2(rank: int) -> None:
+    """Each rank holds its rows in FP8; the forward pass and the adapter's gradients are those of one process."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for scheme, n in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            alone, model = Adapted(scheme, n, dtype), Adapted(scheme, n, dtype)
+            expected = [bytes_of(alone.body[0].weight), bytes_of(alone.body[2].weight)]
+            for layer in (model.body[0], model.body[2]):
+                fully_shard(layer)
+            fully_shard(model)
+            rows = -(-n // WORLD)
+            shards = [model.body[place].weight.to_local() for place in (0, 2)]
+            assert all(type(shard) is FP8Weight for shard in shards)
+            assert shards[0].shape == (min(rows, n - rank * rows), 64)
+            assert shards[1].shape == (32, n)
+            for shard, padded in zip(shards, (rows * 64, 32 * n), strict=True):
+                scaled = shard.scaled()
+                assert scaled.data.nbytes == padded
+                assert scaled.scale.nbytes <= 4 * (scaled.data.shape[0] * -(-scaled.data.shape[1] // 128))
+            x = tokens(dtype)
+            for _ in range(3):
+                y = model(x)
+                torch.testing.assert_close(y, alone(x))
+                assert isinstance(model.body[0].weight, DTensor)
+                gathered = model.body[0]._get_fsdp_state()._fsdp_param_group.fsdp_params[0]
+                assert [t.untyped_storage().size() for t in gathered.all_gather_outputs] == [0, 0]
+                assert gathered.unsharded_param._home.stored.packed is None
+            y.square().sum().backward()
+            alone(x).square().sum().backward()
+            for name in ("down", "up"):
+                grad = getattr(model, name).weight.grad.full_tensor()
+                torch.testing.assert_close(grad, getattr(alone, name).weight.grad)
+            assert model.body[0].activity.dequantizations <= 2  # in backward only
+            for place, (data, scale) in zip((0, 2), expected, strict=True):
+                whole = model.body[place].weight.full_tensor()
+                assert type(whole) is FP8Weight
+                found = bytes_of(whole.clone())  # without the padding
+                assert found[0].equal(data), (scheme, n, place)
+                assert found[1].equal(scale)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, rank, store = sys.argv[1:]

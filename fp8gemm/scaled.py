@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -149,12 +151,14 @@ class Scheme:
         return f"weight {self.weight}, activation {how}{ue8m0}"
 
 
-SCHEMES: dict[SchemeName, Scheme] = {
-    "row": Scheme(weight=ROW, activation=ROW),
-    "tensor": Scheme(weight=TENSOR, activation=TENSOR),
-    "block": Scheme(weight=BLOCK_128, activation=GROUP_128),
-    "weight_only": Scheme(weight=ROW, activation=None),
-}
+SCHEMES: Mapping[SchemeName, Scheme] = MappingProxyType(
+    {
+        "row": Scheme(weight=ROW, activation=ROW),
+        "tensor": Scheme(weight=TENSOR, activation=TENSOR),
+        "block": Scheme(weight=BLOCK_128, activation=GROUP_128),
+        "weight_only": Scheme(weight=ROW, activation=None),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,10 @@ class LoadReport(Report):
         dequantized: FP8 on disk and dense in the model: embeddings, or all with ``dequantize=True``.
         suspicious: where the config says something else than the tensors.
         kv_scales: names of the scales of a key-value cache; ``Checkpoint.kv_scales`` reads them.
+
+    Example:
+        >>> LoadReport((), format="comfy", missing=("head.weight",)).to_dict()["missing"]
+        ('head.weight',)
     """
 
     format: str = ""

@@ -32,7 +32,12 @@ _REPLACED = ("config.json", "hf_quant_config.json", "params.json")
 
 @dataclass(frozen=True, kw_only=True)
 class WriteReport:
-    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense."""
+    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense.
+
+    Example:
+        >>> WriteReport(files=(), format="comfy", bytes_before=4, bytes_after=2, layers=("0",)).to_dict()["bytes_after"]
+        2
+    """
 
     files: tuple[Path, ...]
     format: str

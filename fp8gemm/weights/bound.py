@@ -96,6 +96,7 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
     home, bias = weight._home, layer._parameters.get("bias", x)
     if (
         home.pending
+        or type(home) is not Home  # FSDP2's goes when the layer has run
         or home.stored is None
         or home.stored.packed is None
         or home.stored.device != x.device

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
 from .. import native
-from ..scaled import ScaledTensor
+from ..scaled import Granularity, ScaledTensor, Scheme
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout, Part
 from .home import Home
+from .sharding import Sharded, refined, shard_scheme
 from .stored import Stored
 from .weight import FP8Weight
 
@@ -147,11 +149,14 @@ def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.dev
     return twin
 
 
-def _taken(weight: FP8Weight, *, to_write: bool = False) -> tuple[ScaledTensor, Part] | None:
+def _taken(
+    weight: FP8Weight, *, to_write: bool = False, grid: Granularity | None = None
+) -> tuple[ScaledTensor, Part] | None:
     stored, part = weight._home.settle(), weight.part()
     if stored is None or part is None:
         return None
-    taken = part.take(stored.scaled(), to_write=to_write)
+    scaled = stored.scaled() if grid is None else refined(stored.scaled(), grid)
+    taken = part.take(scaled, to_write=to_write)
     return None if taken is None else (taken, part)
 
 
@@ -202,23 +207,49 @@ def _shape_of(weight: FP8Weight, part: Part) -> tuple[int, ...]:
     return (*stack, b, a) if part.flipped else (*stack, a, b)
 
 
-def _blank(home: Home, shape: tuple[int, ...], device: torch.device) -> ScaledTensor:
-    grid = home.scheme.weight
+def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Scheme | None = None) -> ScaledTensor:
+    grid = (scheme or home.scheme).weight
     data = torch.zeros(shape, dtype=torch.uint8, device=device).view(home.options.weight_dtype)
     return ScaledTensor(data, torch.ones(grid.scale_shape(shape), dtype=torch.float32, device=device), grid)
 
 
 @implements(OPERATIONS, aten.new_zeros.default)
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
-    """What FSDP2 asks for: room for some rows of the weight."""
-    home = weight._home
-    size = tuple(size)
-    block = home.scheme.weight.rows
-    alike = len(size) == weight.dim() and size[1:] == tuple(weight.shape)[1:] and not home.layout.turned
-    if not alike or dtype not in (None, weight.dtype) or (len(size) == 2 and block is not None and size[0] % block):
+    """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
+    home, part, size = weight._home, weight.part(), tuple(size)
+    if (
+        part is None
+        or part.flipped != (len(size) == 3 and home.layout.turned)
+        or len(size) != weight.dim()
+        or size[1:] != tuple(weight.shape)[1:]
+        or 0 in size
+    ):
         return NotImplemented
-    blank = _blank(home, size, weight.device if device is None else torch.device(device))
-    return FP8Weight(home.copy(Stored(blank), Layout(size)), weight.dtype)
+    if dtype not in (None, weight.dtype) or (len(size) == 2 and home.layout.turned):
+        return NotImplemented
+    scheme = shard_scheme(home.scheme, weight.shape[0], size[0]) if len(size) == 2 else home.scheme
+    layout = Layout((size[0], *_shape_of(weight, part)[1:]), turned=part.flipped)
+    blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
+    if 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
+        return NotImplemented  # uneven shards' scales must fit into their rows
+    twin = home.copy(Stored(blank), layout)
+    twin.scheme = scheme
+    return FP8Weight(twin, weight.dtype)
+
+
+@implements(OPERATIONS, aten.constant_pad_nd.default)
+def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
+    """Zeros behind the last rows or columns, with which DTensor makes shards even."""
+    taken = None if weight._home.stored is None else _taken(weight)
+    if taken is None or value != 0 or any(pad[::2]) or min(pad) < 0:
+        return NotImplemented
+    scaled, part = taken
+    behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension
+    *stack, a, b = (size + more for size, more in zip(weight.shape, behind, strict=True))
+    blank = _blank(weight._home, (*stack, b, a) if part.flipped else (*stack, a, b), weight.device)
+    for whole, some in ((blank.data.view(torch.uint8), scaled.data.view(torch.uint8)), (blank.scale, scaled.scale)):
+        whole[tuple(map(slice, some.shape))] = some
+    return _own(weight, blank, part, weight.dtype)
 
 
 @implements(OPERATIONS, aten.copy_.default)
@@ -232,14 +263,21 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(source, FP8Weight) or source.shape != target.shape or source._home is target._home:
         return NotImplemented
     a, b = target._home, source._home
-    grids_differ = a.scheme.weight != b.scheme.weight or a.options.weight_dtype != b.options.weight_dtype
-    if grids_differ or a.stored is None or b.stored is None or a.original is not None:
+    grid = a.scheme.weight
+    grids_differ = grid != b.scheme.weight and (not isinstance(a.scheme, Sharded) or a.scheme.whole != b.scheme)
+    if (
+        grids_differ
+        or a.options.weight_dtype != b.options.weight_dtype
+        or a.stored is None
+        or b.stored is None
+        or a.original is not None
+    ):
         return NotImplemented
     if b.settle() is None or a.dense is not None:
         return NotImplemented  # written to and not rounded yet: values, each rounded once
     if torch.compiler.is_compiling() or watched_by_a_mode():
         return _copy_in_place(target, source)
-    there, here = _taken(source), _taken(target, to_write=True)
+    there, here = _taken(source, grid=grid), _taken(target, to_write=True)
     if there is None or here is None or there[1].flipped != here[1].flipped:
         return NotImplemented
     write_part(target, there[0])

@@ -292,7 +292,7 @@ class Home:
             original = copy.deepcopy(self.original, memo)
             twin = Home(self.options, self.layout, stored=stored, scheme=self.scheme, trains=self.trains)
             if self.dense is not None:
-                shares = self._dense_is_original()
+                shares = self.dense_is_original()
                 twin.dense = original.detach() if original is not None and shares else self.dense.detach().clone()
             if original is not None:
                 behind = self.changed
@@ -302,30 +302,7 @@ class Home:
         memo[id(self)] = twin
         return twin
 
-    def __reduce__(self) -> Any:
-        """Plain bytes, as uint8: torch 2.13 cannot unpickle FP8 tensors."""
-        with lock():
-            facts: dict[str, Any] = {
-                "options": replace(self.options, generator=None),
-                "layout": self.layout,
-                "scheme": self.scheme,
-                "trains": self.trains,
-                "input_scale": self.input_scale,
-                "activity": self.activity,
-                "owned": self.owned,
-                "original": self.original,
-                "behind": self.changed,
-            }
-            if self.stored is not None:
-                plain = self.stored.scaled()
-                facts |= {"bytes": plain.data.view(torch.uint8), "scale": plain.scale}
-                facts["fp8"] = str(plain.data.dtype).removeprefix("torch.")
-            if self.dense is not None and not self._dense_is_original():
-                facts["dense"] = self.dense
-            facts["writes"] = self.dense is not None
-        return _rebuild, (facts,)
-
-    def _dense_is_original(self) -> bool:
+    def dense_is_original(self) -> bool:
         return (
             self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
         )
@@ -341,21 +318,5 @@ class Home:
     def nbytes(self) -> int:
         """Bytes of everything that is held: FP8, scales, pending writes, a kept original."""
         dense, original = self.dense, self.original
-        waiting = 0 if dense is None or self._dense_is_original() else dense.nbytes
+        waiting = 0 if dense is None or self.dense_is_original() else dense.nbytes
         return self.fp8_nbytes + waiting + (0 if original is None else original.nbytes)
-
-
-def _rebuild(facts: dict[str, Any]) -> Home:
-    """A home as ``Home.__reduce__`` wrote it."""
-    stored = None
-    if "bytes" in facts:
-        data = facts["bytes"].view(getattr(torch, facts["fp8"]))
-        stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
-    home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
-    home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
-    original = facts["original"]
-    if original is not None:
-        home.original, home.original_version = original, None if facts["behind"] else original._version
-    if facts["writes"]:
-        home.dense = facts.get("dense", None if original is None else original.detach())
-    return home

@@ -17,6 +17,7 @@ from .activity import Activity
 from .dispatch import FUNCTIONS, OPERATIONS
 from .geometry import Layout, Part, part_of
 from .home import Home
+from .sharding import Shardable
 from .tracing import flatten_home, unflatten_home
 from .values import read
 
@@ -38,7 +39,7 @@ class _Flatten:
         return weight._flatten
 
 
-class FP8Weight(torch.Tensor):
+class FP8Weight(Shardable, torch.Tensor):
     """A weight ``[N, K]``, its transpose, a stack of them, or a view of one: FP8 bytes in the shape of dense values.
 
     It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
@@ -80,6 +81,7 @@ class FP8Weight(torch.Tensor):
             requires_grad=False,
         )
         weight._home = home
+        torch._C._set_throw_on_mutable_data_ptr(weight)  # there is no memory: whoever asks for it gets an error
         return weight
 
     # --- geometry --------------------------------------------------------------------------------------------------

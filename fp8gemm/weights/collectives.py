@@ -16,13 +16,39 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from ..errors import UnsupportedError
 from ..numerics import dequantize
 from ..scaled import ScaledTensor
-from .copies import watched_by_a_mode
-from .dispatch import OPERATIONS, implements
+from .copies import COPIES_ARE_DENSE, watched_by_a_mode
+from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout
-from .message import Message, values_to_send
+from .message import Message, begins_a_block, values_to_send
 from .sharding import coarsened, whole_scheme
 from .stored import Stored
 from .weight import FP8Weight
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+def _splitting(func: Any) -> Callable[..., Any]:
+    def split(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
+        """Views; where some begin inside of a block of scales copies of them all are dense, so that ranks agree."""
+        views = OPERATIONS[None](func, (weight, *args), kwargs)
+        if torch.distributed.is_initialized() and not all(map(begins_a_block, views)):
+            for view in views:
+                view.__dict__[COPIES_ARE_DENSE] = True
+        return views
+
+    return split
+
+
+for _split in (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default):
+    OPERATIONS[_split] = _splitting(_split)
+
+
+@implements(FUNCTIONS, torch.Tensor.contiguous)
+def _contiguous(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """A shard that cannot be sent by its bytes is dense from here on."""
+    dense = isinstance(weight, FP8Weight) and COPIES_ARE_DENSE in weight.__dict__
+    return weight.dequantize() if dense else NotImplemented
+
 
 # --- what ranks say to each other ----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from .stored import Stored
 from .weight import FP8Weight
 
 aten = torch.ops.aten
+COPIES_ARE_DENSE = "_copies_are_dense"  # an attribute of views
 
 
 @implements(FUNCTIONS, torch.Tensor.detach)
@@ -171,7 +172,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
     home = weight._home
     if home.stored is not None and weight.is_whole() and home.settle() is not None:
         return weight.like(home=_with_original(home, home.copy(), weight.dtype, None))
-    taken = None if home.stored is None else _taken(weight)
+    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
     if taken is None:
         return NotImplemented
     scaled, part = taken
@@ -193,6 +194,8 @@ def _empty_like(
     """What ``to_empty`` asks for: an FP8 weight of the shape. Asking must not round what was just written."""
     part = weight.part()
     if part is None or (dtype is not None and (not dtype.is_floating_point or _is_8_bits(dtype))):
+        return NotImplemented
+    if COPIES_ARE_DENSE in weight.__dict__:
         return NotImplemented
     shape = _shape_of(weight, part)
     if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
@@ -217,20 +220,21 @@ def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Sch
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
     """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
     home, part, size = weight._home, weight.part(), tuple(size)
-    if (
-        part is None
-        or part.flipped != (len(size) == 3 and home.layout.turned)
-        or len(size) != weight.dim()
-        or size[1:] != tuple(weight.shape)[1:]
-        or 0 in size
-    ):
+    stack = len(size) == 3 and home.layout.turned
+    if part is None or part.flipped != stack or len(size) != weight.dim() or dtype not in (None, weight.dtype):
         return NotImplemented
-    if dtype not in (None, weight.dtype) or (len(size) == 2 and home.layout.turned):
+    scheme = home.scheme
+    if 0 in size:  # DTensor's shard of a rank for which nothing is left
+        if COPIES_ARE_DENSE in weight.__dict__ or sum(a != b for a, b in zip(size, weight.shape, strict=True)) > 1:
+            return NotImplemented
+    elif size[1:] != tuple(weight.shape)[1:] or (len(size) == 2 and home.layout.turned):
         return NotImplemented
-    scheme = shard_scheme(home.scheme, weight.shape[0], size[0]) if len(size) == 2 else home.scheme
-    layout = Layout((size[0], *_shape_of(weight, part)[1:]), turned=part.flipped)
+    elif len(size) == 2:
+        scheme = shard_scheme(scheme, weight.shape[0], size[0])
+    *experts, a, b = size
+    layout = Layout((*experts, b, a) if part.flipped else size, turned=part.flipped)
     blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
-    if 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
+    if 0 not in size and 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
         return NotImplemented  # uneven shards' scales must fit into their rows
     twin = home.copy(Stored(blank), layout)
     twin.scheme = scheme
@@ -240,13 +244,18 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
 @implements(OPERATIONS, aten.constant_pad_nd.default)
 def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
     """Zeros behind the last rows or columns, with which DTensor makes shards even."""
-    taken = None if weight._home.stored is None else _taken(weight)
-    if taken is None or value != 0 or any(pad[::2]) or min(pad) < 0:
+    home = weight._home
+    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
+    nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
+    if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0:
         return NotImplemented
-    scaled, part = taken
+    flipped = home.layout.turned if taken is None else taken[1].flipped
     behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension
     *stack, a, b = (size + more for size, more in zip(weight.shape, behind, strict=True))
-    blank = _blank(weight._home, (*stack, b, a) if part.flipped else (*stack, a, b), weight.device)
+    blank = _blank(home, (*stack, b, a) if flipped else (*stack, a, b), weight.device)
+    if taken is None:
+        return FP8Weight(home.copy(Stored(blank), Layout(tuple(blank.shape), flipped)), weight.dtype)
+    scaled, part = taken
     for whole, some in ((blank.data.view(torch.uint8), scaled.data.view(torch.uint8)), (blank.scale, scaled.scale)):
         whole[tuple(map(slice, some.shape))] = some
     return _own(weight, blank, part, weight.dtype)

@@ -18,6 +18,12 @@ from .stored import lock
 from .weight import FP8Weight
 
 
+def begins_a_block(weight: FP8Weight) -> bool:
+    """Whether a view is a rectangle whose first scale is of nothing before it."""
+    part, grid = weight.part(), weight._home.scheme.weight
+    return part is not None and not part.rows[0] % (grid.rows or 1) and not part.cols[0] % (grid.cols or 1)
+
+
 class Message:
     """The bytes of a block-aligned part of a weight with the scales behind them, in one uint8 tensor."""
 
@@ -40,11 +46,8 @@ class Message:
         home = tensor._home
         flat = tensor.dim() == 1 and tensor.is_contiguous() and tensor.numel() == math.prod(home.layout.shape)
         weight = FP8Weight(home, tensor.dtype) if flat else tensor
-        part, grid = weight.part(), home.scheme.weight
-        n, k = home.layout.matrix
-        if part is None or part.rows[0] % (grid.rows or n) or part.cols[0] % (grid.cols or k):
-            return None
-        return Message(weight, part)
+        part = weight.part()
+        return Message(weight, part) if part is not None and begins_a_block(weight) else None
 
     @property
     def ready(self) -> bool:

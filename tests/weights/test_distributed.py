@@ -158,6 +158,81 @@ def fsdp2(rank: int) -> None:
                 assert found[1].equal(scale)
 
 
+@area
+def tensor_parallel(rank: int) -> None:
+    """Each rank holds half of the FP8 bytes of both layers, and nothing is dequantized."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for scheme, n in (("row", 96), ("tensor", 96), ("block", 256)):
+        for dtype in (torch.float32, torch.bfloat16):
+            alone = mlp(n, scheme, dtype=dtype)
+            model = mlp(n, scheme, seed=rank, dtype=dtype)  # rank 0's weights count
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            wide, narrow = (model[place].weight.to_local() for place in (0, 2))
+            size = n // WORLD
+            mine = slice(rank * size, (rank + 1) * size)
+            assert (wide.shape, narrow.shape) == ((size, 64), (64, size))
+            for layer, local in ((model[0], wide), (model[2], narrow)):
+                assert layer.home is local._home
+                data, scale = bytes_of(local)
+                assert data.nbytes == n * 64 // WORLD
+                assert scale.nbytes <= 4 * len(data)
+            for local, layer, part in ((wide, alone[0], (mine,)), (narrow, alone[2], (slice(None), mine))):
+                assert local.dequantize().equal(layer.weight.dequantize()[part])
+                local.activity.dequantizations = 0
+            x = tokens(dtype)
+            # Half sums are rounded before they are added, and activations to FP8 where a rank has half of each token.
+            tolerance = 1e-4 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(model(x), alone(x), rtol=tolerance, atol=tolerance)
+            for local in (wide, narrow):
+                assert local.activity.dequantizations == 0
+                assert sum(local.activity.kernels.values()) == 1
+
+
+@area
+def distribute(rank: int) -> None:
+    """Every placement holds the same values, in FP8 where no block of scales is cut, and comes back."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for scheme, n, k in (
+        ("row", 96, 64),
+        ("row", 97, 65),
+        ("row", 1, 8),
+        ("tensor", 97, 64),
+        ("block", 256, 256),
+        ("block", 192, 192),
+    ):
+        for source in (0, None):
+            for placement in (Shard(0), Shard(1), Replicate()):
+                expected = linear(n, k, scheme).weight.dequantize()
+                weight = linear(n, k, scheme, seed=0 if source is None else rank).weight
+                placed = distribute_tensor(weight, mesh, [placement], src_data_rank=source)
+                local = placed.to_local()
+                mine = expected
+                if isinstance(placement, Shard):
+                    size = -(-(n, k)[placement.dim] // WORLD)
+                    mine = (*expected.split(size, placement.dim), expected[:0])[rank]
+                assert type(local) is FP8Weight or (isinstance(placement, Shard) and (n == 192 or not mine.numel()))
+                assert values(local).equal(mine.view(local.shape)), (scheme, n, k, source, placement)
+                assert values(placed.full_tensor()).equal(expected), (scheme, n, k, source, placement)
+                replaced = placed.redistribute(placements=[Replicate()]).redistribute(placements=[Shard(1)])
+                assert values(replaced.full_tensor()).equal(expected)
+
+
+def linear(n: int, k: int, scheme: str = "row", seed: int = 0, **options: object) -> nn.Linear:
+    torch.manual_seed(seed)
+    layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    return enable_fp8_gemm(layer, options=FP8GemmOptions(scheme=scheme, **options))
+
+
+def values(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if isinstance(tensor, FP8Weight) else tensor
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, rank, store = sys.argv[1:]

@@ -127,6 +127,8 @@ def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
         twin = home.copy(Stored(ScaledTensor(data, weight.scale.to(device), weight.granularity)))
     if home.input_scale is not None:
         twin.input_scale = home.input_scale.to(device)
+    if device.type == "meta":
+        twin.activity = home.activity  # accelerate leaves this in the place of a weight that comes back
     return _with_original(home, twin, dtype, device)
 
 

@@ -313,13 +313,10 @@ class FP8Weight(Shardable, torch.Tensor):
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     """``type(parameter)(values, requires_grad=...)``, by which libraries make a parameter like another."""
-    if values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
-        entry = getattr(values, "weight", None)
-        if not isinstance(entry, FP8Weight):
-            raise UnsupportedError(
-                "FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype)
-            )
-        values = entry
+    if getattr(values, "_weight", None) is not None:  # an entry of a state dict
+        values = values.handed_over()  # type: ignore[attr-defined]
+    elif values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
+        raise UnsupportedError("FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype))
     frozen = isinstance(values, FP8Weight)
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 

@@ -28,7 +28,7 @@ from fp8gemm import (
     probe,
 )
 from fp8gemm.engines import order
-from fp8gemm.numerics import quantize_weight
+from fp8gemm.weights.quantization import quantize_weight
 
 ROTATION_BYTES = 256 * 2**20
 GEMV_TOKENS = 4  # the most that FBGEMM's kernels of this name take

@@ -20,7 +20,7 @@ from harness import paired_seconds, save, table
 
 from fp8gemm import ENGINES, SCHEMES, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, dequantize, probe
 from fp8gemm.engines import Prepared
-from fp8gemm.numerics import quantize_weight
+from fp8gemm.weights.quantization import quantize_weight
 
 
 def main() -> None:

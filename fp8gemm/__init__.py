@@ -2,14 +2,17 @@
 
 from .checkpoint import (
     Checkpoint,
+    LoadReport,
+    WriteReport,
     convert_checkpoint,
     load_checkpoint,
     open_checkpoint,
     quantize_checkpoint,
     save_checkpoint,
 )
-from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe
+from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe, register_engine
 from .errors import CheckpointError, UnsupportedError
+from .formats import register_format
 from .models.gated import fuse_gated
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
 from .models.selection import plan
@@ -49,12 +52,14 @@ __all__ = [
     "FP8Weight",
     "Fused",
     "Granularity",
+    "LoadReport",
     "Machine",
     "MatmulSpec",
     "Report",
     "ScaledTensor",
     "Scheme",
     "UnsupportedError",
+    "WriteReport",
     "choose",
     "convert_checkpoint",
     "dequantize",
@@ -68,6 +73,8 @@ __all__ = [
     "probe",
     "quantize",
     "quantize_checkpoint",
+    "register_engine",
+    "register_format",
     "report",
     "save_checkpoint",
     "warmup",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import native
 from .scaled import ROW, Granularity, ScaledTensor, ScaleFormat
 
 # The smallest normal float32. As a floor for scales it keeps x / scale finite for every finite x, makes rows of
 # zeros give zeros, and loses nothing: a row whose true scale lies below it has no normal float32 product to lose.
 SCALE_FLOOR = 2.0**-126
-
-_PART_ELEMENTS = 2**19  # of one step of quantize_weight: 2 MiB of float32, a few times over
 
 
 def quantize(
@@ -35,6 +32,11 @@ def quantize(
         scale: static scales, float32, any shape that broadcasts to ``granularity.scale_shape(x.shape)``.
         upper_bound: a cap on amax, as FBGEMM's and vLLM's ``scale_ub``.
         scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), from 2**-126.
+
+    Example:
+        >>> scaled = quantize(torch.tensor([[1.0, -2.0, 0.1]]))
+        >>> scaled.data.float(), scaled.scale
+        (tensor([[ 224., -448.,   22.]]), tensor([[0.0045]]))
     """
     x32 = x.to(torch.float32)
     if scale is None:
@@ -46,60 +48,6 @@ def quantize(
     # Explicitly: casting infinity gives 448 in torch 2.13 and NaN in 2.11, and clamp_ has made it 448 already.
     data = torch.where(torch.isfinite(x32), scaled, torch.nan).to(dtype)
     return ScaledTensor(data, scale, granularity)
-
-
-def quantize_weight(
-    w: torch.Tensor,
-    granularity: Granularity,
-    *,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_format: ScaleFormat = "float32",
-    device: torch.device | str | None = None,
-) -> ScaledTensor:
-    """``quantize(w [N, K])`` bit for bit, on ``device``, in parts of rows: never much more memory than the result."""
-    device = w.device if device is None else torch.device(device)
-    n, k = w.shape
-    compiled = _compiled(w, device, dtype)
-    if compiled is not None:
-        scaled = _empty(w.shape, granularity)
-        compiled.quantize(w, *granularity.block(w.shape), scaled.data, scaled.scale, ue8m0=scale_format == "ue8m0")
-        return scaled
-    if n == 0:
-        return quantize(w.to(device), granularity, dtype=dtype, scale_format=scale_format)
-    rows, _ = granularity.block(w.shape)
-    part = rows if granularity.rows is None else max(1, _PART_ELEMENTS // (rows * max(k, 1))) * rows
-    scale = None
-    if granularity.rows is None:
-        # One scale spans all rows: find it in parts too.
-        part = max(1, _PART_ELEMENTS // max(k, 1))
-        pieces = (piece.to(device) for piece in torch.split(w, part))
-        amounts = [block_scale(piece, granularity, dtype=dtype, scale_format=scale_format) for piece in pieces]
-        scale = torch.stack(amounts).amax(dim=0)
-    data = torch.empty(n, k, dtype=dtype, device=device)
-    scales = []
-    for start in range(0, n, part):
-        piece = w[start : start + part].to(device)
-        scaled = quantize(piece, granularity, dtype=dtype, scale=scale, scale_format=scale_format)
-        data[start : start + part] = scaled.data
-        scales.append(scaled.scale)
-    return ScaledTensor(data, scale if scale is not None else torch.cat(scales), granularity)
-
-
-def _compiled(w: torch.Tensor, device: torch.device, dtype: torch.dtype) -> native.Library | None:
-    """The compiled quantizer, where there is one and it takes this weight; it gives the same bits, ten times sooner."""
-    fits = w.dtype in native.TYPES and dtype == torch.float8_e4m3fn and (w.stride(-1) == 1 or w.shape[-1] <= 1)
-    if device.type != "cpu" or w.device.type != "cpu" or not fits or w.requires_grad or not native.plain(w):
-        return None
-    library = native.find()
-    return library if isinstance(library, native.Library) else None
-
-
-def _empty(shape: torch.Size, granularity: Granularity) -> ScaledTensor:
-    return ScaledTensor(
-        torch.empty(shape, dtype=torch.float8_e4m3fn, device="cpu"),
-        torch.empty(granularity.scale_shape(shape), dtype=torch.float32, device="cpu"),
-        granularity,
-    )
 
 
 def block_scale(
@@ -120,7 +68,12 @@ def block_scale(
 
 
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64."""
+    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64.
+
+    Example:
+        >>> dequantize(quantize(torch.tensor([[1.0, -2.0, 0.1]])))
+        tensor([[ 1.0000, -2.0000,  0.0982]])
+    """
     values = scaled.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return values.mul_(expand_scale(scaled.scale, scaled.granularity, scaled.shape)).to(dtype)
 

@@ -16,8 +16,7 @@ PACKAGE = Path(fp8gemm.__file__).parent
 # From the ground up; a room imports rooms on floors below its own, never beside or above. Folders are one room.
 FLOORS = [
     {"errors", "scaled", "progress"},
-    {"native"},
-    {"numerics"},
+    {"native", "numerics"},
     {"engines", "formats"},
     {"weights"},
     {"checkpoint"},

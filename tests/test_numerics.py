@@ -20,7 +20,6 @@ from fp8gemm import (
     ScaledTensor,
     Scheme,
     dequantize,
-    numerics,
     quantize,
 )
 from fp8gemm.numerics import (
@@ -30,9 +29,10 @@ from fp8gemm.numerics import (
     encode_ue8m0,
     expand_scale,
     nan_rows,
-    quantize_weight,
     round_up_to_power_of_two,
 )
+from fp8gemm.weights import quantization
+from fp8gemm.weights.quantization import quantize_weight
 
 GRANULARITIES = [TENSOR, ROW, GROUP_128, BLOCK_128, MX, Granularity(2, 3)]
 FORMATS = {torch.float8_e4m3fn: (4, 3, 7), torch.float8_e5m2: (5, 2, 15)}  # exponent bits, mantissa bits, bias
@@ -164,9 +164,9 @@ def test_weights_in_parts_are_bitwise_the_same(n: int, k: int, granularity: Gran
 @pytest.mark.parametrize("compiled", [True, False])
 def test_large_weights_in_parts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch alone too: the largest element may be in any part."""
-    monkeypatch.setattr(numerics, "_PART_ELEMENTS", 1000)
+    monkeypatch.setattr(quantization, "_PART_ELEMENTS", 1000)
     if not compiled:
-        monkeypatch.setattr(numerics, "_compiled", lambda *weight: None)
+        monkeypatch.setattr(quantization, "_compiled", lambda *weight: None)
     for granularity, largest in itertools.product(GRANULARITIES, (0, 150, 299)):
         w = torch.randn(300, 70)
         w[largest, 3] = 100

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from ..engines import Engine, Prepared
 from ..engines.reference import ReferenceEngine
-from ..numerics import dequantize, quantize_weight
+from ..numerics import dequantize
 from ..scaled import ScaledTensor, Scheme
+from ..weights.quantization import quantize_weight
 
 # Of FP8 copies of a weight that are rotated through: more than the L2 cache of any card, or of most processors.
 COLD_BYTES = 256 * 2**20

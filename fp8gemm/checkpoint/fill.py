@@ -12,7 +12,7 @@ from ..formats import join_rows
 from ..numerics import dequantize
 from ..scaled import ROW, TENSOR, Granularity, ScaledTensor, Scheme
 from .read import Checkpoint
-from .targets import Place
+from .targets import Target
 
 # Elements that are widened to float32 at once by a thread: what torch gives one thread. They stay in a core's cache,
 # and on one or two cores no parallel region is opened, which costs more than it gains where those are shared.
@@ -78,8 +78,8 @@ def powers_of_two(scale: torch.Tensor) -> bool:
     return bool((torch.frexp(scale)[0] == 0.5).all())
 
 
-def fill(same: Sequence[Place], sources: Sequence[str], checkpoint: Checkpoint, device: torch.device) -> None:
-    """Fills one tensor of a model, kept at the places ``same``, in its own dtype on ``device``."""
+def fill(same: Sequence[Target], sources: Sequence[str], checkpoint: Checkpoint, device: torch.device) -> None:
+    """Fills one tensor of a model, kept at the targets ``same``, in its own dtype on ``device``."""
     old = same[0].tensor
     made = old.is_meta or old.device != device
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device) if made else old.data
@@ -94,8 +94,8 @@ def fill(same: Sequence[Place], sources: Sequence[str], checkpoint: Checkpoint, 
         start = stop
     if made:
         kept = _like(old, tensor)
-        for place in same:
-            place.put(kept)
+        for target in same:
+            target.put(kept)
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

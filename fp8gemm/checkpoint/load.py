@@ -18,10 +18,10 @@ from ..weights import FP8Linear, FP8Weight, convert
 from ..weights.prepared import spec_of
 from ..weights.report import KEPT, Report, report
 from .fill import fill, scheme_of, take
-from .plan import Step, holds_fp8, nbytes, plan_load, some
+from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
-from .targets import Place, initialise_transient, places, transient
+from .targets import Target, initialise_transient, targets, transient
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,15 @@ class LoadReport(Report):
     Attributes:
         format: the checkpoint's.
         missing: names of the model that the checkpoint does not hold; they are as they were.
-        unexpected: names of the checkpoint that have no place in the model.
+        unexpected: names of the checkpoint that have no target in the model.
         unused_keys: keys that mean nothing, with the reason.
         dequantized: FP8 on disk and dense in the model: embeddings, or all with ``dequantize=True``.
         suspicious: where the config says something else than the tensors.
         kv_scales: names of the scales of a key-value cache; ``Checkpoint.kv_scales`` reads them.
+
+    Example:
+        >>> LoadReport((), format="comfy", missing=("head.weight",)).to_dict()["missing"]
+        ('head.weight',)
     """
 
     format: str = ""
@@ -89,28 +93,38 @@ def load_checkpoint(
         CheckpointError: the file is broken, or does not fit the model; then all reasons at once.
         UnsupportedError: no engine, or not the named one, runs such a layer on the device.
         ValueError: the model holds FP8Linears already, or buffers on meta that nobody can compute.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import enable_fp8_gemm, save_checkpoint
+        >>> folder = tempfile.mkdtemp() + "/fp8"
+        >>> _ = save_checkpoint(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32))), folder)
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(64, 32))
+        >>> load_checkpoint(model, folder).converted[0].name, model(torch.randn(2, 64)).shape
+        ('0', torch.Size([2, 32]))
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    target = None if device is None else torch.device(device)
+    where = None if device is None else torch.device(device)
     _refuse_fp8(model)
-    steps, left = plan_load(model, checkpoint, key_mapping, dequantize, strict)
+    transfers, left = plan_load(model, checkpoint, key_mapping, dequantize, strict)
     chosen = options or FP8GemmOptions()
-    steps = _checked(steps, checkpoint, chosen, target)
-    uncomputed = initialise_transient(model, target or torch.device("cpu"))
+    transfers = _checked(transfers, checkpoint, chosen, where)
+    uncomputed = initialise_transient(model, where or torch.device("cpu"))
     if uncomputed:
         raise ValueError(
             f"the model has buffers on meta that no checkpoint holds and that it cannot compute: {some(uncomputed)}; "
             "build it on the CPU, or put only its parameters on meta"
         )
-    total = sum(nbytes(checkpoint, name) for step in steps for name in step.sources)
+    total = sum(nbytes(checkpoint, name) for transfer in transfers for name in transfer.sources)
     with torch.no_grad(), byte_progress(total, what="Loading") as counter:
-        for step in steps:
-            _fill(step, checkpoint, chosen, target)
-            counter.update(sum(nbytes(checkpoint, name) for name in step.sources))
-        if target is not None:
-            for place in (*places(model).values(), *transient(model).values()):
-                _move(place, target)
-    _note_kept(steps, checkpoint)
+        for transfer in transfers:
+            _fill(transfer, checkpoint, chosen, where)
+            counter.update(sum(nbytes(checkpoint, name) for name in transfer.sources))
+        if where is not None:
+            for target in (*targets(model).values(), *transient(model).values()):
+                _move(target, where)
+    _note_kept(transfers, checkpoint)
     redirect_saving(model)
     return LoadReport(
         report(model).rows,
@@ -118,26 +132,28 @@ def load_checkpoint(
         missing=tuple(left.missing),
         unexpected=tuple(left.unexpected),
         unused_keys=checkpoint.unused_keys,
-        dequantized=tuple(step.places[0].name for step in steps if not step.fp8 and holds_fp8(checkpoint, step)),
+        dequantized=tuple(
+            transfer.targets[0].name for transfer in transfers if not transfer.fp8 and holds_fp8(checkpoint, transfer)
+        ),
         suspicious=tuple(checkpoint.layout.suspicious),
         kv_scales=tuple(checkpoint.layout.kv_scales),
     )
 
 
 def _checked(
-    steps: Sequence[Step], checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None
-) -> list[Step]:
-    """The steps, of which each FP8 one has an engine; experts that ``auto`` finds none for become dense ones.
+    transfers: Sequence[Transfer], checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None
+) -> list[Transfer]:
+    """The transfers, of which each FP8 one has an engine; experts that ``auto`` finds none for become dense ones.
 
     Raises:
         UnsupportedError: no engine, or not the one that was named, runs one of the FP8 layers.
     """
     known: dict[tuple[MatmulSpec, torch.device], str] = {}
     checked = []
-    for step in steps:
-        if step.fp8:
-            place = step.places[0]
-            asked = (_spec(step, checkpoint, options), home_of(place, device))
+    for transfer in transfers:
+        if transfer.fp8:
+            target = transfer.targets[0]
+            asked = (_spec(transfer, checkpoint, options), home_of(target, device))
             if asked not in known:
                 try:
                     choose(asked[0], probe(asked[1]), options.engine)
@@ -146,70 +162,74 @@ def _checked(
                     known[asked] = str(error)
             if known[asked]:
                 if not asked[0].experts or options.engine != "auto":
-                    raise UnsupportedError(f"{place.name}: {known[asked]}")
-                step = replace(step, fp8=False)
-        checked.append(step)
+                    raise UnsupportedError(f"{target.name}: {known[asked]}")
+                transfer = replace(transfer, fp8=False)
+        checked.append(transfer)
     return checked
 
 
-def _spec(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions) -> MatmulSpec:
-    """What is asked of an engine for a step, as far as the headers tell."""
-    place, source = step.places[0], step.sources[0]
+def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -> MatmulSpec:
+    """What is asked of an engine for a transfer, as far as the headers tell."""
+    target, source = transfer.targets[0], transfer.sources[0]
     stack = checkpoint.stacks.get(source)
     layer = checkpoint.layers[source if stack is None else stack.parts[0][0]]
     scheme = layer.scheme
-    shape = tuple(place.tensor.shape)
+    shape = tuple(target.tensor.shape)
     if stack is not None:
         joined = Granularity(shape[1] // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
         scheme = replace(scheme, weight=joined, static=False, activation=scheme.activation and ROW)
     if options.resolved_scheme.activation is None:
         scheme = scheme.weight_only()
-    return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, place.tensor.dtype)
+    return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, target.tensor.dtype)
 
 
-def home_of(place: Place, device: torch.device | None) -> torch.device:
+def home_of(target: Target, device: torch.device | None) -> torch.device:
     """Where a tensor is to be: on ``device`` if one was asked for, else where it is, or on the CPU."""
-    return device or (torch.device("cpu") if place.tensor.is_meta else place.tensor.device)
+    return device or (torch.device("cpu") if target.tensor.is_meta else target.tensor.device)
 
 
-def _fill(step: Step, checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None) -> None:
-    place = step.places[0]
-    home = home_of(place, device)
-    if not step.fp8:
-        fill(step.places, step.sources, checkpoint, home)
+def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None) -> None:
+    target = transfer.targets[0]
+    home = home_of(target, device)
+    if not transfer.fp8:
+        fill(transfer.targets, transfer.sources, checkpoint, home)
         return
-    weight = take(checkpoint, step.sources)
+    weight = take(checkpoint, transfer.sources)
     assert isinstance(weight, ScaledTensor)
-    scheme, input_scale = scheme_of(checkpoint, step.sources, weight)
+    scheme, input_scale = scheme_of(checkpoint, transfer.sources, weight)
     if options.resolved_scheme.activation is None:
         scheme, input_scale = scheme.weight_only(), None
     own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
-    if step.sources[0] in checkpoint.stacks:  # stacked just now: nobody else's memory
-        convert(place.module, place.attribute, own, weight=weight.to(home))
+    if transfer.sources[0] in checkpoint.stacks:  # stacked just now: nobody else's memory
+        convert(target.module, target.attribute, own, weight=weight.to(home))
         return
-    assert isinstance(place.module, nn.Linear)
+    assert isinstance(target.module, nn.Linear)
     held = ScaledTensor(weight.data.to(home, copy=True), weight.scale.to(home, copy=True), weight.granularity)
-    FP8Linear.convert(place.module, own, weight=held, input_scale=None if input_scale is None else input_scale.to(home))
+    FP8Linear.convert(
+        target.module, own, weight=held, input_scale=None if input_scale is None else input_scale.to(home)
+    )
 
 
-def _move(place: Place, device: torch.device) -> None:
+def _move(target: Target, device: torch.device) -> None:
     """Takes along to ``device`` what the checkpoint did not hold."""
-    tensor = place.tensor
+    tensor = target.tensor
     if tensor.device == device or tensor.is_meta or isinstance(tensor, FP8Weight):
         return
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
     else:
-        place.put(tensor.to(device))
+        target.put(tensor.to(device))
 
 
-def _note_kept(steps: Sequence[Step], checkpoint: Checkpoint) -> None:
-    for step in steps:
-        for place in step.places:
-            if place.is_linear_weight and not step.fp8:
-                reasons = place.module.__dict__.setdefault(KEPT, {})
+def _note_kept(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> None:
+    for transfer in transfers:
+        for target in transfer.targets:
+            if target.is_linear_weight and not transfer.fp8:
+                reasons = target.module.__dict__.setdefault(KEPT, {})
                 reasons[""] = (
-                    "FP8 in the checkpoint, dequantized" if holds_fp8(checkpoint, step) else "dense in the checkpoint"
+                    "FP8 in the checkpoint, dequantized"
+                    if holds_fp8(checkpoint, transfer)
+                    else "dense in the checkpoint"
                 )
 
 

@@ -11,17 +11,17 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .read import Checkpoint
-from .targets import Assignment, Place, assign, groups, places, transient
+from .targets import Assignment, Target, assign, groups, targets, transient
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Transfer:
     """One tensor of the model, under all its names, and the checkpoint's names that fill it.
 
     ``fp8`` if the tensor is the weight of a Linear, or a stack of experts, that is to hold the file's bytes.
     """
 
-    places: tuple[Place, ...]
+    targets: tuple[Target, ...]
     sources: tuple[str, ...]
     fp8: bool
 
@@ -34,111 +34,111 @@ class Left:
 
 def plan_load(
     model: nn.Module, checkpoint: Checkpoint, key_mapping: Mapping[str, str] | None, dequantize: bool, strict: bool
-) -> tuple[list[Step], Left]:
+) -> tuple[list[Transfer], Left]:
     """What goes where; everything that can be refused is refused here, before a tensor is touched."""
-    found = places(model)
+    found = targets(model)
     assignment = assign(checkpoint, found, key_mapping)
     tie = getattr(model, "tie_weights", None)
     if callable(tie) and any(name not in assignment.sources for name in found):
         tie()
-        found = places(model)
-    steps, missing = _steps(found, assignment, checkpoint, dequantize)
+        found = targets(model)
+    transfers, missing = _transfers(found, assignment, checkpoint, dequantize)
     left = Left(
         missing=_without(missing, getattr(model, "_keys_to_ignore_on_load_missing", None)),
         unexpected=_unexpected(model, checkpoint, assignment),
     )
-    problems = _misfits(steps, checkpoint)
+    problems = _misfits(transfers, checkpoint)
     if strict:
         problems += _strict_problems(left, checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint.source.path} does not fit the model:\n" + "\n".join(problems))
     order = {name: index for index, name in enumerate(checkpoint)}
-    return sorted(steps, key=lambda step: order[step.sources[0]]), left
+    return sorted(transfers, key=lambda transfer: order[transfer.sources[0]]), left
 
 
-def _steps(
-    found: Mapping[str, Place], assignment: Assignment, checkpoint: Checkpoint, dequantize: bool
-) -> tuple[list[Step], list[str]]:
-    steps, missing = [], []
+def _transfers(
+    found: Mapping[str, Target], assignment: Assignment, checkpoint: Checkpoint, dequantize: bool
+) -> tuple[list[Transfer], list[str]]:
+    transfers, missing = [], []
     for group in groups(found.values()):
-        given = [place for place in group if place.name in assignment.sources]
+        given = [target for target in group if target.name in assignment.sources]
         if not given:
-            missing += [place.name for place in group]
+            missing += [target.name for target in group]
             continue
         if not dequantize and len(group) == 1 and _is_fp8_stack(group[0], assignment, checkpoint):
-            steps.append(Step(places=(group[0],), sources=assignment.sources[group[0].name], fp8=True))
+            transfers.append(Transfer(targets=(group[0],), sources=assignment.sources[group[0].name], fp8=True))
             continue
         # A Linear leaves the tensor that it shares, for FP8 bytes of its own, if the others are given one too.
         leaving = [
-            place
-            for place in given
+            target
+            for target in given
             if not dequantize
-            and place.is_linear_weight
-            and all(name in checkpoint.layers for name in assignment.sources[place.name])
+            and target.is_linear_weight
+            and all(name in checkpoint.layers for name in assignment.sources[target.name])
         ]
-        modules = {id(place.module) for place in leaving}
-        staying = [place for place in group if id(place.module) not in modules]
-        dense = [place for place in given if id(place.module) not in modules]
+        modules = {id(target.module) for target in leaving}
+        staying = [target for target in group if id(target.module) not in modules]
+        dense = [target for target in given if id(target.module) not in modules]
         if staying and not dense:
             leaving, staying, dense = [], group, given
-        steps += [Step(places=(p,), sources=assignment.sources[p.name], fp8=True) for p in _distinct(leaving)]
+        transfers += [Transfer(targets=(p,), sources=assignment.sources[p.name], fp8=True) for p in _distinct(leaving)]
         for own in _by_source(staying, dense, assignment, checkpoint):
-            steps.append(own)
-    return steps, missing
+            transfers.append(own)
+    return transfers, missing
 
 
-def _is_fp8_stack(place: Place, assignment: Assignment, checkpoint: Checkpoint) -> bool:
+def _is_fp8_stack(target: Target, assignment: Assignment, checkpoint: Checkpoint) -> bool:
     """Whether a parameter ``[E, N, K]`` is filled by one stack of which every expert is FP8 in the file."""
-    sources = assignment.sources[place.name]
-    if not place.is_parameter or place.tensor.dim() != 3 or len(sources) != 1 or sources[0] not in checkpoint.stacks:
+    sources = assignment.sources[target.name]
+    if not target.is_parameter or target.tensor.dim() != 3 or len(sources) != 1 or sources[0] not in checkpoint.stacks:
         return False
     parts = checkpoint.stacks[sources[0]].parts
     return all(name in checkpoint.layers for names in parts for name in names)
 
 
-def _distinct(leaving: Sequence[Place]) -> list[Place]:
-    """One place of each module: a module that is used under two names is filled once."""
-    return list({id(place.module): place for place in reversed(leaving)}.values())
+def _distinct(leaving: Sequence[Target]) -> list[Target]:
+    """One target of each module: a module that is used under two names is filled once."""
+    return list({id(target.module): target for target in reversed(leaving)}.values())
 
 
 def _by_source(
-    staying: Sequence[Place], dense: Sequence[Place], assignment: Assignment, checkpoint: Checkpoint
-) -> list[Step]:
-    """One step for a shared tensor; where the file has different values for its names, an error."""
+    staying: Sequence[Target], dense: Sequence[Target], assignment: Assignment, checkpoint: Checkpoint
+) -> list[Transfer]:
+    """One transfer for a shared tensor; where the file has different values for its names, an error."""
     if not dense:
         return []
     first = assignment.sources[dense[0].name]
-    for place in dense[1:]:
-        other = assignment.sources[place.name]
+    for target in dense[1:]:
+        other = assignment.sources[target.name]
         if other != first and not torch.equal(_values(checkpoint, other), _values(checkpoint, first)):
             raise CheckpointError(
-                f"{place.name} and {dense[0].name} are one tensor in the model but differ in the checkpoint; build the "
-                "model with them apart (tie_word_embeddings=False)"
+                f"{target.name} and {dense[0].name} are one tensor in the model but differ in the checkpoint; build "
+                "the model with them apart (tie_word_embeddings=False)"
             )
-    return [Step(places=tuple(staying), sources=first, fp8=False)]
+    return [Transfer(targets=tuple(staying), sources=first, fp8=False)]
 
 
 def _values(checkpoint: Checkpoint, names: Sequence[str]) -> torch.Tensor:
     return torch.cat([checkpoint.dequantize(name) for name in names])
 
 
-def _misfits(steps: Sequence[Step], checkpoint: Checkpoint) -> list[str]:
+def _misfits(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> list[str]:
     problems = []
-    for step in steps:
-        place = step.places[0]
-        unsupported = [name for name in step.sources if name in checkpoint.layout.unsupported]
+    for transfer in transfers:
+        target = transfer.targets[0]
+        unsupported = [name for name in transfer.sources if name in checkpoint.layout.unsupported]
         if unsupported:
             problems += [f"{name}: {checkpoint.layout.unsupported[name]}" for name in unsupported]
             continue
-        shapes = [checkpoint.shape(name) for name in step.sources]
+        shapes = [checkpoint.shape(name) for name in transfer.sources]
         joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        if joined != tuple(place.tensor.shape):
-            problems.append(f"{place.name}: the file has {list(joined)}, the model {list(place.tensor.shape)}")
+        if joined != tuple(target.tensor.shape):
+            problems.append(f"{target.name}: the file has {list(joined)}, the model {list(target.tensor.shape)}")
     return problems
 
 
 def _unexpected(model: nn.Module, checkpoint: Checkpoint, assignment: Assignment) -> list[str]:
-    """Names without a place, but for those that the model ignores, computes itself, or that are another model's."""
+    """Names without a target, but for those that the model ignores, computes itself, or that are another model's."""
     left = _without(assignment.unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     computed = set(transient(model))
     return [name for name in left if name not in computed and not checkpoint.is_foreign(name)]
@@ -159,10 +159,10 @@ def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def holds_fp8(checkpoint: Checkpoint, step: Step) -> bool:
+def holds_fp8(checkpoint: Checkpoint, transfer: Transfer) -> bool:
     return any(
         part in checkpoint.layers
-        for name in step.sources
+        for name in transfer.sources
         for part in (
             [p for parts in checkpoint.stacks[name].parts for p in parts] if name in checkpoint.stacks else [name]
         )

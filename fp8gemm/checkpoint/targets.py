@@ -1,4 +1,4 @@
-"""Where tensors go in a model: the places that it keeps them in, and which names of a checkpoint go to which place."""
+"""Where tensors go in a model: the targets that it keeps them in, and which names of a checkpoint go to which."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPERTS = re.compile(r"^(?P<stem>.*)\.(?P<block>\w+)\.experts\.(gate_up_proj|do
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Target:
     """One name of one parameter or buffer: ``module`` keeps it as ``attribute``."""
 
     name: str
@@ -40,33 +40,33 @@ class Place:
             self.module._buffers[self.attribute] = tensor
 
 
-def places(model: nn.Module) -> dict[str, Place]:
+def targets(model: nn.Module) -> dict[str, Target]:
     """Every name that ``model.state_dict()`` has for a parameter or a buffer."""
     found = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in _own_tensors(module):
             if attribute not in module._non_persistent_buffers_set:
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                found[name] = Place(name=name, module=module, attribute=attribute, tensor=tensor)
+                found[name] = Target(name=name, module=module, attribute=attribute, tensor=tensor)
     return found
 
 
-def transient(model: nn.Module) -> dict[str, Place]:
+def transient(model: nn.Module) -> dict[str, Target]:
     """The buffers that are never saved, by name."""
     found = {}
     for prefix, module in model.named_modules():
         for attribute, tensor in _own_tensors(module):
             if attribute in module._non_persistent_buffers_set:
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                found[name] = Place(name=name, module=module, attribute=attribute, tensor=tensor)
+                found[name] = Target(name=name, module=module, attribute=attribute, tensor=tensor)
     return found
 
 
-def groups(found: Iterable[Place]) -> list[list[Place]]:
-    """The places that are one and the same tensor, together."""
-    by_tensor: dict[int, list[Place]] = {}
-    for place in found:
-        by_tensor.setdefault(id(place.tensor), []).append(place)
+def groups(found: Iterable[Target]) -> list[list[Target]]:
+    """The targets that are one and the same tensor, together."""
+    by_tensor: dict[int, list[Target]] = {}
+    for target in found:
+        by_tensor.setdefault(id(target.tensor), []).append(target)
     return list(by_tensor.values())
 
 
@@ -75,23 +75,23 @@ def initialise_transient(model: nn.Module, device: torch.device) -> list[str]:
 
     A buffer counts as computed when what it held before does not matter: it comes out the same from two fills.
     """
-    waiting = [place for place in transient(model).values() if place.tensor.is_meta]
+    waiting = [target for target in transient(model).values() if target.tensor.is_meta]
     initialise = getattr(model, "_init_weights", None)
     if not waiting or not callable(initialise):
-        return [place.name for place in waiting]
-    owners = {id(place.module): place.module for place in waiting}
+        return [target.name for target in waiting]
+    owners = {id(target.module): target.module for target in waiting}
     results: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for fill in (0, 1):
-            for place in waiting:
-                place.put(torch.full(place.tensor.shape, fill, dtype=place.tensor.dtype, device=device))
+            for target in waiting:
+                target.put(torch.full(target.tensor.shape, fill, dtype=target.tensor.dtype, device=device))
             for module in owners.values():
                 initialise(module)
-            results.append([place.module._buffers[place.attribute].clone() for place in waiting])  # type: ignore[union-attr]
-    left = [place for place, first, second in zip(waiting, *results, strict=True) if not _same(first, second)]
-    for place in left:
-        place.put(place.tensor)
-    return [place.name for place in left]
+            results.append([target.module._buffers[target.attribute].clone() for target in waiting])  # type: ignore[union-attr]
+    left = [target for target, first, second in zip(waiting, *results, strict=True) if not _same(first, second)]
+    for target in left:
+        target.put(target.tensor)
+    return [target.name for target in left]
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -111,7 +111,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 class Assignment:
     """``sources[name of the model]``: the checkpoint's names whose rows follow each other there.
 
-    ``unexpected`` names of the checkpoint have no place in the model.
+    ``unexpected`` names of the checkpoint have no target in the model.
     """
 
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Assignment:
 
 
 def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[str, str] | None) -> Assignment:
-    """Finds for every name of the checkpoint its place among the model's ``names``.
+    """Finds for every name of the checkpoint its target among the model's ``names``.
 
     ``key_mapping`` (regex -> replacement) is applied in its order to canonical names. Several names may become one:
     their rows are joined in the order of the patterns that renamed them.
@@ -134,14 +134,14 @@ def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[st
     gathered: dict[str, list[tuple[int, str]]] = {}
     unexpected = []
     for name, (new, order) in renamed.items():
-        place = new if new in wanted else _moved(new, blocks)
-        if place in wanted:
-            gathered.setdefault(place, []).append((order, name))
+        target = new if new in wanted else _moved(new, blocks)
+        if target in wanted:
+            gathered.setdefault(target, []).append((order, name))
         elif name not in checkpoint.stacks:
             unexpected.append(name)
     assignment = Assignment()
-    for place, found in gathered.items():
-        assignment.sources[place] = _ordered(place, found)
+    for target, found in gathered.items():
+        assignment.sources[target] = _ordered(target, found)
     in_stacks = {
         part
         for sources in assignment.sources.values()
@@ -155,7 +155,7 @@ def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[st
 
 
 def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, int]:
-    """The new name, and the place of the first rule that changed it (-1 for none)."""
+    """The new name, and the target of the first rule that changed it (-1 for none)."""
     first = -1
     for order, (pattern, replacement) in enumerate(rules):
         new = pattern.sub(replacement, name)
@@ -187,11 +187,11 @@ def _moved(name: str, blocks: Mapping[str, str]) -> str:
     return name
 
 
-def _ordered(place: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
+def _ordered(target: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
     orders = [order for order, _ in found]
     if len(set(orders)) < len(orders):
         raise CheckpointError(
-            f"{', '.join(name for _, name in found)} all become {place}, in no order; give key_mapping one pattern for "
-            "each, in the order in which their rows follow each other"
+            f"{', '.join(name for _, name in found)} all become {target}, in no order; give key_mapping one pattern "
+            "for each, in the order in which their rows follow each other"
         )
     return tuple(name for _, name in sorted(found))

@@ -2,7 +2,7 @@
 
 from .base import Choice, Engine, Machine, MatmulSpec, Prepared
 from .choice import choose, order, prepare, probe, restore
-from .table import AUTO, ENGINES
+from .table import AUTO, ENGINES, register_engine
 
 __all__ = [
     "AUTO",
@@ -16,5 +16,6 @@ __all__ = [
     "order",
     "prepare",
     "probe",
+    "register_engine",
     "restore",
 ]

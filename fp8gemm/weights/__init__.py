@@ -1,12 +1,17 @@
 """The FP8 weight: a parameter that multiplies by itself, whoever owns it."""
 
-from . import copies, products, writes  # handlers register themselves
+import torch
+
+from . import copies, functions, pickling, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home
 from .linear import FP8Linear
 from .persistence import own_weights
 from .weight import FP8Weight
+
+if torch.distributed.is_available():
+    from . import bucket, collectives  # noqa: F401
 
 __all__ = [
     "Activity",
@@ -16,9 +21,11 @@ __all__ = [
     "Home",
     "convert",
     "copies",
+    "functions",
     "leave",
     "made",
     "own_weights",
+    "pickling",
     "products",
     "put",
     "revert",

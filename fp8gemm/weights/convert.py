@@ -17,6 +17,7 @@ from .prepared import quantized
 from .stored import Stored
 from .weight import FP8Weight
 
+_OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
 _OWN = (_FORMER, "_bound")  # what such a module is given
 
@@ -179,6 +180,8 @@ def _dense(weight: Any) -> tuple[Any, bool]:
             parameter.data = parameter.data.to(weight.device)
     parameter.__dict__.update(_attributes(weight))
     unwatch(parameter)
+    if home.stored is not None:
+        home.stored.forget_calls()
     return parameter, exact
 
 
@@ -196,7 +199,7 @@ def leave(module: nn.Module) -> None:
 
 def _attributes(parameter: Any) -> dict[str, Any]:
     """What others have written on a parameter, such as ``tensor_model_parallel``."""
-    return {key: value for key, value in vars(parameter).items() if key not in ("_home", "_fresh", "_is_param")}
+    return {key: value for key, value in vars(parameter).items() if key not in _OURS}
 
 
 def scheme_for(options: FP8GemmOptions, name: str, shape: tuple[int, ...]) -> Scheme:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from ..scaled import ScaledTensor
+from .. import native
+from ..scaled import Granularity, ScaledTensor, Scheme
+from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout, Part
 from .home import Home
+from .sharding import Sharded, refined, shard_scheme
 from .stored import Stored
-from .weight import OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 aten = torch.ops.aten
+COPIES_ARE_DENSE = "_copies_are_dense"  # an attribute of views
+
+
+@implements(FUNCTIONS, torch.Tensor.detach)
+def _detach(weight: Any) -> Any:
+    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
+    if not isinstance(weight, FP8Weight) or not native.plain() or torch.compiler.is_compiling():
+        return NotImplemented
+    twin = weight.like()
+    twin._source = weight.__dict__.get("_source", weight)
+    return twin
+
+
+def count_write(weight: FP8Weight) -> None:
+    """Lets autograd see a write to what ``_detach`` made, as the two share their version in torch."""
+    source = weight.__dict__.get("_source")
+    if source is not None and not source.is_inference():
+        torch.autograd.graph.increment_version(source)
 
 
 @implements(OPERATIONS, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
@@ -32,8 +55,8 @@ def _to_copy(
     home, dtype = weight._home, dtype or weight.dtype
     device = weight.device if device is None else torch.device(device)
     unmoved = device == weight.device
-    if dtype in _FP8:
-        return NotImplemented
+    if _is_8_bits(dtype):
+        dtype = weight.dtype
     if not dtype.is_floating_point or (not unmoved and not weight.is_whole()):
         return NotImplemented
     if unmoved:
@@ -43,7 +66,40 @@ def _to_copy(
     return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
 
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+def _is_8_bits(dtype: Any) -> bool:
+    """Whether a cast to this dtype asks for what the weight is already: without its scales it would lose them."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _converts(func: Any) -> None:
+    """Casts and moves by one of torch's methods: one to FP8 leaves the weight as it is."""
+
+    def convert(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, FP8Weight):
+            return NotImplemented
+        args, kwargs = tree_map(lambda asked: _or_its_own(asked, weight), (args, kwargs))
+        result = func(weight, *args, **kwargs)
+        return _alias(weight) if result is weight and getattr(weight, "_is_param", False) else result
+
+    implements(FUNCTIONS, func)(convert)
+
+
+for _method in ("to", "type", "half", "bfloat16", "float", "double", "cpu", "cuda"):
+    _converts(getattr(torch.Tensor, _method))
+
+
+def _or_its_own(asked: Any, weight: FP8Weight) -> Any:
+    """The weight's own dtype in place of an FP8 one, in an argument of ``Tensor.to``."""
+    if isinstance(asked, torch.Tensor) and _is_8_bits(asked.dtype):
+        return torch.empty((), dtype=weight.dtype, device=asked.device)
+    return weight.dtype if _is_8_bits(asked) else asked
+
+
+def _alias(weight: FP8Weight) -> FP8Weight:
+    """The same parameter again. nn.Module would exchange a parameter with itself, which a weak reference forbids."""
+    twin = weight.like()
+    twin.__dict__.update(weight.__dict__)
+    return twin.fresh()
 
 
 def _cast_home(home: Home, dtype: torch.dtype) -> Home:
@@ -71,16 +127,18 @@ def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
         twin = home.copy(Stored(ScaledTensor(data, weight.scale.to(device), weight.granularity)))
     if home.input_scale is not None:
         twin.input_scale = home.input_scale.to(device)
+    if device.type == "meta":
+        twin.activity = home.activity  # accelerate leaves this in the place of a weight that comes back
     return _with_original(home, twin, dtype, device)
 
 
 def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.device | None) -> Home:
     """A kept original goes along, cast and moved too; ``cpu_offload`` leaves it where it is."""
     original = home.original
-    if original is None or dtype in _FP8:
+    if original is None:
         return twin
     where = original.device if device is None or home.options.fp16_weight_storage == "cpu_offload" else device
-    values = original.detach().to(where, dtype, copy=True)
+    values = original.detach().to(where, dtype, copy=True).contiguous()
     behind = home.changed
     twin.original = torch.nn.Parameter(values, original.requires_grad)
     twin.original_version = None if behind else twin.original._version
@@ -94,11 +152,14 @@ def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.dev
     return twin
 
 
-def _taken(weight: FP8Weight, *, to_write: bool = False) -> tuple[ScaledTensor, Part] | None:
+def _taken(
+    weight: FP8Weight, *, to_write: bool = False, grid: Granularity | None = None
+) -> tuple[ScaledTensor, Part] | None:
     stored, part = weight._home.settle(), weight.part()
     if stored is None or part is None:
         return None
-    taken = part.take(stored.scaled(), to_write=to_write)
+    scaled = stored.scaled() if grid is None else refined(stored.scaled(), grid)
+    taken = part.take(scaled, to_write=to_write)
     return None if taken is None else (taken, part)
 
 
@@ -112,13 +173,20 @@ def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype
 def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
     home = weight._home
     if home.stored is not None and weight.is_whole() and home.settle() is not None:
-        return weight.like(home=home.copy())
-    taken = None if home.stored is None else _taken(weight)
+        return weight.like(home=_with_original(home, home.copy(), weight.dtype, None))
+    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
     if taken is None:
         return NotImplemented
     scaled, part = taken
     data = scaled.data.contiguous().view(torch.uint8).clone().view(scaled.data.dtype)
-    return _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+    own = _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+    if home.original is not None:  # so that a write to the copy is as exact as one to the weight
+        values = home.original.detach()
+        values = part.cut(values.transpose(-1, -2) if home.layout.turned else values)
+        values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
+        own._home.original = torch.nn.Parameter(values, home.original.requires_grad)
+        own._home.original_version = own._home.original._version
+    return own
 
 
 @implements(OPERATIONS, aten.empty_like.default)
@@ -127,7 +195,9 @@ def _empty_like(
 ) -> Any:
     """What ``to_empty`` asks for: an FP8 weight of the shape. Asking must not round what was just written."""
     part = weight.part()
-    if part is None or (dtype is not None and (not dtype.is_floating_point or dtype in _FP8)):
+    if part is None or (dtype is not None and (not dtype.is_floating_point or _is_8_bits(dtype))):
+        return NotImplemented
+    if COPIES_ARE_DENSE in weight.__dict__:
         return NotImplemented
     shape = _shape_of(weight, part)
     if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
@@ -142,23 +212,55 @@ def _shape_of(weight: FP8Weight, part: Part) -> tuple[int, ...]:
     return (*stack, b, a) if part.flipped else (*stack, a, b)
 
 
-def _blank(home: Home, shape: tuple[int, ...], device: torch.device) -> ScaledTensor:
-    grid = home.scheme.weight
+def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Scheme | None = None) -> ScaledTensor:
+    grid = (scheme or home.scheme).weight
     data = torch.zeros(shape, dtype=torch.uint8, device=device).view(home.options.weight_dtype)
     return ScaledTensor(data, torch.ones(grid.scale_shape(shape), dtype=torch.float32, device=device), grid)
 
 
 @implements(OPERATIONS, aten.new_zeros.default)
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
-    """What FSDP2 asks for: room for some rows of the weight."""
-    home = weight._home
-    size = tuple(size)
-    block = home.scheme.weight.rows
-    alike = len(size) == weight.dim() and size[1:] == tuple(weight.shape)[1:] and not home.layout.turned
-    if not alike or dtype not in (None, weight.dtype) or (len(size) == 2 and block is not None and size[0] % block):
+    """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
+    home, part, size = weight._home, weight.part(), tuple(size)
+    stack = len(size) == 3 and home.layout.turned
+    if part is None or part.flipped != stack or len(size) != weight.dim() or dtype not in (None, weight.dtype):
         return NotImplemented
-    blank = _blank(home, size, weight.device if device is None else torch.device(device))
-    return FP8Weight(home.copy(Stored(blank), Layout(size)), weight.dtype)
+    scheme = home.scheme
+    if 0 in size:  # DTensor's shard of a rank for which nothing is left
+        if COPIES_ARE_DENSE in weight.__dict__ or sum(a != b for a, b in zip(size, weight.shape, strict=True)) > 1:
+            return NotImplemented
+    elif size[1:] != tuple(weight.shape)[1:] or (len(size) == 2 and home.layout.turned):
+        return NotImplemented
+    elif len(size) == 2:
+        scheme = shard_scheme(scheme, weight.shape[0], size[0])
+    *experts, a, b = size
+    layout = Layout((*experts, b, a) if part.flipped else size, turned=part.flipped)
+    blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
+    if 0 not in size and 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
+        return NotImplemented  # uneven shards' scales must fit into their rows
+    twin = home.copy(Stored(blank), layout)
+    twin.scheme = scheme
+    return FP8Weight(twin, weight.dtype)
+
+
+@implements(OPERATIONS, aten.constant_pad_nd.default)
+def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
+    """Zeros behind the last rows or columns, with which DTensor makes shards even."""
+    home = weight._home
+    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
+    nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
+    if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0:
+        return NotImplemented
+    flipped = home.layout.turned if taken is None else taken[1].flipped
+    behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension
+    *stack, a, b = (size + more for size, more in zip(weight.shape, behind, strict=True))
+    blank = _blank(home, (*stack, b, a) if flipped else (*stack, a, b), weight.device)
+    if taken is None:
+        return FP8Weight(home.copy(Stored(blank), Layout(tuple(blank.shape), flipped)), weight.dtype)
+    scaled, part = taken
+    for whole, some in ((blank.data.view(torch.uint8), scaled.data.view(torch.uint8)), (blank.scale, scaled.scale)):
+        whole[tuple(map(slice, some.shape))] = some
+    return _own(weight, blank, part, weight.dtype)
 
 
 @implements(OPERATIONS, aten.copy_.default)
@@ -172,17 +274,25 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(source, FP8Weight) or source.shape != target.shape or source._home is target._home:
         return NotImplemented
     a, b = target._home, source._home
-    grids_differ = a.scheme.weight != b.scheme.weight or a.options.weight_dtype != b.options.weight_dtype
-    if grids_differ or a.stored is None or b.stored is None or a.original is not None:
+    grid = a.scheme.weight
+    grids_differ = grid != b.scheme.weight and (not isinstance(a.scheme, Sharded) or a.scheme.whole != b.scheme)
+    if (
+        grids_differ
+        or a.options.weight_dtype != b.options.weight_dtype
+        or a.stored is None
+        or b.stored is None
+        or a.original is not None
+    ):
         return NotImplemented
     if b.settle() is None or a.dense is not None:
         return NotImplemented  # written to and not rounded yet: values, each rounded once
     if torch.compiler.is_compiling() or watched_by_a_mode():
         return _copy_in_place(target, source)
-    there, here = _taken(source), _taken(target, to_write=True)
+    there, here = _taken(source, grid=grid), _taken(target, to_write=True)
     if there is None or here is None or there[1].flipped != here[1].flipped:
         return NotImplemented
     write_part(target, there[0])
+    count_write(target)
     return target
 
 
@@ -206,7 +316,7 @@ def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
     ours.scale.copy_(theirs.scale)
     for stored in (a, b):
         stored.forms = {}
-    target._home.version += 1
+    target._home.touch()
     return target
 
 

@@ -25,6 +25,11 @@ class FP8Linear(nn.Linear):
     Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``weight`` is an
     ``FP8Weight``; ``state_dict`` saves it as ``weight`` (FP8) and ``weight_scale`` (float32). The class makes calls
     short, and accepts inputs of other dtypes as ``FP8GemmOptions`` say; products are right without it.
+
+    Example:
+        >>> layer = FP8Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer.weight.dtype, layer.scaled().data.dtype, layer.scaled().scale.shape
+        (torch.float32, torch.float8_e4m3fn, torch.Size([32, 1]))
     """
 
     @classmethod
@@ -71,7 +76,8 @@ class FP8Linear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         """A dense parameter that is assigned as ``weight`` is quantized, as the layer is one that runs on FP8."""
         weight = self._parameters.get("weight") if name == "weight" else None
-        if not isinstance(weight, FP8Weight) or not isinstance(value, nn.Parameter) or isinstance(value, FP8Weight):
+        dense = isinstance(value, nn.Parameter) and not isinstance(value, FP8Weight)
+        if not isinstance(weight, FP8Weight) or not dense or hasattr(value, "_local_tensor"):  # a DTensor shards it
             super().__setattr__(name, value)
             return
         if value.shape != weight.shape:
@@ -87,7 +93,8 @@ class FP8Linear(nn.Linear):
         Raises:
             AttributeError: the weight was replaced by a dense one.
         """
-        weight = self._parameters.get("weight")
+        weight: Any = self._parameters.get("weight")
+        weight = getattr(weight, "_local_tensor", weight)  # a DTensor's
         if not isinstance(weight, FP8Weight):
             raise AttributeError(f"the weight of this FP8Linear is no longer FP8 but a {type(weight).__name__}")
         return weight._home

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..engines import MatmulSpec, Prepared, prepare, probe
-from ..numerics import quantize_weight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from .quantization import quantize_weight
 
 
 def quantized(w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme, device: torch.device) -> ScaledTensor:

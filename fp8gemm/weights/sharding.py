@@ -1,0 +1,203 @@
+"""FSDP2's shards of FP8 weights: it gathers their bytes and scales, and frees them, as it does dense parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..numerics import dequantize, quantize
+from ..scaled import FP8GemmOptions, Granularity, ScaledTensor, Scheme
+from .activity import Activity
+from .geometry import Layout
+from .home import Home
+from .stored import Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded(Scheme):
+    """Of some rows of a weight whose own scales, those of ``whole``, belong to the rows of several ranks."""
+
+    whole: Scheme
+
+
+def whole_scheme(scheme: Scheme) -> Scheme:
+    """The scheme of the weight that this is a shard of, or of the weight itself."""
+    return scheme.whole if isinstance(scheme, Sharded) else scheme
+
+
+def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
+    """How ``rows`` a rank of ``[n, K]`` are scaled: each scale is repeated until none spans two ranks."""
+    whole = whole_scheme(scheme)
+    block, uneven = whole.weight.rows, n % rows != 0
+    if rows == n or block == 1:
+        return scheme
+    if block is not None and not uneven and rows % block == 0:
+        return whole
+    fine = 1 if block is None or uneven else math.gcd(rows, block)
+    return Sharded(
+        weight=Granularity(fine, whole.weight.cols),
+        activation=whole.activation,
+        static=whole.static,
+        scale_format=whole.scale_format,
+        whole=whole,
+    )
+
+
+def refined(weight: ScaledTensor, grid: Granularity) -> ScaledTensor:
+    """The same bytes with each scale repeated for the finer blocks of rows of ``grid``."""
+    if weight.granularity == grid or grid.rows is None:
+        return weight
+    n = weight.shape[-2]
+    times = weight.granularity.block(weight.shape)[0] // grid.rows
+    scale = weight.scale.repeat_interleave(times, dim=-2)[..., : -(-n // grid.rows), :]
+    return ScaledTensor(weight.data, scale.contiguous(), grid)
+
+
+def coarsened(weight: ScaledTensor, scheme: Scheme) -> ScaledTensor:
+    """Undoes ``refined``. A weight whose shards were written to is rounded again, alike on every rank.
+
+    Where scales were repeated the device is asked whether they still agree.
+    """
+    grid = scheme.weight
+    if weight.granularity == grid:
+        return weight
+    fine = weight.granularity.block(weight.shape)[0]
+    scale = weight.scale[..., :: grid.block(weight.shape)[0] // fine, :].contiguous()
+    whole = ScaledTensor(weight.data, scale, grid)
+    if refined(whole, weight.granularity).scale.equal(weight.scale):
+        return whole
+    return quantize(dequantize(weight), grid, dtype=weight.data.dtype, scale_format=scheme.scale_format)
+
+
+class Gathered(Home):
+    """The home of a weight while FSDP2 holds all of it; its bytes lie in memory that FSDP2 frees and fills again."""
+
+    lease: Lease
+
+    def copy(self, stored: Stored | None = None, layout: Layout | None = None) -> Home:
+        """Shares no memory: a copy may outlive the gathered weight."""
+        kept = self.stored if stored is None else stored
+        if kept is not None:
+            plain = kept.scaled()
+            data = plain.data.view(torch.uint8).clone().view(plain.data.dtype)
+            kept = Stored(ScaledTensor(data, plain.scale.clone(), plain.granularity))
+        return super().copy(kept, layout)
+
+
+class Lease:
+    """Stands among the tensors that FSDP2 frees when it reshards, and lets go of what engines made of the weight."""
+
+    itemsize = 1
+
+    def __init__(self, home: Gathered) -> None:
+        self.renew(home)
+
+    def renew(self, home: Gathered) -> None:
+        assert home.stored is not None
+        self._home, self._plain, self._size = home, home.stored.plain, 1
+        home.lease = self
+
+    def numel(self) -> int:
+        return 1
+
+    def untyped_storage(self) -> Lease:
+        return self
+
+    def size(self) -> int:
+        return self._size
+
+    def resize_(self, size: int) -> None:
+        self._size = size
+        if size == 0:
+            self._home.stored, self._home.dense, self._home.flat = Stored(self._plain), None, None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a shard is no tensor, for the weight that is gathered."""
+
+    options: FP8GemmOptions
+    scheme: Scheme  # of the shard
+    layout: Layout  # of the whole weight
+    rows: int  # of every rank's scale
+    packed: bool  # whether scales came in a tensor of the data's shape
+    trains: bool
+    input_scale: torch.Tensor | None
+    activity: Activity
+
+
+class Shardable:
+    """What FSDP2 looks up on the class of a parameter's shard."""
+
+    _home: Home
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Facts]:
+        """The shard's bytes as uint8, with padding, and its scales; of one size on all ranks.
+
+        Where some rank holds fewer rows torch wants every tensor in the size of the padded shard: the scales then lie
+        at the beginning of each row of a second one.
+        """
+        home = self._home
+        home.owned = True
+        stored = home.settle()
+        assert stored is not None
+        scaled = stored.scaled()
+        raw, scale, turned = scaled.data.view(torch.uint8), scaled.scale, home.layout.turned
+        uneven = outer_size[0] != mesh.size() * raw.shape[0]
+        if uneven:
+            room = torch.zeros_like(raw).view(raw.shape[0], -1)
+            values = scale.reshape(scale.shape[0], -1).view(torch.uint8)
+            room[: values.shape[0], : values.shape[1]] = values
+            raw, scale = raw.reshape(home.layout.size), room.view(home.layout.size)
+        layout = Layout((outer_size[0], *home.layout.shape[1:]), turned)
+        facts = Facts(
+            home.options,
+            home.scheme,
+            layout,
+            scaled.scale.shape[0],
+            uneven,
+            home.trains,
+            home.input_scale,
+            home.activity,
+        )
+        return (raw, scale), facts
+
+    def fsdp_post_all_gather(
+        self,
+        outputs: tuple[torch.Tensor, ...],
+        facts: Facts,
+        param_dtype: torch.dtype,
+        *,
+        out: Any = None,
+    ) -> Any:
+        """The whole weight, made of what was gathered; or ``out``, the one of the last time, given it."""
+        raw, scale = outputs
+        shape, grid = facts.layout.shape, facts.scheme.weight
+        expected = grid.scale_shape(shape)
+        if facts.packed:
+            rows, width = self._home.layout.shape[0], 4 * math.prod(expected[1:])
+            lines = scale.view(-1, rows, math.prod(shape[1:]))[:, : facts.rows, :width]
+            scale = lines.contiguous().view(torch.float32).view(-1, *expected[1:])
+        data = raw.view(-1, *shape[1:])[: shape[0]].view(facts.options.weight_dtype)
+        scheme = whole_scheme(facts.scheme)
+        scaled = coarsened(ScaledTensor(data, scale[: expected[0]], grid), scheme)
+        home = Gathered(
+            facts.options,
+            facts.layout,
+            stored=Stored(scaled),
+            input_scale=facts.input_scale,
+            scheme=scheme,
+            trains=facts.trains,
+        )
+        home.owned, home.activity = True, facts.activity
+        if out is not None:
+            weight = getattr(out, "_local_tensor", out)  # of a DTensor, under tensor parallelism as well
+            weight._home.lease.renew(home)
+            weight._home = home
+            return None
+        return type(self)(home, param_dtype), (Lease(home),)  # type: ignore[call-arg]

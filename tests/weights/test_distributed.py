@@ -1,0 +1,244 @@
+"""FP8 weights in two processes over gloo: DDP, FSDP2, tensor parallelism, collectives, distributed checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm
+from fp8gemm.weights import FP8Weight
+
+WORLD = 2
+AREAS: dict[str, Callable[[int], None]] = {}
+
+
+def area(check: Callable[[int], None]) -> Callable[[int], None]:
+    """A check that each of the processes runs with its rank."""
+    AREAS[check.__name__] = check
+    return check
+
+
+def mlp(n: int = 96, scheme: str = "row", seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, n, dtype=dtype), nn.GELU(), nn.Linear(n, 64, dtype=dtype))
+    return enable_fp8_gemm(model.requires_grad_(False), options=FP8GemmOptions(scheme=scheme))
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(4, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def same_everywhere(tensor: torch.Tensor) -> bool:
+    mine = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    others = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(others, mine)
+    return all(other.equal(mine) for other in others)
+
+
+def bytes_of(weight: FP8Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = weight.scaled()
+    return scaled.data.view(torch.uint8), scaled.scale
+
+
+def raises_everywhere(act: Callable[[], object], match: str) -> None:
+    with pytest.raises(UnsupportedError, match=match):
+        act()
+
+
+class Headed(nn.Module):
+    """A frozen FP8 model and a head that trains."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body = mlp(seed=seed, dtype=dtype)
+        self.head = nn.Linear(64, 8, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+@area
+def ddp(rank: int) -> None:
+    """Rank 0's weights reach the others bit for bit, with scales, and gradients are averaged."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    for dtype, options in (
+        (torch.float32, {}),
+        (torch.bfloat16, {"find_unused_parameters": True}),
+        (torch.bfloat16, {"gradient_as_bucket_view": True}),
+    ):
+        model, first = Headed(rank, dtype), Headed(0, dtype)
+        if "find_unused_parameters" in options:
+            model.unused = nn.Linear(4, 4)
+        wrapped = DistributedDataParallel(model, **options)
+        for mine, theirs in ((model.body[0], first.body[0]), (model.body[2], first.body[2])):
+            assert all(a.equal(b) for a, b in zip(bytes_of(mine.weight), bytes_of(theirs.weight), strict=True))
+            assert mine.bias.equal(theirs.bias)
+            assert mine.activity.dequantizations == 0
+        wrapped(tokens(dtype) * (rank + 1)).square().sum().backward()
+        assert sum(model.body[0].activity.kernels.values()) == 1
+        grads = []
+        for factor in (1, 2):
+            first.zero_grad()
+            first(tokens(dtype) * factor).square().sum().backward()
+            grads.append(first.head.weight.grad.clone())
+        torch.testing.assert_close(model.head.weight.grad, (grads[0] + grads[1]) / 2)
+    kept = nn.Linear(64, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        kept.weight.mul_(rank + 1)
+    enable_fp8_gemm(kept, options=FP8GemmOptions(fp16_weight_storage="keep"))
+    kept.weight.requires_grad_(False)
+    DistributedDataParallel(kept)
+    assert same_everywhere(kept.original_weight)
+    assert all(map(same_everywhere, bytes_of(kept.weight)))
+
+
+SHAPES = [("row", 96), ("row", 97), ("tensor", 96), ("tensor", 97), ("block", 256), ("block", 192), ("block", 97)]
+
+
+class Adapted(nn.Module):
+    """A frozen FP8 model with a low-rank adapter beside it that trains."""
+
+    def __init__(self, scheme: str, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body = mlp(n, scheme, dtype=dtype)
+        self.down, self.up = nn.Linear(64, 4, bias=False, dtype=dtype), nn.Linear(4, 64, bias=False, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.body(x) + self.up(self.down(x)))
+
+
+@area
+def fsdp2(rank: int) -> None:
+    """Each rank holds its rows in FP8; the forward pass and the adapter's gradients are those of one process."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for scheme, n in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            alone, model = Adapted(scheme, n, dtype), Adapted(scheme, n, dtype)
+            expected = [bytes_of(alone.body[0].weight), bytes_of(alone.body[2].weight)]
+            for layer in (model.body[0], model.body[2]):
+                fully_shard(layer)
+            fully_shard(model)
+            rows = -(-n // WORLD)
+            shards = [model.body[place].weight.to_local() for place in (0, 2)]
+            assert all(type(shard) is FP8Weight for shard in shards)
+            assert shards[0].shape == (min(rows, n - rank * rows), 64)
+            assert shards[1].shape == (32, n)
+            for shard, padded in zip(shards, (rows * 64, 32 * n), strict=True):
+                scaled = shard.scaled()
+                assert scaled.data.nbytes == padded
+                assert scaled.scale.nbytes <= 4 * (scaled.data.shape[0] * -(-scaled.data.shape[1] // 128))
+            x = tokens(dtype)
+            for _ in range(3):
+                y = model(x)
+                torch.testing.assert_close(y, alone(x))
+                assert isinstance(model.body[0].weight, DTensor)
+                gathered = model.body[0]._get_fsdp_state()._fsdp_param_group.fsdp_params[0]
+                assert [t.untyped_storage().size() for t in gathered.all_gather_outputs] == [0, 0]
+                assert gathered.unsharded_param._home.stored.packed is None
+            y.square().sum().backward()
+            alone(x).square().sum().backward()
+            for name in ("down", "up"):
+                grad = getattr(model, name).weight.grad.full_tensor()
+                torch.testing.assert_close(grad, getattr(alone, name).weight.grad)
+            assert model.body[0].activity.dequantizations <= 2  # in backward only
+            for place, (data, scale) in zip((0, 2), expected, strict=True):
+                whole = model.body[place].weight.full_tensor()
+                assert type(whole) is FP8Weight
+                found = bytes_of(whole.clone())  # without the padding
+                assert found[0].equal(data), (scheme, n, place)
+                assert found[1].equal(scale)
+
+
+@area
+def tensor_parallel(rank: int) -> None:
+    """Each rank holds half of the FP8 bytes of both layers, and nothing is dequantized."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for scheme, n in (("row", 96), ("tensor", 96), ("block", 256)):
+        for dtype in (torch.float32, torch.bfloat16):
+            alone = mlp(n, scheme, dtype=dtype)
+            model = mlp(n, scheme, seed=rank, dtype=dtype)  # rank 0's weights count
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            wide, narrow = (model[place].weight.to_local() for place in (0, 2))
+            size = n // WORLD
+            mine = slice(rank * size, (rank + 1) * size)
+            assert (wide.shape, narrow.shape) == ((size, 64), (64, size))
+            for layer, local in ((model[0], wide), (model[2], narrow)):
+                assert layer.home is local._home
+                data, scale = bytes_of(local)
+                assert data.nbytes == n * 64 // WORLD
+                assert scale.nbytes <= 4 * len(data)
+            for local, layer, part in ((wide, alone[0], (mine,)), (narrow, alone[2], (slice(None), mine))):
+                assert local.dequantize().equal(layer.weight.dequantize()[part])
+                local.activity.dequantizations = 0
+            x = tokens(dtype)
+            # Half sums are rounded before they are added, and activations to FP8 where a rank has half of each token.
+            tolerance = 1e-4 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(model(x), alone(x), rtol=tolerance, atol=tolerance)
+            for local in (wide, narrow):
+                assert local.activity.dequantizations == 0
+                assert sum(local.activity.kernels.values()) == 1
+
+
+@area
+def distribute(rank: int) -> None:
+    """Every placement holds the same values, in FP8 where no block of scales is cut, and comes back."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for scheme, n, k in (
+        ("row", 96, 64),
+        ("row", 97, 65),
+        ("row", 1, 8),
+        ("tensor", 97, 64),
+        ("block", 256, 256),
+        ("block", 192, 192),
+    ):
+        for source in (0, None):
+            for placement in (Shard(0), Shard(1), Replicate()):
+                expected = linear(n, k, scheme).weight.dequantize()
+                weight = linear(n, k, scheme, seed=0 if source is None else rank).weight
+                placed = distribute_tensor(weight, mesh, [placement], src_data_rank=source)
+                local = placed.to_local()
+                mine = expected
+                if isinstance(placement, Shard):
+                    size = -(-(n, k)[placement.dim] // WORLD)
+                    mine = (*expected.split(size, placement.dim), expected[:0])[rank]
+                assert type(local) is FP8Weight or (isinstance(placement, Shard) and (n == 192 or not mine.numel()))
+                assert values(local).equal(mine.view(local.shape)), (scheme, n, k, source, placement)
+                assert values(placed.full_tensor()).equal(expected), (scheme, n, k, source, placement)
+                replaced = placed.redistribute(placements=[Replicate()]).redistribute(placements=[Shard(1)])
+                assert values(replaced.full_tensor()).equal(expected)
+
+
+def linear(n: int, k: int, scheme: str = "row", seed: int = 0, **options: object) -> nn.Linear:
+    torch.manual_seed(seed)
+    layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    return enable_fp8_gemm(layer, options=FP8GemmOptions(scheme=scheme, **options))
+
+
+def values(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if isinstance(tensor, FP8Weight) else tensor
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, rank, store = sys.argv[1:]
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, WORLD), rank=int(rank), world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    AREAS[name](int(rank))
+    dist.barrier()
+    dist.destroy_process_group()

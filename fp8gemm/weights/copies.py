@@ -14,7 +14,7 @@ from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout, Part
 from .home import Home
 from .sharding import Sharded, refined, shard_scheme
-from .stored import Stored
+from .stored import Stored, lock
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -59,11 +59,12 @@ def _to_copy(
         dtype = weight.dtype
     if not dtype.is_floating_point or (not unmoved and not weight.is_whole()):
         return NotImplemented
-    if unmoved:
+    with lock():
+        if not unmoved:
+            return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
         if home.stored is not None and home.settle() is None:
             return NotImplemented  # a scratch copy that was written to: its exact values
         return weight.like(home=_cast_home(home, dtype), dtype=dtype).fresh()
-    return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
 
 
 def _is_8_bits(dtype: Any) -> bool:
@@ -323,14 +324,15 @@ def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
 def write_part(target: FP8Weight, scaled: ScaledTensor) -> None:
     """Writes bytes and scales over those of a part of whole blocks; others see the weight before or after."""
     home, part = target._home, target.part()
-    stored = home.settle()
-    assert stored is not None
-    assert part is not None
-    weight = stored.scaled()
-    raw = weight.data.view(torch.uint8).clone()
-    scale = weight.scale.clone()
-    taken = part.take(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity), to_write=True)
-    assert taken is not None
-    taken.data.view(torch.uint8).copy_(scaled.data.view(torch.uint8))
-    taken.scale.copy_(scaled.scale)
-    home.take_bytes(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity))
+    with lock():  # other threads may write to other parts
+        stored = home.settle()
+        assert stored is not None
+        assert part is not None
+        weight = stored.scaled()
+        raw = weight.data.view(torch.uint8).clone()
+        scale = weight.scale.clone()
+        taken = part.take(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity), to_write=True)
+        assert taken is not None
+        taken.data.view(torch.uint8).copy_(scaled.data.view(torch.uint8))
+        taken.scale.copy_(scaled.scale)
+        home.take_bytes(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity))

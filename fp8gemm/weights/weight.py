@@ -18,6 +18,7 @@ from .dispatch import FUNCTIONS, OPERATIONS
 from .geometry import Layout, Part, part_of
 from .home import Home
 from .sharding import Shardable
+from .stored import lock
 from .tracing import flatten_home, unflatten_home
 from .values import read
 
@@ -166,10 +167,11 @@ class FP8Weight(Shardable, torch.Tensor):
     @data.setter
     def data(self, values: torch.Tensor) -> None:
         """Becomes what ``values`` are: FP8 with its home, or dense values, which are quantized at the next product."""
-        new = self.adopt(values)
-        self.__dict__.pop("_source", None)
-        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as C++ sees them
-        self._home = new._home
+        with lock():  # one writer at a time; readers take the home they find
+            new = self.adopt(values)
+            self.__dict__.pop("_source", None)
+            torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as in C++
+            self._home = new._home
 
     def adopt(self, values: torch.Tensor) -> FP8Weight:
         """``values`` as this parameter takes them over; what it has done, and its original, stay its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm
+from fp8gemm.weights import home
+from fp8gemm.weights.prepared import quantized
 
 SECONDS = 0.3  # each
 
@@ -164,3 +167,111 @@ def test_threads_see_the_old_weight_or_the_new(act: Callable[[Model, int], None]
             thread.join()
     assert turns > 2
     assert faults == []
+
+
+@pytest.mark.parametrize("storage", ["keep", "discard"])
+def test_a_weight_is_quantized_once_however_many_ask(storage: str, monkeypatch) -> None:
+    options = FP8GemmOptions(fp16_weight_storage=storage, materialize_fp8_on_wrap=False)  # type: ignore[arg-type]
+    calls = []
+    monkeypatch.setattr(home, "quantized", lambda *given: calls.append(1) or time.sleep(0.01) or quantized(*given))
+    layer, x, results = enable_fp8_gemm(nn.Linear(32, 48), options=options), torch.randn(3, 32), []
+    threads = [threading.Thread(target=lambda: results.append(layer(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert all(torch.equal(y, layer(x)) for y in results)
+    assert len(results) == 4
+
+
+@pytest.mark.parametrize("by_bytes", [True, False])
+def test_two_threads_may_write_to_two_parts(by_bytes: bool) -> None:
+    """Nothing that one wrote is lost, in one weight."""
+    layer = enable_fp8_gemm(nn.Linear(32, 48))
+    sources = [enable_fp8_gemm(nn.Linear(32, 48)).weight for _ in range(2)]
+    faults: list[str] = []
+
+    def work(part: slice) -> None:
+        for turn in range(60):
+            rows = sources[turn % 2].data[part] if by_bytes else sources[turn % 2].dequantize()[part]
+            with torch.no_grad():
+                layer.weight.data[part].copy_(rows)
+            if not torch.equal(layer.weight.data[part].dequantize(), sources[turn % 2].dequantize()[part]):
+                faults.append(f"{part}, turn {turn}")
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in (slice(0, 24), slice(24, 48))]
+    with hurried():
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            layer(torch.ones(1, 32))
+    assert faults == []
+
+
+FORKED = """
+import copy, os, signal, sys, threading, time, torch
+from torch import nn
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm
+
+torch.set_num_threads(1)
+x, dense = torch.randn(3, 32), nn.Linear(32, 48, bias=False)
+lazy = FP8GemmOptions(materialize_fp8_on_wrap=False)
+shared = enable_fp8_gemm(copy.deepcopy(dense))
+once, over = shared(x), False
+
+@torch.library.custom_op("forked::scale", mutates_args=("w",))
+def scale(w: torch.Tensor, factor: float) -> None:
+    w[:20].mul_(factor)
+    time.sleep(0.02)
+    w[20:].mul_(factor)
+
+with torch.no_grad():
+    scale(shared.weight, 1)  # what torch imports now it would import under a lock of its own
+
+def quantize():
+    while not over:
+        enable_fp8_gemm(copy.deepcopy(dense), options=lazy)(x)
+
+@torch.no_grad()
+def write():
+    while not over:
+        for factor in (2, 0.5):
+            scale(shared.weight, factor)
+            time.sleep(0.01)
+
+def child():
+    signal.alarm(20)
+    y = shared(x)  # whatever the other threads were doing
+    assert torch.equal(y, once) or torch.equal(y, 2 * once)
+    with torch.no_grad():
+        shared.weight.copy_(torch.eye(48, 32))
+    assert torch.equal(shared(torch.ones(1, 32)), torch.eye(48, 32).sum(1)[None])
+    assert torch.equal(enable_fp8_gemm(copy.deepcopy(dense), options=lazy)(x), once)
+    os._exit(0)
+
+threads = [threading.Thread(target=work) for work in (quantize, write)]
+for thread in threads: thread.start()
+try:
+    for turn in range(12):
+        time.sleep(turn / 997)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child()
+            finally:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+    print("forked")
+finally:
+    over = True
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_while_others_quantize() -> None:
+    """The child waits for no lock that another thread held, and finds each weight between two changes."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "forked\n"

@@ -373,6 +373,37 @@ def stacks(rank: int) -> None:
                 assert local.activity.dequantizations == 0
 
 
+@area
+def checkpoints(rank: int) -> None:
+    """torch.distributed.checkpoint saves and loads a replicated model, and one that FSDP2 shards, bit for bit."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    folder = Path(sys.argv[3]).parent
+    for scheme, n in (("row", 97), ("block", 192)):
+        saved, loaded = mlp(n, scheme, seed=0), mlp(n, scheme, seed=1 + rank)
+        y = saved(tokens())
+        dcp.save(saved.state_dict(), checkpoint_id=folder / f"replicated {scheme}")
+        state = loaded.state_dict()
+        dcp.load(state, checkpoint_id=folder / f"replicated {scheme}")
+        loaded.load_state_dict(state)
+        assert loaded(tokens()).equal(y)
+        assert equal(loaded[0].weight, saved[0].weight)
+
+        for model in (saved, loaded):
+            for layer in (model[0], model[2], model):
+                fully_shard(layer)
+        dcp.save(saved.state_dict(), checkpoint_id=folder / f"sharded {scheme}")
+        loaded(tokens())
+        for model in (loaded, saved):
+            with torch.no_grad():
+                model[0].bias.zero_()
+        state = loaded.state_dict()
+        dcp.load(state, checkpoint_id=folder / f"sharded {scheme}")
+        loaded.load_state_dict(state)
+        torch.testing.assert_close(loaded(tokens()), y)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, rank, store = sys.argv[1:]

@@ -2,10 +2,10 @@
 
     python benchmarks/host.py [--calls 2000] [--save cpu_host]
 
-nn.Linear and FP8Linear of the ``cpu`` engine are timed whole, on one thread and layers so small that their products
-take next to nothing. Of the ``triton`` engine, where Triton is installed, everything is timed but the launches
-themselves, which need a card: kernels count as compiled, and launching one does nothing. "bound" is a call of a shape
-that the layer has seen before, "first" one that it has not.
+FP8 weights of the ``cpu`` engine are timed beside dense ones, on one thread and layers so small that products take
+next to nothing, in eager and in compiled graphs. Of the ``triton`` engine, where Triton is installed, everything is
+timed but the launches themselves, which need a card: kernels count as compiled, and launching one does nothing. "bound"
+is a call of a shape that the layer has seen before, "first" one that it has not.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from harness import save, table
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear
+from fp8gemm import FP8GemmOptions, FP8Linear, enable_fp8_gemm
 from fp8gemm.engines.triton.engine import TritonEngine
 from fp8gemm.engines.triton.plan import place
 
 BF16 = torch.bfloat16
 TOKENS = (1, 16, 64)
+LAYERS = 60
 
 
 def main() -> None:
@@ -36,40 +38,75 @@ def main() -> None:
     parser.add_argument("--save", help="write benchmarks/results/SAVE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with torch.inference_mode():
-        base = microseconds(nn.Linear(16, 16, dtype=BF16), torch.randn(1, 16, dtype=BF16), arguments.calls)
-        rows = [{"layer": "nn.Linear 16 x 16", "m": 1, "how": "whole", "us": base}]
-        rows += timed("cpu", 64, 64, [1, 16], arguments.calls, "whole")
-        if find_spec("triton") is not None:
-            with without_launches():
-                rows += timed("triton", 28672, 4096, list(TOKENS), arguments.calls, "without launches")
-    for row in rows:
-        row["x nn.Linear"] = row["us"] / base
+    rows = beside_dense(arguments.calls) + compiled(arguments.calls)
+    if find_spec("triton") is not None:
+        with torch.inference_mode(), without_launches():
+            rows += timed("triton", 28672, 4096, list(TOKENS), arguments.calls)
     print(table(rows, list(rows[0])))
     if arguments.save:
         print(save(arguments.save, rows))
 
 
-def timed(engine: str, n: int, k: int, tokens: list[int], calls: int, how: str) -> list[dict[str, Any]]:
-    """A layer's calls, bound and not."""
+def beside_dense(calls: int) -> list[dict[str, Any]]:
+    """What one does with a layer or its weight, in FP8 and dense, in turn."""
+    dense = nn.Linear(64, 96, dtype=BF16)
+    fp8 = FP8Linear.from_linear(dense, FP8GemmOptions(engine="cpu"))
+    x = torch.randn(1, 64, dtype=BF16)
+    wants = x.clone().requires_grad_()
+    cases: list[tuple[str, Callable[[nn.Linear], object]]] = [
+        ("layer(x), bound", lambda layer: layer(x)),
+        ("layer.weight", lambda layer: layer.weight),
+        ("F.linear(x, layer.weight, bias)", lambda layer: F.linear(x, layer.weight, layer.bias)),
+        ("x @ layer.weight.T", lambda layer: x @ layer.weight.T),
+        ("forward and backward", lambda layer: layer(wants).sum().backward()),
+    ]
+    rows = []
+    for name, act in cases:
+        with torch.set_grad_enabled("backward" in name):
+            few = calls // 4 if "backward" in name else calls
+            found = [microseconds(lambda: act(layer), few) for layer in (dense, fp8)]  # noqa: B023
+        rows.append(row(f"{name}, 1 x 64 by 96 x 64", 1, found[1], found[0]))
+    return rows
+
+
+def compiled(calls: int) -> list[dict[str, Any]]:
+    """One of sixty small layers in a row, in eager and by torch.compile."""
+    stacks = [nn.Sequential(*(nn.Linear(64, 64, dtype=BF16) for _ in range(LAYERS))).eval() for _ in range(2)]
+    enable_fp8_gemm(stacks[1], options=FP8GemmOptions(engine="cpu"))
+    x = torch.randn(2, 64, dtype=BF16)
+    rows = []
+    with torch.no_grad():
+        for how in ("eager", "compiled"):
+            ready = [torch.compile(stack, fullgraph=True) if how == "compiled" else stack for stack in stacks]
+            found = [microseconds(lambda: stack(x), calls // 20) / LAYERS for stack in ready]  # noqa: B023
+            rows.append(row(f"{how}, a layer of {LAYERS} (64 x 64)", 2, found[1], found[0]))
+    return rows
+
+
+def timed(engine: str, n: int, k: int, tokens: list[int], calls: int) -> list[dict[str, Any]]:
+    """A layer's calls, bound and not; of a GPU engine everything but the launches."""
     layer = FP8Linear.from_linear(nn.Linear(k, n, dtype=BF16), FP8GemmOptions(engine=engine))
     rows = []
     for m in tokens:
         x = torch.randn(m, k, dtype=BF16)
-        for name, call in (("bound", layer), ("first", lambda x: layer._run(x, layer.bias))):
-            what = f"FP8Linear {engine} {n} x {k}, {name}"
-            rows.append({"layer": what, "m": m, "how": how, "us": microseconds(call, x, calls)})
+        for name, call in (("bound", layer), ("first", lambda x: layer._run(x, layer.weight, layer.bias))):
+            what = f"FP8Linear {engine} {n} x {k}, {name}, without launches"
+            rows.append(row(what, m, microseconds(lambda: call(x), calls), float("nan")))  # noqa: B023
     return rows
 
 
-def microseconds(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, calls: int) -> float:
+def row(what: str, m: int, fp8: float, dense: float) -> dict[str, Any]:
+    return {"what": what, "m": m, "us": fp8, "dense us": dense, "x dense": fp8 / dense}
+
+
+def microseconds(call: Callable[[], object], calls: int) -> float:
     for _ in range(20):
-        call(x)
+        call()
     best = float("inf")
     for _ in range(7):
         start = time.perf_counter()
         for _ in range(calls):
-            call(x)
+            call()
         best = min(best, time.perf_counter() - start)
     return best / calls * 1e6
 

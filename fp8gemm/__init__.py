@@ -2,6 +2,8 @@
 
 from .checkpoint import (
     Checkpoint,
+    LoadReport,
+    WriteReport,
     convert_checkpoint,
     load_checkpoint,
     open_checkpoint,
@@ -50,12 +52,14 @@ __all__ = [
     "FP8Weight",
     "Fused",
     "Granularity",
+    "LoadReport",
     "Machine",
     "MatmulSpec",
     "Report",
     "ScaledTensor",
     "Scheme",
     "UnsupportedError",
+    "WriteReport",
     "choose",
     "convert_checkpoint",
     "dequantize",

@@ -32,6 +32,11 @@ def quantize(
         scale: static scales, float32, any shape that broadcasts to ``granularity.scale_shape(x.shape)``.
         upper_bound: a cap on amax, as FBGEMM's and vLLM's ``scale_ub``.
         scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), from 2**-126.
+
+    Example:
+        >>> scaled = quantize(torch.tensor([[1.0, -2.0, 0.1]]))
+        >>> scaled.data.float(), scaled.scale
+        (tensor([[ 224., -448.,   22.]]), tensor([[0.0045]]))
     """
     x32 = x.to(torch.float32)
     if scale is None:
@@ -63,7 +68,12 @@ def block_scale(
 
 
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64."""
+    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64.
+
+    Example:
+        >>> dequantize(quantize(torch.tensor([[1.0, -2.0, 0.1]])))
+        tensor([[ 1.0000, -2.0000,  0.0982]])
+    """
     values = scaled.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return values.mul_(expand_scale(scaled.scale, scaled.granularity, scaled.shape)).to(dtype)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +29,10 @@ class Granularity:
 
     ``Granularity(1, None)`` is one scale a row, ``Granularity(128, 128)`` one scale a 128 x 128 block. The last
     block of a dimension may be ragged.
+
+    Example:
+        >>> Granularity(128, 128).scale_shape((300, 256))
+        (3, 2)
     """
 
     rows: int | None
@@ -74,6 +80,11 @@ class ScaledTensor:
 
     Raises:
         ValueError: where dtype, shape or device contradict this equation.
+
+    Example:
+        >>> codes = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
+        >>> ScaledTensor(codes, torch.ones(4, 1), Granularity(1, None)).nbytes
+        48
     """
 
     data: torch.Tensor
@@ -119,6 +130,10 @@ class Scheme:
     ``activation=None`` means weight-only. Otherwise it is the coarsest rounding of activations that is allowed:
     an engine may round them more finely or not at all, never more coarsely. ``static`` activations are scaled by a
     calibrated constant instead of their own largest value.
+
+    Example:
+        >>> print(Scheme(weight=Granularity(1, None), activation=None))
+        weight row, activation kept
     """
 
     weight: Granularity
@@ -136,12 +151,14 @@ class Scheme:
         return f"weight {self.weight}, activation {how}{ue8m0}"
 
 
-SCHEMES: dict[SchemeName, Scheme] = {
-    "row": Scheme(weight=ROW, activation=ROW),
-    "tensor": Scheme(weight=TENSOR, activation=TENSOR),
-    "block": Scheme(weight=BLOCK_128, activation=GROUP_128),
-    "weight_only": Scheme(weight=ROW, activation=None),
-}
+SCHEMES: Mapping[SchemeName, Scheme] = MappingProxyType(
+    {
+        "row": Scheme(weight=ROW, activation=ROW),
+        "tensor": Scheme(weight=TENSOR, activation=TENSOR),
+        "block": Scheme(weight=BLOCK_128, activation=GROUP_128),
+        "weight_only": Scheme(weight=ROW, activation=None),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +188,10 @@ class FP8GemmOptions:
 
     Raises:
         ValueError: for a value that is none of these, naming those that are.
+
+    Example:
+        >>> FP8GemmOptions(scheme="block", fp16_weight_storage="keep").resolved_scheme.weight
+        Granularity(rows=128, cols=128)
     """
 
     cast_inputs: bool = True

@@ -13,7 +13,7 @@ from fp8gemm.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted(ROOT.glob("C*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = r"```{}\n(.*?)```"
 # Scripts of the repository, each with the options that follow it.
 SCRIPT = re.compile(r"\b((?:examples|benchmarks|tests)/\w+\.py)((?: +[^\s`|]+)*)")

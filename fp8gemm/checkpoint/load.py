@@ -36,6 +36,10 @@ class LoadReport(Report):
         dequantized: FP8 on disk and dense in the model: embeddings, or all with ``dequantize=True``.
         suspicious: where the config says something else than the tensors.
         kv_scales: names of the scales of a key-value cache; ``Checkpoint.kv_scales`` reads them.
+
+    Example:
+        >>> LoadReport((), format="comfy", missing=("head.weight",)).to_dict()["missing"]
+        ('head.weight',)
     """
 
     format: str = ""
@@ -89,6 +93,16 @@ def load_checkpoint(
         CheckpointError: the file is broken, or does not fit the model; then all reasons at once.
         UnsupportedError: no engine, or not the named one, runs such a layer on the device.
         ValueError: the model holds FP8Linears already, or buffers on meta that nobody can compute.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import enable_fp8_gemm, save_checkpoint
+        >>> folder = tempfile.mkdtemp() + "/fp8"
+        >>> _ = save_checkpoint(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32))), folder)
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(64, 32))
+        >>> load_checkpoint(model, folder).converted[0].name, model(torch.randn(2, 64)).shape
+        ('0', torch.Size([2, 32]))
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     where = None if device is None else torch.device(device)

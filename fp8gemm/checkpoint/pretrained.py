@@ -1,12 +1,14 @@
-"""``save_pretrained`` of a patched transformers model: a checkpoint that says it is FP8.
+"""``save_pretrained`` and ``get_memory_footprint`` of a patched transformers or diffusers model.
 
-Left alone it writes FP8 values without a word about them in ``config.json``, and ``from_pretrained`` takes those for
-weights: a model of noise, and a warning about unexpected scales.
+Left alone the first writes FP8 values without a word about them in ``config.json``, and ``from_pretrained`` takes those
+for weights: a model of noise, and a warning about unexpected scales. The second counts elements in the dtype that
+weights are said to be of, and so finds nothing saved.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,24 +18,25 @@ from ..errors import UnsupportedError
 from ..weights import FP8Weight
 from .save import save_checkpoint
 
-_NAME = "save_pretrained"
 # Arguments of transformers' own save_pretrained that change nothing here.
 _IDLE = ("token", "save_peft_format", "save_original_format")
 
 
 def redirect_saving(model: nn.Module) -> None:
-    """Lets ``save_pretrained`` of every transformers or diffusers model in ``model`` that is FP8 now go through us."""
+    """Lets both methods of every transformers or diffusers model in ``model`` that is FP8 now go through us."""
     for module in model.modules():
         if _library(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
-            # A partial, not a method: copies and pickles of the model then hold one of their own.
-            module.__dict__[_NAME] = partial(_save_pretrained, module)
+            for name, method in _METHODS.items():
+                # A partial, not a method: copies and pickles of the model then hold one of their own.
+                module.__dict__[name] = partial(method, module)
 
 
 def give_saving_back(model: nn.Module) -> None:
-    """The models' own ``save_pretrained`` again."""
+    """The models' own methods again."""
     for module in model.modules():
-        if getattr(module.__dict__.get(_NAME), "func", None) is _save_pretrained:
-            del module.__dict__[_NAME]
+        for name, method in _METHODS.items():
+            if getattr(module.__dict__.get(name), "func", None) is method:
+                del module.__dict__[name]
 
 
 def _library(module: nn.Module) -> str:
@@ -75,3 +78,15 @@ def _save_pretrained(
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(save_directory)
+
+
+def _memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
+    """Bytes that the model holds: of each FP8 weight its bytes, its scales and, where it is kept, its original."""
+    tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained,
+    "get_memory_footprint": _memory_footprint,
+}

@@ -32,6 +32,15 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         format: what recognised it; ``recognised_by`` says how.
         config: the quantization config, empty where there is none; ``model_config`` the whole config.json.
         metadata: the files' own.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import enable_fp8_gemm, save_checkpoint
+        >>> folder = tempfile.mkdtemp() + "/fp8"
+        >>> _ = save_checkpoint(enable_fp8_gemm(torch.nn.Sequential(torch.nn.Linear(64, 32))), folder)
+        >>> checkpoint = open_checkpoint(folder)
+        >>> sorted(checkpoint), checkpoint["0.weight"].scale.shape
+        (['0.bias', '0.weight'], torch.Size([32, 1]))
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -231,6 +240,14 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: nothing is there, or a file is broken, ambiguous or contradicts itself.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import enable_fp8_gemm, save_checkpoint
+        >>> folder = tempfile.mkdtemp() + "/fp8"
+        >>> _ = save_checkpoint(enable_fp8_gemm(torch.nn.Sequential(torch.nn.Linear(64, 32))), folder)
+        >>> open_checkpoint(folder).format.name
+        'compressed-tensors'
     """
     hub = Hub(revision=revision, token=token, cache_dir=cache_dir, offline=offline)
     return Checkpoint(Tensors(locate(source, hub)))

@@ -32,7 +32,12 @@ _REPLACED = ("config.json", "hf_quant_config.json", "params.json")
 
 @dataclass(frozen=True, kw_only=True)
 class WriteReport:
-    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense."""
+    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense.
+
+    Example:
+        >>> WriteReport(files=(), format="comfy", bytes_before=4, bytes_after=2, layers=("0",)).to_dict()["bytes_after"]
+        2
+    """
 
     files: tuple[Path, ...]
     format: str
@@ -62,6 +67,16 @@ def convert_checkpoint(
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
         CheckpointError: the source is broken or holds no FP8, or writing failed.
         ValueError: source and directory are the same.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import FP8GemmOptions, enable_fp8_gemm, save_checkpoint
+        >>> folder, options = Path(tempfile.mkdtemp()), FP8GemmOptions(scheme="block")
+        >>> model = enable_fp8_gemm(torch.nn.Sequential(torch.nn.Linear(256, 128)), options=options)
+        >>> _ = save_checkpoint(model, folder / "ours")
+        >>> _ = convert_checkpoint(folder / "ours", folder / "theirs", format="fine-grained")
+        >>> open_checkpoint(folder / "theirs").format.name
+        'fine-grained'
     """
     target = writer(format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -219,6 +234,15 @@ def quantize_checkpoint(
         UnsupportedError: the format cannot express the scheme.
         CheckpointError: the source is FP8 already or broken, a matrix is not finite, or writing failed.
         ValueError: a static scheme, a pattern that matches nothing, or source and directory are the same.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_file({"0.weight": torch.randn(64, 64).bfloat16()}, folder / "model.safetensors")
+        >>> _ = quantize_checkpoint(folder, folder / "fp8")
+        >>> open_checkpoint(folder / "fp8")["0.weight"].data.dtype
+        torch.float8_e4m3fn
     """
     resolved = FP8GemmOptions(scheme=scheme).resolved_scheme
     if resolved.static:

@@ -46,6 +46,13 @@ def save_checkpoint(
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
         ValueError: the model holds tensors on meta.
         CheckpointError: writing failed; nothing incomplete is left.
+
+    Example:
+        >>> import tempfile
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))
+        >>> [path.name for path in save_checkpoint(model, tempfile.mkdtemp() + "/fp8")]
+        ['model.safetensors', 'config.json']
     """
     target = writer(format)
     own = model_config(model)

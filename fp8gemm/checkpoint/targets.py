@@ -191,7 +191,7 @@ def _ordered(target: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
     orders = [order for order, _ in found]
     if len(set(orders)) < len(orders):
         raise CheckpointError(
-            f"{', '.join(name for _, name in found)} all become {target}, in no order; give key_mapping one pattern for "
-            "each, in the order in which their rows follow each other"
+            f"{', '.join(name for _, name in found)} all become {target}, in no order; give key_mapping one pattern "
+            "for each, in the order in which their rows follow each other"
         )
     return tuple(name for _, name in sorted(found))

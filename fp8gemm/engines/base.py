@@ -21,6 +21,11 @@ class MatmulSpec:
     """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.
 
     ``experts`` > 0 is a stack ``w [experts, n, k]``, asked of ``grouped``; ``accumulate`` as in ``FP8GemmOptions``.
+
+    Example:
+        >>> from fp8gemm import SCHEMES
+        >>> MatmulSpec(scheme=SCHEMES["block"], n=512, k=256).experts
+        0
     """
 
     scheme: Scheme
@@ -40,6 +45,10 @@ class Machine:
     ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it; ``"deep_gemm"`` and the ``"nvcc"``
     that it needs; ``"fnuz"`` of AMD's gfx942. ``vllm_ops`` are those of vLLM's raw ops that can run on this device,
     with their number of arguments; ``vllm_note`` says why there are none.
+
+    Example:
+        >>> Machine(device="cuda", name="NVIDIA H100", capability=(9, 0)).capability
+        (9, 0)
     """
 
     device: str
@@ -251,7 +260,12 @@ class WeightOnlyEngine(Engine):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine runs, and why each of the others that were asked does not."""
+    """Which engine runs, and why each of the others that were asked does not.
+
+    Example:
+        >>> Choice("cpu", {"vllm": ["vLLM is not installed"]}).rejected["vllm"]
+        ['vLLM is not installed']
+    """
 
     winner: str
     rejected: Mapping[str, list[str]]

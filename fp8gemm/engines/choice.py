@@ -71,6 +71,12 @@ def choose(
     Raises:
         ValueError: there is no engine of that name.
         UnsupportedError: the engine that was named, or each that ``auto`` tries, rejects it; with all reasons.
+
+    Example:
+        >>> from fp8gemm import SCHEMES, Machine, MatmulSpec
+        >>> spec = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096)
+        >>> choose(spec, Machine(device="cpu", torch_version=(2, 13)), "cpu").winner
+        'cpu'
     """
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"engine must be auto or one of {', '.join(ENGINES)}, found {engine!r}")
@@ -97,7 +103,12 @@ def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str
 
 
 def probe(device: torch.device | str) -> Machine:
-    """The machine behind a device, as a value; asks the driver once for each device."""
+    """The machine behind a device, as a value; asks the driver once for each device.
+
+    Example:
+        >>> probe("cpu").device
+        'cpu'
+    """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -51,6 +51,14 @@ def register_engine(engine: Engine, *, auto: Iterable[str] = ()) -> Engine:
 
     Raises:
         ValueError: there is an engine of that name, or no device of that kind. ``examples/own_engine.py`` shows one.
+
+    Example:
+        >>> from fp8gemm.engines.reference import ReferenceEngine
+        >>> class Mine(ReferenceEngine):
+        ...     name = "mine"
+        >>> register_engine(Mine()).name
+        'mine'
+        >>> del ENGINES["mine"]
     """
     kinds = list(auto)
     if not engine.name or engine.name == "auto" or engine.name in ENGINES:

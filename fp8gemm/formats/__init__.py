@@ -43,6 +43,16 @@ def register_format(format: Format) -> Format:
 
     Raises:
         ValueError: there is a format of that name. ``examples/own_format.py`` shows one.
+
+    Example:
+        >>> class Mine(Format):
+        ...     name = "mine"
+        ...     def recognises(self, contents):
+        ...         return "a file of mine" if "mine" in contents.metadata else ""
+        >>> register_format(Mine()).name
+        'mine'
+        >>> FORMATS.pop(0).name
+        'mine'
     """
     known = [other.name for other in FORMATS]
     if not format.name or format.name in known:

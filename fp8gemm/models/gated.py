@@ -29,6 +29,17 @@ def fuse_gated(model: nn.Module) -> Fused:
 
     Returns:
         The (gate, up, down) of each MLP, and the reason for each module of three FP8 layers that is none.
+
+    Example:
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> class Mlp(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        ...     def forward(self, x):
+        ...         return self.down(F.silu(self.gate(x)) * self.up(x))
+        >>> fuse_gated(enable_fp8_gemm(Mlp())).groups
+        (('gate', 'up', 'down'),)
     """
     groups: list[tuple[str, ...]] = []
     refused: dict[tuple[str, ...], str] = {}

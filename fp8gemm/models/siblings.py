@@ -31,7 +31,12 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Fused:
-    """The groups of layers that were joined, by name, and the reason for each that was found but not joined."""
+    """The groups of layers that were joined, by name, and the reason for each that was found but not joined.
+
+    Example:
+        >>> Fused(groups=(("q_proj", "k_proj"),), refused={}).groups
+        (('q_proj', 'k_proj'),)
+    """
 
     groups: tuple[tuple[str, ...], ...]
     refused: dict[tuple[str, ...], str]
@@ -54,6 +59,12 @@ def fuse_siblings(
         siblings: names of children of one parent that may be joined.
         share_in_inference_mode: torch does not count changes to inference tensors. True promises that the model does
             not write into a tensor between the siblings' calls; otherwise layers run alone on inference tensors.
+
+    Example:
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> block = torch.nn.ModuleDict({name: torch.nn.Linear(32, 16) for name in ("q_proj", "k_proj", "v_proj")})
+        >>> fuse_siblings(enable_fp8_gemm(block)).groups
+        (('q_proj', 'k_proj', 'v_proj'),)
     """
     groups: list[tuple[str, ...]] = []
     refused: dict[tuple[str, ...], str] = {}

@@ -25,6 +25,11 @@ def warmup(model: nn.Module, tokens: Iterable[int] = TOKENS) -> int:
     Raises:
         ValueError: an M is below 1.
         UnsupportedError: as at a layer's first call.
+
+    Example:
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> warmup(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))), tokens=[1, 16])
+        4
     """
     sizes = sorted(set(tokens))
     if sizes and sizes[0] < 1:

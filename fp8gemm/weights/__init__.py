@@ -2,7 +2,7 @@
 
 import torch
 
-from . import copies, products, writes  # handlers register themselves
+from . import copies, functions, pickling, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import convert, made, put, revert
 from .home import Home
@@ -20,8 +20,10 @@ __all__ = [
     "Home",
     "convert",
     "copies",
+    "functions",
     "made",
     "own_weights",
+    "pickling",
     "products",
     "put",
     "revert",

@@ -15,13 +15,12 @@ from torch import nn
 
 from ..engines import ENGINES, Prepared
 from .home import Home
-from .product import in_forward_mode, wants_derivative
+from .product import ALIGNMENT, in_forward_mode, wants_derivative
 from .weight import FP8Weight
 
 Key = tuple[torch.Size, torch.dtype, torch.device]
 SHAPES = 32  # that a layer keeps bound; one more and it starts again
 KEPT_KERNEL = "kept 16-bit weight"  # in the report
-ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
 
 
 class Layer(Protocol):

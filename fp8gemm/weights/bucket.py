@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map_only
 
 from .collectives import finishing
 from .copies import watched_by_a_mode
+from .dispatch import OPERATIONS, implements
 from .message import Message, values_to_send
-from .weight import OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 

@@ -15,13 +15,16 @@ from .stored import Stored
 class ChosenExperts(Home):
     """The home of ``stack[ids]``, which transformers' ``batched_mm`` multiplies by and forgets.
 
-    ``source`` is the stack's home while nothing was copied.
+    ``source`` is the stack's home while nothing was copied. The experts are those of the moment when they were chosen,
+    whatever is written to the stack, or to the numbers, later.
     """
 
     def __init__(self, source: Home, ids: torch.Tensor) -> None:
         layout = Layout((ids.shape[0], *source.layout.shape[1:]), source.layout.turned)
         self._source: Home | None = source
-        self.ids = ids
+        self._then = source.settle()
+        ids = ids.to(source.device)
+        self.ids = torch.where(ids < 0, ids + source.layout.shape[0], ids)
         self._seen = source.version
         self._stored: Stored | None = None
         super().__init__(source.options, layout, scheme=source.scheme)
@@ -36,17 +39,18 @@ class ChosenExperts(Home):
 
     @property
     def stored(self) -> Stored | None:
-        if self._stored is None and self._source is not None:
-            weight = self._source.scaled()
+        if self._stored is None and self._then is not None:
+            weight = self._then.scaled()
             data = weight.data.view(torch.uint8).index_select(0, self.ids).view(weight.data.dtype)
             scale = weight.scale.index_select(0, self.ids)
-            self._stored, self._source = Stored(ScaledTensor(data, scale, weight.granularity)), None
+            self._stored = Stored(ScaledTensor(data, scale, weight.granularity))
+            self._source = self._then = None
         return self._stored
 
     @stored.setter
     def stored(self, value: Any) -> None:
         if value is not None:
-            self._stored, self._source = value, None
+            self._stored, self._source, self._then = value, None, None
 
     @property
     def device(self) -> torch.device:

@@ -17,11 +17,12 @@ from ..errors import UnsupportedError
 from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .copies import COPIES_ARE_DENSE, watched_by_a_mode
+from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout
 from .message import Message, begins_a_block, values_to_send
 from .sharding import coarsened, whole_scheme
 from .stored import Stored
-from .weight import FUNCTIONS, OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 # --- shards --------------------------------------------------------------------------------------------------------
 
@@ -316,7 +317,7 @@ def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
 
 def _there_already(weight: FP8Weight) -> FP8Weight:
     """In place of a tensor that waits when it is used."""
-    return _waited_for(weight).like()
+    return _waited_for(weight).like()  # type: ignore[no-any-return]
 
 
 @implements(OPERATIONS, functional.wait_tensor.default)

@@ -16,6 +16,7 @@ from .prepared import quantized
 from .stored import Stored
 from .weight import FP8Weight
 
+_OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
 
 
@@ -111,6 +112,8 @@ def revert(module: nn.Module, name: str) -> bool:
             parameter.data = parameter.data.to(weight.device)
     parameter.__dict__.update(_attributes(weight))
     module._parameters[name] = parameter
+    if home.stored is not None:
+        home.stored.forget_calls()
     leave(module)
     remove_hooks(module)
     return exact
@@ -127,7 +130,7 @@ def leave(module: nn.Module) -> None:
 
 def _attributes(parameter: Any) -> dict[str, Any]:
     """What others have written on a parameter, such as ``tensor_model_parallel``."""
-    return {key: value for key, value in vars(parameter).items() if key not in ("_home", "_fresh")}
+    return {key: value for key, value in vars(parameter).items() if key not in _OURS}
 
 
 def scheme_for(options: FP8GemmOptions, name: str, shape: tuple[int, ...]) -> Scheme:

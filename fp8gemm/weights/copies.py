@@ -6,16 +6,36 @@ import math
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
+from .. import native
 from ..scaled import Granularity, ScaledTensor, Scheme
+from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Layout, Part
 from .home import Home
 from .sharding import Sharded, refined, shard_scheme
 from .stored import Stored
-from .weight import OPERATIONS, FP8Weight, implements
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 COPIES_ARE_DENSE = "_copies_are_dense"  # an attribute of views
+
+
+@implements(FUNCTIONS, torch.Tensor.detach)
+def _detach(weight: Any) -> Any:
+    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
+    if not isinstance(weight, FP8Weight) or not native.plain() or torch.compiler.is_compiling():
+        return NotImplemented
+    twin = weight.like()
+    twin._source = weight.__dict__.get("_source", weight)
+    return twin
+
+
+def count_write(weight: FP8Weight) -> None:
+    """Lets autograd see a write to what ``_detach`` made, as the two share their version in torch."""
+    source = weight.__dict__.get("_source")
+    if source is not None and not source.is_inference():
+        torch.autograd.graph.increment_version(source)
 
 
 @implements(OPERATIONS, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
@@ -35,8 +55,8 @@ def _to_copy(
     home, dtype = weight._home, dtype or weight.dtype
     device = weight.device if device is None else torch.device(device)
     unmoved = device == weight.device
-    if dtype in _FP8:
-        return NotImplemented
+    if _is_8_bits(dtype):
+        dtype = weight.dtype
     if not dtype.is_floating_point or (not unmoved and not weight.is_whole()):
         return NotImplemented
     if unmoved:
@@ -46,7 +66,40 @@ def _to_copy(
     return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
 
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+def _is_8_bits(dtype: Any) -> bool:
+    """Whether a cast to this dtype asks for what the weight is already: without its scales it would lose them."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _converts(func: Any) -> None:
+    """Casts and moves by one of torch's methods: one to FP8 leaves the weight as it is."""
+
+    def convert(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, FP8Weight):
+            return NotImplemented
+        args, kwargs = tree_map(lambda asked: _or_its_own(asked, weight), (args, kwargs))
+        result = func(weight, *args, **kwargs)
+        return _alias(weight) if result is weight and getattr(weight, "_is_param", False) else result
+
+    implements(FUNCTIONS, func)(convert)
+
+
+for _method in ("to", "type", "half", "bfloat16", "float", "double", "cpu", "cuda"):
+    _converts(getattr(torch.Tensor, _method))
+
+
+def _or_its_own(asked: Any, weight: FP8Weight) -> Any:
+    """The weight's own dtype in place of an FP8 one, in an argument of ``Tensor.to``."""
+    if isinstance(asked, torch.Tensor) and _is_8_bits(asked.dtype):
+        return torch.empty((), dtype=weight.dtype, device=asked.device)
+    return weight.dtype if _is_8_bits(asked) else asked
+
+
+def _alias(weight: FP8Weight) -> FP8Weight:
+    """The same parameter again. nn.Module would exchange a parameter with itself, which a weak reference forbids."""
+    twin = weight.like()
+    twin.__dict__.update(weight.__dict__)
+    return twin.fresh()
 
 
 def _cast_home(home: Home, dtype: torch.dtype) -> Home:
@@ -74,16 +127,18 @@ def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
         twin = home.copy(Stored(ScaledTensor(data, weight.scale.to(device), weight.granularity)))
     if home.input_scale is not None:
         twin.input_scale = home.input_scale.to(device)
+    if device.type == "meta":
+        twin.activity = home.activity  # accelerate leaves this in the place of a weight that comes back
     return _with_original(home, twin, dtype, device)
 
 
 def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.device | None) -> Home:
     """A kept original goes along, cast and moved too; ``cpu_offload`` leaves it where it is."""
     original = home.original
-    if original is None or dtype in _FP8:
+    if original is None:
         return twin
     where = original.device if device is None or home.options.fp16_weight_storage == "cpu_offload" else device
-    values = original.detach().to(where, dtype, copy=True)
+    values = original.detach().to(where, dtype, copy=True).contiguous()
     behind = home.changed
     twin.original = torch.nn.Parameter(values, original.requires_grad)
     twin.original_version = None if behind else twin.original._version
@@ -118,13 +173,20 @@ def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype
 def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
     home = weight._home
     if home.stored is not None and weight.is_whole() and home.settle() is not None:
-        return weight.like(home=home.copy())
+        return weight.like(home=_with_original(home, home.copy(), weight.dtype, None))
     taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
     if taken is None:
         return NotImplemented
     scaled, part = taken
     data = scaled.data.contiguous().view(torch.uint8).clone().view(scaled.data.dtype)
-    return _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+    own = _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+    if home.original is not None:  # so that a write to the copy is as exact as one to the weight
+        values = home.original.detach()
+        values = part.cut(values.transpose(-1, -2) if home.layout.turned else values)
+        values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
+        own._home.original = torch.nn.Parameter(values, home.original.requires_grad)
+        own._home.original_version = own._home.original._version
+    return own
 
 
 @implements(OPERATIONS, aten.empty_like.default)
@@ -133,7 +195,7 @@ def _empty_like(
 ) -> Any:
     """What ``to_empty`` asks for: an FP8 weight of the shape. Asking must not round what was just written."""
     part = weight.part()
-    if part is None or (dtype is not None and (not dtype.is_floating_point or dtype in _FP8)):
+    if part is None or (dtype is not None and (not dtype.is_floating_point or _is_8_bits(dtype))):
         return NotImplemented
     if COPIES_ARE_DENSE in weight.__dict__:
         return NotImplemented
@@ -234,6 +296,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if there is None or here is None or there[1].flipped != here[1].flipped:
         return NotImplemented
     write_part(target, there[0])
+    count_write(target)
     return target
 
 
@@ -257,7 +320,7 @@ def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
     ours.scale.copy_(theirs.scale)
     for stored in (a, b):
         stored.forms = {}
-    target._home.version += 1
+    target._home.touch()
     return target
 
 

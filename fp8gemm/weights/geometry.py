@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..scaled import ScaledTensor
 
 
@@ -76,12 +78,18 @@ class Part:
         if _cuts(grid.rows, r, rows, n, to_write) or _cuts(grid.cols, c, cols, k, to_write):
             return None
         by_row, by_col = _blocks(grid.rows, r, rows), _blocks(grid.cols, c, cols)
-        data, scale = weight.data, weight.scale
-        if self.experts is not None:
-            first, count = self.experts
-            here = first if self.single else slice(first, first + count)
-            data, scale = data[here], scale[here]
-        return ScaledTensor(data[..., r : r + rows, c : c + cols], scale[..., by_row, by_col], grid)
+        return ScaledTensor(self.cut(weight.data), self._of_experts(weight.scale)[..., by_row, by_col], grid)
+
+    def cut(self, values: torch.Tensor) -> torch.Tensor:
+        """Its values, as a view of those of the whole weight ``[(E,) N, K]``."""
+        (r, rows), (c, cols) = self.rows, self.cols
+        return self._of_experts(values)[..., r : r + rows, c : c + cols]
+
+    def _of_experts(self, values: torch.Tensor) -> torch.Tensor:
+        if self.experts is None:
+            return values
+        first, count = self.experts
+        return values[first] if self.single else values[first : first + count]
 
 
 def _cuts(block: int | None, first: int, count: int, total: int, to_write: bool) -> bool:

@@ -57,7 +57,11 @@ class Home:
         self.activity = Activity()
         self.owned = False
         self.version = 0
-        self.flat: tuple[dict[str, torch.Tensor], Any] | None = None  # of this version, as graphs are handed it
+        self.flat: tuple[list[str], Any] | None = None  # what graphs are handed of this version: names, the rest
+        self.inner_data: torch.Tensor | None = None  # the tensors, set with ``flat``
+        self.inner_scale: torch.Tensor | None = None
+        self.inner_input_scale: torch.Tensor | None = None
+        self.inner_dense: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -137,9 +141,17 @@ class Home:
             assert self.stored is not None
             return self.stored
 
-    def _publish(self, stored: Stored) -> None:
-        self.stored, self.flat = stored, None
+    def touch(self) -> None:
+        """Notes a change: of what was bound or handed to a graph before nothing fits any more."""
         self.version += 1
+        self.flat = None
+        self.inner_data = self.inner_scale = self.inner_input_scale = self.inner_dense = None
+
+    def _publish(self, stored: Stored) -> None:
+        if self.stored is not None:
+            self.stored.forget_calls()
+        self.stored = stored
+        self.touch()
 
     def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
         """Takes other bytes and scales; pending writes and a kept original are of the former weight and go."""
@@ -249,8 +261,7 @@ class Home:
                 self.stored = None
             elif self.stored is not None:
                 self.stored = Stored(self.stored.scaled())
-            self.flat = None
-            self.version += 1
+            self.touch()
 
     # --- copies ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +292,7 @@ class Home:
             original = copy.deepcopy(self.original, memo)
             twin = Home(self.options, self.layout, stored=stored, scheme=self.scheme, trains=self.trains)
             if self.dense is not None:
-                shares = self._dense_is_original()
+                shares = self.dense_is_original()
                 twin.dense = original.detach() if original is not None and shares else self.dense.detach().clone()
             if original is not None:
                 behind = self.changed
@@ -291,30 +302,7 @@ class Home:
         memo[id(self)] = twin
         return twin
 
-    def __reduce__(self) -> Any:
-        """Plain bytes, as uint8: torch 2.13 cannot unpickle FP8 tensors."""
-        with lock():
-            facts: dict[str, Any] = {
-                "options": replace(self.options, generator=None),
-                "layout": self.layout,
-                "scheme": self.scheme,
-                "trains": self.trains,
-                "input_scale": self.input_scale,
-                "activity": self.activity,
-                "owned": self.owned,
-                "original": self.original,
-                "behind": self.changed,
-            }
-            if self.stored is not None:
-                plain = self.stored.scaled()
-                facts |= {"bytes": plain.data.view(torch.uint8), "scale": plain.scale}
-                facts["fp8"] = str(plain.data.dtype).removeprefix("torch.")
-            if self.dense is not None and not self._dense_is_original():
-                facts["dense"] = self.dense
-            facts["writes"] = self.dense is not None
-        return _rebuild, (facts,)
-
-    def _dense_is_original(self) -> bool:
+    def dense_is_original(self) -> bool:
         return (
             self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
         )
@@ -330,21 +318,5 @@ class Home:
     def nbytes(self) -> int:
         """Bytes of everything that is held: FP8, scales, pending writes, a kept original."""
         dense, original = self.dense, self.original
-        waiting = 0 if dense is None or self._dense_is_original() else dense.nbytes
+        waiting = 0 if dense is None or self.dense_is_original() else dense.nbytes
         return self.fp8_nbytes + waiting + (0 if original is None else original.nbytes)
-
-
-def _rebuild(facts: dict[str, Any]) -> Home:
-    """A home as ``Home.__reduce__`` wrote it."""
-    stored = None
-    if "bytes" in facts:
-        data = facts["bytes"].view(getattr(torch, facts["fp8"]))
-        stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
-    home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
-    home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
-    original = facts["original"]
-    if original is not None:
-        home.original, home.original_version = original, None if facts["behind"] else original._version
-    if facts["writes"]:
-        home.dense = facts.get("dense", None if original is None else original.detach())
-    return home

@@ -25,6 +25,11 @@ class FP8Linear(nn.Linear):
     Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``weight`` is an
     ``FP8Weight``; ``state_dict`` saves it as ``weight`` (FP8) and ``weight_scale`` (float32). The class makes calls
     short, and accepts inputs of other dtypes as ``FP8GemmOptions`` say; products are right without it.
+
+    Example:
+        >>> layer = FP8Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer.weight.dtype, layer.scaled().data.dtype, layer.scaled().scale.shape
+        (torch.float32, torch.float8_e4m3fn, torch.Size([32, 1]))
     """
 
     @classmethod

@@ -63,13 +63,11 @@ def _save(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         if weight is None or not isinstance(value, FP8Weight):
             state[key] = value
             continue
-        home = weight._home
-        scaled = home.scaled()
-        data = scaled.data.transpose(-1, -2).contiguous() if home.layout.turned else scaled.data
-        state[key] = FP8Entry.of(data.detach(), weight.like())
-        state[key + "_scale"] = scaled.scale.detach()
-        if home.input_scale is not None:
-            state[input_scale_key(key)] = home.input_scale.detach()
+        entry = FP8Entry.of(weight)
+        state[key] = entry
+        state[key + "_scale"] = entry.scale.detach()
+        if weight._home.input_scale is not None:
+            state[input_scale_key(key)] = weight._home.input_scale.detach()
 
 
 def _load(
@@ -90,6 +88,8 @@ def _load(
         input_scale = state.pop(input_scale_key(key), None)
         if data is None:
             continue
+        if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
+            data = data.handed_over()  # it remembers its scale
         codes = data.dtype in FP8_DTYPES and not isinstance(data, FP8Weight)
         if codes and scale is None:
             missing.append(key + "_scale")
@@ -101,12 +101,14 @@ def _load(
             continue
         if codes:
             data = _loaded(weight, data, scale, input_scale, assign)
-        elif not isinstance(data, FP8Weight):
+        elif isinstance(data, FP8Weight):
+            data = data if assign else data.to(weight.device, weight.dtype).clone()
+        else:
             data = data.detach() if assign else data.detach().to(weight.device, weight.dtype, copy=True)
         if assign:
             state[key] = data if isinstance(data, FP8Weight) else weight.adopt(data)
         else:  # not by copy_, for which dense values would be a change to the weight that was
-            weight.data = data.clone() if isinstance(data, FP8Weight) and not codes else data
+            weight.data = data
             state[key] = weight.like()
 
 

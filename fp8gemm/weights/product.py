@@ -20,6 +20,9 @@ from ..engines import ENGINES, Prepared, restore
 from ..numerics import dequantize, quantize
 from ..scaled import Granularity, ScaledTensor, Scheme
 
+MOST_CALLS = 32  # that a weight keeps decided; one more and it starts again
+ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
+
 
 def multiply(
     x: torch.Tensor,
@@ -86,7 +89,9 @@ def forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dt
     """``multiply`` without derivatives."""
     engine = ENGINES[weight.engine]
     compiling = torch.compiler.is_compiling()
-    if engine.traceable or not (compiling or watched(x, weight.data, weight.scale, bias)):
+    if not compiling and not watched(x, weight.data, weight.scale, bias):
+        return remembered_linear(x, weight, bias, out_dtype)
+    if engine.traceable:
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None
@@ -97,6 +102,40 @@ def forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dt
     operands = (x, x_scale, weight.data, weight.scale, weight.input_scale, list(weight.extra), bias)
     y: torch.Tensor = torch.ops.fp8gemm.linear(*operands, *_facts(weight, rounding), weight.bare, out_dtype)
     return y
+
+
+def remembered_linear(
+    x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``Engine.linear``; from the second time on that an ``x`` of this shape comes, by a call that was decided then.
+
+    Decided calls lie beside the bytes that they are for, by the addresses of all that goes into them but ``x``.
+    """
+    data = weight.data
+    if type(data) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % ALIGNMENT or not x.numel():
+        return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+    others = tuple(0 if t is None else t.data_ptr() for t in (bias, weight.input_scale))
+    key = (
+        x.shape,
+        x.dtype,
+        out_dtype,
+        weight.engine,
+        weight.accumulate,
+        data.data_ptr(),
+        weight.scale.data_ptr(),
+        others,
+    )
+    calls: dict[Any, Any] = data.__dict__.setdefault("_fp8gemm_calls", {})
+    call = calls.get(key)
+    if call:
+        y: torch.Tensor = call(x)
+        return y
+    if call is None:
+        if len(calls) >= MOST_CALLS:
+            calls.clear()
+        # Bound the second time, as what comes once may never come again; False where an engine has nothing to bind.
+        calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
+    return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
 
 
 def grouped_forward(x: torch.Tensor, weight: Prepared, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -156,7 +195,6 @@ _library.define(
     f"{_FACTS}, bool derive, ScalarType out_dtype) -> Tensor"
 )
 Block = Sequence[int]
-MOST_CALLS = 32  # shapes that a weight keeps decided; one more and it starts again
 
 
 def _facts(weight: Prepared, rounding: Granularity | None) -> tuple[Any, ...]:
@@ -210,16 +248,6 @@ def _linear_operation(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
-    key = None
-    if x_scale is None and type(x) is type(data) is torch.Tensor and x.is_contiguous() and x.numel():
-        # What a graph calls again and again is decided once, beside the bytes that it is decided for.
-        address = 0 if bias is None else bias.data_ptr()
-        key = (x.shape, x.dtype, x.data_ptr() % 16 == 0, out_dtype, data.data_ptr(), scale.data_ptr(), address)
-        calls: dict[Any, Any] = data.__dict__.setdefault("_fp8gemm_calls", {})
-        call = calls.get(key)
-        if call:
-            result: torch.Tensor = call(x)
-            return result
     weight = Prepared(
         engine=engine,
         scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
@@ -233,15 +261,10 @@ def _linear_operation(
     )
     if derive:
         weight = _derived(weight)
-    if key is not None and key[2]:
-        if len(calls) >= MOST_CALLS:
-            calls.clear()
-        # The second time: what comes once may never come again.
-        calls[key] = ENGINES[engine].bind(x, weight, bias, out_dtype) if key in calls else None
     if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
         x = x.contiguous()
     if x_scale is None:
-        return ENGINES[engine].linear(x, weight, bias, out_dtype).contiguous()
+        return remembered_linear(x, weight, bias, out_dtype).contiguous()
     grid = _grid(*x_block)
     assert grid is not None
     return ENGINES[engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()

@@ -13,12 +13,13 @@ from ..engines import ENGINES
 from ..numerics import dequantize
 from ..scaled import Granularity, ScaledTensor
 from .chosen import ChosenExperts
+from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import batched_operands
 from .geometry import Part
 from .home import Home
 from .product import forward as engine_forward
-from .product import grouped_forward
-from .weight import FUNCTIONS, OPERATIONS, FP8Weight, implements
+from .product import grouped_forward, jit_tracing, wants_derivative
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 
@@ -50,21 +51,33 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
 
 
 @implements(FUNCTIONS, F.linear)
-def _shortcut(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
-    """Past the dispatcher, where neither autograd, a tracer, a transform nor autocast has a say."""
-    if not isinstance(weight, FP8Weight) or torch.compiler.is_compiling() or not native.plain(input, bias):
-        return NotImplemented
-    if input.is_meta:
-        return NotImplemented
-    if torch._C._get_tracing_state() is not None or torch.is_autocast_enabled(input.device.type):
-        return NotImplemented
-    if forward_ad._current_level >= 0:
-        return NotImplemented
-    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
+    """Past the dispatcher, where nobody else has a say."""
+    if not isinstance(weight, FP8Weight) or not _is_ours_alone(input, bias):
         return NotImplemented
     if getattr(weight, "_is_param", False):
         weight._home.owned = True
     return linear(input, weight, bias)
+
+
+@implements(FUNCTIONS, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+def _matmul_directly(input: Any, weight: Any) -> Any:
+    if not isinstance(weight, FP8Weight) or weight.dim() != 2 or not _is_ours_alone(input, None):
+        return NotImplemented
+    return linear(input, weight.turned_around())
+
+
+def _is_ours_alone(x: Any, bias: torch.Tensor | None) -> bool:
+    """Whether neither autograd, a tracer, a mode, a transform nor autocast has a say in a product."""
+    return not (
+        torch.compiler.is_compiling()
+        or not native.plain(x, bias)
+        or x.is_meta
+        or forward_ad._current_level >= 0
+        or wants_derivative(x, bias)
+        or jit_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+    )
 
 
 @implements(OPERATIONS, aten.linear.default)

@@ -23,6 +23,23 @@ def rounded_again(
     Blocks of which no value changed keep their bytes and scale. Returns also which share of the change was lost to
     rounding: ``1 - <kept, wanted> / <wanted, wanted>``, 0 where all of it is there.
     """
+    if before.data.dim() == 2:
+        new, kept, wanted = _rounded_matrix(before, w, options, scheme)
+        return new, _lost(kept, wanted)
+    data, scale = before.data.view(torch.uint8).clone(), before.scale.clone()
+    kept = wanted = 0.0
+    for expert in range(before.shape[0]):  # one by one: what it takes in between is several times the stack
+        old = ScaledTensor(before.data[expert], before.scale[expert], before.granularity)
+        new, kept_here, wanted_here = _rounded_matrix(old, w[expert], options, scheme)
+        data[expert], scale[expert] = new.data.view(torch.uint8), new.scale
+        kept, wanted = kept + kept_here, wanted + wanted_here
+    return ScaledTensor(data.view(before.data.dtype), scale, before.granularity), _lost(kept, wanted)
+
+
+def _rounded_matrix(
+    before: ScaledTensor, w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme
+) -> tuple[ScaledTensor, float, float]:
+    """Of one matrix; with ``<kept, wanted>`` and ``<wanted, wanted>``."""
     grid, shape = before.granularity, before.shape
     was = dequantize(before, w.dtype)
     integer = _INTEGERS[w.dtype.itemsize]
@@ -38,16 +55,19 @@ def rounded_again(
     inside = expand_scale(touched.to(torch.float32), grid, shape) > 0
     data = torch.where(inside, new.data.view(torch.uint8), before.data.view(torch.uint8)).view(before.data.dtype)
     result = ScaledTensor(data, torch.where(touched, new.scale, before.scale), grid)
-    return result, _lost(was, w, result)
+    return result, *_change(was, w, result)
 
 
-def _lost(was: torch.Tensor, wanted: torch.Tensor, found: ScaledTensor) -> float:
+def _change(was: torch.Tensor, w: torch.Tensor, found: ScaledTensor) -> tuple[float, float]:
     if was.is_meta or type(was) is not torch.Tensor:
-        return 0.0
-    delta = (wanted.to(torch.float32) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
+        return 0.0, 0.0
+    wanted = (w.to(torch.float32) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
     kept = (dequantize(found) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
-    whole = float((delta * delta).sum())
-    return 0.0 if whole == 0 else max(0.0, 1 - float((kept * delta).sum()) / whole)
+    return float((kept * wanted).sum()), float((wanted * wanted).sum())
+
+
+def _lost(kept: float, wanted: float) -> float:
+    return 0.0 if wanted == 0 else max(0.0, 1 - kept / wanted)
 
 
 _warned: set[str] = set()

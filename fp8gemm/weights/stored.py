@@ -54,6 +54,12 @@ class Stored:
         assert self.packed is not None
         return restore(self.packed)
 
+    def forget_calls(self) -> None:
+        """Lets go of calls that were decided for these bytes, which may hold them: see ``remembered_linear``."""
+        for holder in (self.plain, self.packed):
+            if holder is not None:
+                holder.data.__dict__.pop("_fp8gemm_calls", None)
+
     def hold(self, packed: Prepared) -> None:
         """Takes the form that products use; plain bytes that it does not share memory with are let go."""
         plain = self.plain

@@ -26,8 +26,11 @@ class Context:
     packed: tuple[Any, ...] | None  # of the engine's form, without its tensors
 
 
-def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Context]:
-    """The tensors by name, and the rest. What an engine packed is handed over packed, without what it derives."""
+def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
+    """The names of the attributes that hold the tensors, and the rest.
+
+    What an engine packed is handed over packed, without what it derives.
+    """
     if home.flat is not None and not home.pending:  # guards ask for it at every call
         return home.flat
     stored = home.settle()
@@ -35,15 +38,15 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor
         home.form(dtype)
     if stored is None:  # a scratch copy that was written to is dense in truth
         assert home.dense is not None
-        return {"_inner_dense": home.dense}, Context(home.options, home.scheme, home.layout, False, None)
+        home.inner_dense = home.dense
+        return ["_inner_dense"], Context(home.options, home.scheme, home.layout, False, None)
     packed = stored.packed
-    tensors: dict[str, torch.Tensor] = {}
     facts = None
     if packed is None:
         plain = stored.scaled()
-        tensors["_inner_data"], tensors["_inner_scale"] = plain.data, plain.scale
+        home.inner_data, home.inner_scale = plain.data, plain.scale
     else:
-        tensors["_inner_data"], tensors["_inner_scale"] = packed.data, packed.scale
+        home.inner_data, home.inner_scale = packed.data, packed.scale
         facts = (
             packed.engine,
             packed.scheme,
@@ -57,12 +60,14 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor
             packed.bare or len(packed.extra) > 0,
             stored.plain is not None,
         )
+    names = ["_inner_data", "_inner_scale"]
     if home.input_scale is not None:
-        tensors["_inner_input_scale"] = home.input_scale
+        names.append("_inner_input_scale")
+        home.inner_input_scale = home.input_scale
     context = Context(home.options, home.scheme, home.layout, home.owned, facts)
-    if native.plain(*tensors.values()):
-        home.flat = (tensors, context)
-    return tensors, context
+    if native.plain(home.inner_data):
+        home.flat = (names, context)
+    return names, context
 
 
 def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:

@@ -17,7 +17,7 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
     home.activity.dequantizations += 1
     size, stride = tuple(size), tuple(stride)
     if home.dense is not None:  # written to, or never quantized: as it is there, not as it will be rounded
-        return home.dense.as_strided(size, stride, offset).to(dtype, copy=True)
+        return window(home.dense, size, stride, offset).to(dtype, copy=True)
     stored = home.settle()
     assert stored is not None
     weight = stored.scaled()
@@ -44,6 +44,11 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
     w = dequantize(weight, dtype)
     w = w.transpose(-1, -2).contiguous() if layout.turned else w
     return w.as_strided(size, stride, offset).clone()
+
+
+def window(dense: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+    """A view of a weight's dense values, which may begin anywhere in memory, such as in a flat tensor of many."""
+    return dense.as_strided(size, stride, int(dense.storage_offset()) + offset)
 
 
 def _last(size: Sequence[int], stride: Sequence[int], offset: int) -> int:

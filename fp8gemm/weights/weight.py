@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .. import native
 from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
+from .dispatch import FUNCTIONS, OPERATIONS
 from .geometry import Layout, Part, part_of
 from .home import Home
 from .sharding import Shardable
@@ -20,21 +22,6 @@ from .tracing import flatten_home, unflatten_home
 from .values import read
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset, in elements
-
-# What handles a function of torch's, and an operation below autograd; the operation None takes all others. A handler
-# gives NotImplemented for what it leaves to them. Filled by the files beside this one.
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-OPERATIONS: dict[Any, Callable[..., Any]] = {}
-
-
-def implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a handler for these functions or operations."""
-
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        table.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
 
 
 class _Flatten:
@@ -57,10 +44,19 @@ class FP8Weight(Shardable, torch.Tensor):
 
     It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
     FP8; reading it in any other way gives the dequantized values; writing to it, or to a view, changes the weight.
+
+    Example:
+        >>> from fp8gemm import enable_fp8_gemm
+        >>> layer = enable_fp8_gemm(torch.nn.Linear(64, 32))
+        >>> with torch.no_grad():
+        ...     layer.weight[0] = 0.5
+        >>> layer.weight[0, :3], isinstance(layer.weight, torch.nn.Parameter)
+        (FP8Weight([0.5000, 0.5000, 0.5000], weight row, activation row), True)
     """
 
     _home: Home
     _fresh: bool
+    _source: FP8Weight  # what it was detached from, whose writes autograd counts
     _is_param: bool
 
     @staticmethod
@@ -95,7 +91,10 @@ class FP8Weight(Shardable, torch.Tensor):
     ) -> FP8Weight:
         """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
         size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
-        return FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+        twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+        if home is None and (source := self.__dict__.get("_source")) is not None:
+            twin._source = source
+        return twin
 
     def turned_around(self) -> FP8Weight:
         """The last two dimensions exchanged."""
@@ -160,12 +159,15 @@ class FP8Weight(Shardable, torch.Tensor):
     def data(self) -> torch.Tensor:
         if isinstance(self, nn.Parameter):
             self._home.owned = True
-        return self.detach()
+        view = self.detach()
+        view.__dict__.pop("_source", None)  # autograd does not see what is written to ``data``, as torch has it
+        return view
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
         """Becomes what ``values`` are: FP8 with its home, or dense values, which are quantized at the next product."""
         new = self.adopt(values)
+        self.__dict__.pop("_source", None)
         torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as C++ sees them
         self._home = new._home
 
@@ -207,8 +209,8 @@ class FP8Weight(Shardable, torch.Tensor):
         return self
 
     def _flatten(self) -> tuple[list[str], Any]:
-        tensors, context = flatten_home(self._home, self.dtype)
-        return list(tensors), (context, self.dtype, self.stride(), self.offset)
+        names, context = flatten_home(self._home, self.dtype)
+        return names, (context, self.dtype, self.stride(), self.offset)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -217,20 +219,12 @@ class FP8Weight(Shardable, torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    def _inner(name: str) -> Any:  # type: ignore[misc]
-        def get(self: FP8Weight) -> torch.Tensor:
-            home = self._home
-            flat = home.flat
-            if flat is None or home.pending:
-                flat = flatten_home(home, self.dtype)
-            return flat[0][name]
-
-        return property(get)
-
-    # Not by __getattr__, with which Dynamo takes no attribute of a tensor for what it is.
-    _inner_data, _inner_scale = _inner("_inner_data"), _inner("_inner_scale")
-    _inner_input_scale, _inner_dense = _inner("_inner_input_scale"), _inner("_inner_dense")
-    del _inner
+    # Set by ``flatten_home``, which every graph asks first. In C, as torch 2.10's Dynamo would trace a getter in Python
+    # each time that its own guards ask; and not by __getattr__, with which it misreads every attribute of a tensor.
+    _inner_data = property(attrgetter("_home.inner_data"))
+    _inner_scale = property(attrgetter("_home.inner_scale"))
+    _inner_input_scale = property(attrgetter("_home.inner_input_scale"))
+    _inner_dense = property(attrgetter("_home.inner_dense"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
         if id(self) in memo:
@@ -278,12 +272,14 @@ class FP8Weight(Shardable, torch.Tensor):
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        parameter = "Parameter, " if isinstance(self, nn.Parameter) else ""
-        waiting = ", not quantized yet" if self._home.stored is None else ""
-        return (
-            f"FP8Weight({parameter}shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, "
-            f"{self._home.scheme}{waiting})"
-        )
+        """As of a dense tensor, with the scheme; without values where somebody traces, or there are none."""
+        if self.is_meta or not native.plain() or torch.compiler.is_compiling():
+            shown = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}"
+        else:
+            activity, before = self._home.activity, self._home.activity.dequantizations
+            shown = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")")
+            activity.dequantizations = before
+        return f"FP8Weight({shown}, {self._home.scheme})"
 
     # --- operations ------------------------------------------------------------------------------------------------
 
@@ -315,31 +311,12 @@ class FP8Weight(Shardable, torch.Tensor):
         return OPERATIONS[None](func, args, kwargs)
 
 
-@implements(FUNCTIONS, torch.Tensor.detach)
-def _detach(weight: FP8Weight) -> Any:
-    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
-    return weight.like() if native.plain() and not torch.compiler.is_compiling() else NotImplemented
-
-
-@implements(FUNCTIONS, torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
-def _ask_for_gradient(weight: FP8Weight, requires_grad: bool = True) -> Any:
-    if not requires_grad:
-        return NotImplemented
-    raise UnsupportedError(
-        f"an FP8 weight of shape {tuple(weight.shape)} takes no gradient: train adapters beside it (LoRA), keep the "
-        "layer dense by module_filter, or disable_fp8_gemm(model) first"
-    )
-
-
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     """``type(parameter)(values, requires_grad=...)``, by which libraries make a parameter like another."""
-    if values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
-        entry = getattr(values, "weight", None)
-        if not isinstance(entry, FP8Weight):
-            raise UnsupportedError(
-                "FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype)
-            )
-        values = entry
+    if getattr(values, "_weight", None) is not None:  # an entry of a state dict
+        values = values.handed_over()  # type: ignore[attr-defined]
+    elif values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
+        raise UnsupportedError("FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype))
     frozen = isinstance(values, FP8Weight)
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 

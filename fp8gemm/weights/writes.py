@@ -8,8 +8,11 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import UnsupportedError
-from .home import Home
-from .weight import OPERATIONS, FP8Weight, implements
+from .copies import count_write
+from .dispatch import FUNCTIONS, OPERATIONS, implements
+from .stored import lock
+from .values import window
+from .weight import FP8Weight
 
 aten = torch.ops.aten
 
@@ -18,8 +21,11 @@ aten = torch.ops.aten
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     arguments = func._schema.arguments
     first = arguments[0].alias_info if arguments else None
-    if first is not None and not first.is_write and args and isinstance(args[0], FP8Weight):
-        return _view(func, args[0], args[1:], kwargs)
+    if first is not None and args and isinstance(args[0], FP8Weight):
+        if not first.is_write:
+            return _view(func, args[0], args[1:], kwargs)
+        if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
+            raise _refusal(func._schema.name.removeprefix("aten::"), "and keeps its shape, ")
     return _on_values(func, args, kwargs)
 
 
@@ -32,30 +38,70 @@ def _view(func: Any, weight: FP8Weight, args: tuple[Any, ...], kwargs: dict[str,
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on dense values. It writes to the home's master, which is rounded to FP8 once, later."""
     written = _written(func, args, kwargs)
-    masters: dict[int, tuple[Home, torch.Tensor]] = {}
-    for weight in written:
-        if id(weight._home) not in masters:
-            masters[id(weight._home)] = (weight._home, weight._home.master(weight.dtype))
+    if written:
+        with lock():  # no other thread rounds what is half written
+            return _writing(func, args, kwargs, written)
+    read = _blank if func in _BY_SHAPE else FP8Weight.dequantize
+    made: dict[int, torch.Tensor] = {}
+
+    def values(weight: FP8Weight) -> torch.Tensor:
+        if id(weight) not in made:
+            made[id(weight)] = read(weight)
+        return made[id(weight)]
+
+    return func(*tree_map_only(FP8Weight, values, args), **tree_map_only(FP8Weight, values, kwargs))
+
+
+# Of these a tensor says only what the result is like.
+_BY_SHAPE = {
+    getattr(packet, overload)
+    for packet in (
+        *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like),
+        *(aten.randint_like, aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_zeros, aten.new_ones),
+    )
+    for overload in packet.overloads()  # type: ignore[no-untyped-call]
+    if not overload.endswith("out")
+}
+
+
+def _blank(weight: FP8Weight) -> torch.Tensor:
+    return torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device=weight.device)
+
+
+def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[FP8Weight]) -> Any:
+    masters = {id(weight._home): weight._home for weight in written}
+    outs = {id(weight) for weight in _written(func, (), kwargs)}
     made: dict[int, tuple[FP8Weight, torch.Tensor]] = {}
 
     def values(weight: FP8Weight) -> torch.Tensor:
         if id(weight) not in made:
-            master = masters.get(id(weight._home))
-            if master is None:
-                w = weight.dequantize()
+            if id(weight._home) in masters:
+                w = _master(weight)
+                w = w.clone() if id(weight) in outs else w  # torch may give an ``out`` another shape
             else:
-                w = master[1].as_strided(weight.size(), weight.stride(), weight.storage_offset())
-                w = w if w.dtype == weight.dtype else w.to(weight.dtype)
+                w = weight.dequantize()
             made[id(weight)] = (weight, w)
         return made[id(weight)][1]
 
     try:
         result = func(*tree_map_only(FP8Weight, values, args), **tree_map_only(FP8Weight, values, kwargs))
+        for weight, w in [made[one] for one in outs]:
+            if w.size() != weight.size():
+                raise _refusal(f"out= of shape {list(w.size())}", f"and keeps its shape {list(weight.size())}, ")
+            _master(weight).copy_(w)
     finally:
-        for home, _ in masters.values():
-            home.version += 1
+        for home in masters.values():
+            home.touch()
+        for weight in written:
+            count_write(weight)
     back = {id(made[id(weight)][1]): weight for weight in written if id(weight) in made}
     return tree_map_only(torch.Tensor, lambda t: back.get(id(t), t), result)
+
+
+def _master(weight: FP8Weight) -> torch.Tensor:
+    """What is written to in place of a weight, or of a view of it."""
+    dense = weight._home.master(weight.dtype)
+    return window(dense, weight.size(), weight.stride(), weight.offset)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[FP8Weight]:
@@ -68,19 +114,48 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[F
     return found
 
 
-@implements(
-    OPERATIONS,
-    aten.view.dtype,
-    aten.resize_.default,
-    aten.set_.source_Tensor,
-    aten.set_.source_Storage,
-    aten.set_.source_Storage_storage_offset,
-    aten.set_.default,
-)
-def _refused(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(weight, FP8Weight):
+def _refusal(what: str, why: str = "") -> UnsupportedError:
+    return UnsupportedError(
+        f"an FP8 weight has no memory of its own dtype, {why}so {what} is impossible; weight.dequantize() is a dense "
+        "tensor, and weight.copy_(values) writes one back"
+    )
+
+
+@implements(OPERATIONS, aten.view.dtype)
+def _view_as_bits(weight: FP8Weight, dtype: torch.dtype) -> FP8Weight:
+    if dtype != weight.dtype:
+        raise _refusal(f"view({dtype})")
+    return weight.like()
+
+
+@implements(FUNCTIONS, torch.Tensor.numpy, torch.Tensor.__array__)
+def _as_array(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
+    """For reading only: what was written to the array would not reach the weight."""
+    array = weight.dequantize().__array__(*[a for a in args if a is not None])  # type: ignore[no-untyped-call]
+    array.flags.writeable = False
+    return array
+
+
+@implements(FUNCTIONS, torch.Tensor.tolist)
+def _as_list(weight: FP8Weight) -> Any:
+    return weight.dequantize().tolist()
+
+
+@implements(FUNCTIONS, torch.Tensor.__dlpack__)
+def _exported(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    raise _refusal("sharing it through DLPack")
+
+
+@implements(FUNCTIONS, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_)
+def _by_element(weight: Any, *args: Any) -> Any:
+    raise _refusal("apply_, map_ or map2_")
+
+
+@implements(FUNCTIONS, torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _ask_for_gradient(weight: FP8Weight, requires_grad: bool = True) -> Any:
+    if not requires_grad:
         return NotImplemented
     raise UnsupportedError(
-        "an FP8 weight has no memory of its own dtype, so set_, resize_ and view(dtype) are not possible; "
-        "weight.dequantize() is a dense tensor"
+        f"an FP8 weight of shape {tuple(weight.shape)} takes no gradient: train adapters beside it (LoRA), keep the "
+        "layer dense by module_filter, or disable_fp8_gemm(model) first"
     )

@@ -74,7 +74,7 @@ def test_bad_options_name_the_good_ones() -> None:
 def test_a_named_engine_that_cannot_raises_before_anything_changes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).double())
     with pytest.raises(UnsupportedError, match=r"1: engine 'torch' cannot: .*float64") as caught:
-        enable_fp8_gemm(model, options=FP8GemmOptions(engine="torch"))
+        enable_fp8_gemm(model, options=FP8GemmOptions(engine="torch", scheme="tensor"))
     assert "not float64" in str(caught.value)
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
@@ -82,7 +82,7 @@ def test_a_named_engine_that_cannot_raises_before_anything_changes() -> None:
 @pytest.mark.parametrize("engine", ["cpu", "torch", "reference"])
 @pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_engines_by_name(engine: str, weight_dtype: torch.dtype) -> None:
-    options = FP8GemmOptions(engine=engine, weight_dtype=weight_dtype)
+    options = FP8GemmOptions(engine=engine, weight_dtype=weight_dtype, scheme="tensor")
     model, x = nn.Linear(32, 16), torch.randn(3, 32)
     expected = model(x)
     if engine == "torch" and weight_dtype == torch.float8_e5m2:

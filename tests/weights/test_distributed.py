@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm, report
+from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm
 from fp8gemm.weights import FP8Weight, convert
 
 WORLD = 2
@@ -402,6 +401,24 @@ def checkpoints(rank: int) -> None:
         dcp.load(state, checkpoint_id=folder / f"sharded {scheme}")
         loaded.load_state_dict(state)
         torch.testing.assert_close(loaded(tokens()), y)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", AREAS)
+def test_two_processes(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", __file__, name]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        told = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(told)
 
 
 if __name__ == "__main__":

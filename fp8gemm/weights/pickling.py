@@ -1,0 +1,58 @@
+"""Homes in pickles and in ``torch.save``: plain bytes, whatever engine had packed them."""
+
+from __future__ import annotations
+
+import copyreg
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..scaled import ScaledTensor
+from .chosen import ChosenExperts
+from .home import Home
+from .stored import Stored, lock
+
+
+def _reduced(home: Home) -> Any:
+    """As uint8, since torch 2.13 cannot unpickle FP8 tensors."""
+    with lock():
+        facts: dict[str, Any] = {
+            "options": replace(home.options, generator=None),
+            "layout": home.layout,
+            "scheme": home.scheme,
+            "trains": home.trains,
+            "input_scale": home.input_scale,
+            "activity": home.activity,
+            "owned": home.owned,
+            "original": home.original,
+            "behind": home.changed,
+        }
+        if home.stored is not None:
+            plain = home.stored.scaled()
+            facts |= {"bytes": plain.data.view(torch.uint8), "scale": plain.scale}
+            facts["fp8"] = str(plain.data.dtype).removeprefix("torch.")
+        if home.dense is not None and not home.dense_is_original():
+            facts["dense"] = home.dense
+        facts["writes"] = home.dense is not None
+    return _rebuild, (facts,)
+
+
+def _rebuild(facts: dict[str, Any]) -> Home:
+    """A home as ``_reduced`` wrote it."""
+    stored = None
+    if "bytes" in facts:
+        data = facts["bytes"].view(getattr(torch, facts["fp8"]))
+        stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
+    home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
+    home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
+    original = facts["original"]
+    if original is not None:
+        home.original, home.original_version = original, None if facts["behind"] else original._version
+    if facts["writes"]:
+        home.dense = facts.get("dense", None if original is None else original.detach())
+    return home
+
+
+for kind in (Home, ChosenExperts):
+    copyreg.pickle(kind, _reduced)

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..checkpoint import give_saving_back, redirect_saving
+from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, own_weights, revert
 from ..weights.report import KEPT, Report, Row
+from ..weights.sharding import is_distributed
 from .gated import split_gated
 from .selection import ModuleFilter, Step, plan
 
@@ -73,8 +75,13 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
 
     Returns:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
+
+    Raises:
+        UnsupportedError: the model is distributed: other ranks hold the rest of its weights. It is as it was then.
     """
     rows = []
+    if any(is_distributed(parameter) for parameter in model.parameters()):
+        raise UnsupportedError("the FP8 weights are distributed among ranks: disable_fp8_gemm before the model is")
     give_saving_back(model)
     split_gated(model)
     for prefix, module in list(model.named_modules()):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm
+from fp8gemm import FP8GemmOptions, UnsupportedError, disable_fp8_gemm, enable_fp8_gemm, report
 from fp8gemm.weights import FP8Weight, convert
 
 WORLD = 2
@@ -184,6 +184,7 @@ class Turned(nn.Module):
 @area
 def fsdp2_settings(rank: int) -> None:
     """Other dtypes, gathered weights that stay or are copied, shards that are written to, layouts it cannot shard."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     x = tokens()
@@ -211,6 +212,18 @@ def fsdp2_settings(rank: int) -> None:
             alone[0].weight[rows:].mul_(3)
         torch.testing.assert_close(written(x), alone(x), rtol=0.05, atol=0.1)
         assert not torch.allclose(written(x), mlp(n, scheme)(x), rtol=0.05, atol=0.1)
+
+    for model in (stays, written):
+        row = report(model).converted[0]
+        assert (row.name, row.calls) == ("0", model[0].activity.calls)
+        assert "weight row" in repr(stays[0])
+        raises_everywhere(lambda model=model: disable_fp8_gemm(model), "disable_fp8_gemm before the model is")
+        model(x)
+
+    alone = [dist.new_group([one]) for one in range(WORLD)][rank]
+    for scheme in ("row", "tensor"):
+        single = fully_shard(mlp(97, scheme), mesh=DeviceMesh.from_group(alone, "cpu"))
+        assert single(x).equal(mlp(97, scheme)(x))
 
     turned = fully_shard(Turned())
     assert type(turned.weight.to_local()) is torch.Tensor  # dense, and right

@@ -288,7 +288,7 @@ def _derived(bare: Prepared) -> Prepared:
         form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
     form = replace(form, accumulate=bare.accumulate)
     if not data.is_inference():
-        _derivations[key] = (weakref.ref(data, lambda _: _derivations.pop(key, None)), version, form)
+        _derivations[key] = (weakref.ref(data, lambda _, pop=_derivations.pop: pop(key, None)), version, form)
     return form
 
 

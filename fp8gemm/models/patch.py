@@ -55,6 +55,13 @@ def enable_fp8_gemm(
     Raises:
         ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
         UnsupportedError: the engine that was named cannot run a layer. Nothing has been touched then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        >>> enable_fp8_gemm(model, module_filter="!2") is model
+        True
+        >>> type(model[0]).__name__, type(model[2]).__name__, model(torch.randn(3, 64)).shape
+        ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
     options = options or FP8GemmOptions()
     steps = plan(model, options=options, module_filter=module_filter)
@@ -74,6 +81,12 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
 
     Returns:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
+
+    Example:
+        >>> model = enable_fp8_gemm(nn.Linear(64, 32), options=FP8GemmOptions(fp16_weight_storage="keep"))
+        >>> model, undone = disable_fp8_gemm(model)
+        >>> type(model).__name__, undone.rows[0].reason
+        ('Linear', 'original weight')
     """
     return model, Report(tuple(undisturbed(lambda interrupts: _revert_all(model, interrupts))))
 

@@ -64,7 +64,12 @@ class Step:
 def plan(
     model: nn.Module, *, options: FP8GemmOptions | None = None, module_filter: ModuleFilter | None = None
 ) -> list[Step]:
-    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise."""
+    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
+
+    Example:
+        >>> [(step.name, step.reason) for step in plan(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), module_filter="a")]
+        [('a', ''), ('b', 'module_filter')]
+    """
     options = options or FP8GemmOptions()
     wanted = _Filter(module_filter)
     holders = _weight_holders(model)

@@ -33,7 +33,7 @@ def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
     whole = whole_scheme(scheme)
     block, uneven = whole.weight.rows, n % rows != 0
     if rows == n or block == 1:
-        return scheme
+        return whole
     if block is not None and not uneven and rows % block == 0:
         return whole
     fine = 1 if block is None or uneven else math.gcd(rows, block)

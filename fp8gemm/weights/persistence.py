@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..scaled import FP8_DTYPES, ScaledTensor
+from ..scaled import FP8_DTYPES, FP8GemmOptions, Granularity, ScaledTensor, Scheme
+from . import home as homes
+from . import weight as weights
+from .activity import Activity
 from .entry import FP8Entry
 from .geometry import Layout
 from .home import Home
 from .stored import Stored
 from .weight import FP8Weight
+
+# What torch.load(weights_only=True) has to make for a weight that was saved as itself, not by a state dict.
+torch.serialization.add_safe_globals(
+    [weights._rebuild, homes._rebuild, Activity, FP8GemmOptions, Granularity, Layout, Scheme]
+)
 
 
 def install_hooks(module: nn.Module) -> None:
@@ -92,6 +100,8 @@ def _load(
         data, scale = state.get(key), state.pop(key + "_scale", None)
         input_scale = state.pop(input_scale_key(key), None)
         if data is None:
+            if scale is None:
+                missing.append(key + "_scale")
             continue
         if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
             data = data.handed_over()  # it remembers its scale

@@ -179,9 +179,9 @@ def _dense(weight: Any) -> tuple[Any, bool]:
         with torch.no_grad():
             parameter.data = parameter.data.to(weight.device)
     parameter.__dict__.update(_attributes(weight))
+    unwatch(parameter)
     if home.stored is not None:
         home.stored.forget_calls()
-    unwatch(parameter)
     return parameter, exact
 
 

@@ -67,7 +67,8 @@ def plan(
     """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
 
     Example:
-        >>> [(step.name, step.reason) for step in plan(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), module_filter="a")]
+        >>> model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+        >>> [(step.name, step.reason) for step in plan(model, module_filter="a")]
         [('a', ''), ('b', 'module_filter')]
     """
     options = options or FP8GemmOptions()

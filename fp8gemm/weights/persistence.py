@@ -11,20 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..scaled import FP8_DTYPES, FP8GemmOptions, Granularity, ScaledTensor, Scheme
-from . import home as homes
-from . import weight as weights
-from .activity import Activity
+from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
 from .geometry import Layout
 from .home import Home
 from .stored import Stored
 from .weight import FP8Weight
-
-# What torch.load(weights_only=True) has to make for a weight that was saved as itself, not by a state dict.
-torch.serialization.add_safe_globals(
-    [weights._rebuild, homes._rebuild, Activity, FP8GemmOptions, Granularity, Layout, Scheme]
-)
 
 
 def install_hooks(module: nn.Module) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from ..scaled import ScaledTensor
+from ..scaled import FP8GemmOptions, Granularity, ScaledTensor, Scheme
+from .activity import Activity
 from .chosen import ChosenExperts
+from .geometry import Layout
 from .home import Home
 from .stored import Stored, lock
+from .weight import weight_from
 
 
 def _reduced(home: Home) -> Any:
@@ -54,5 +57,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     return home
 
 
+# What torch.load(weights_only=True) has to make for a weight that was saved as itself, not by a state dict.
+torch.serialization.add_safe_globals([weight_from, _rebuild, Activity, FP8GemmOptions, Granularity, Layout, Scheme])
 for kind in (Home, ChosenExperts):
     copyreg.pickle(kind, _reduced)

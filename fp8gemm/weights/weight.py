@@ -240,7 +240,7 @@ class FP8Weight(Shardable, torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         geometry = (tuple(self.size()), self.stride(), self.offset)
-        return (_rebuild, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
+        return (weight_from, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
 
     def share_memory_(self) -> FP8Weight:
         stored = self._home.settle()
@@ -323,7 +323,7 @@ def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 
 
-def _rebuild(
+def weight_from(
     home: Home,
     dtype: torch.dtype,
     size: tuple[int, ...],

@@ -173,6 +173,8 @@ def _about(entry: FP8Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         values = _entry(entry.weight.dequantize(), None)
         return values.requires_grad_(*args, **kwargs)
     if _is_codes(entry):
+        if name == "detach":
+            return entry  # torch.distributed.checkpoint loads into what this gives
         plain = entry.as_subclass(torch.Tensor)
         if func in _COPIES or func is torch.empty_like:
             result = func(plain, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from .activity import Activity
 from .chosen import ChosenExperts
 from .geometry import Layout
 from .home import Home
+from .sharding import Gathered, Sharded
 from .stored import Stored, lock
 from .weight import weight_from
 
@@ -57,7 +59,10 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     return home
 
 
-# What torch.load(weights_only=True) has to make for a weight that was saved as itself, not by a state dict.
-torch.serialization.add_safe_globals([weight_from, _rebuild, Activity, FP8GemmOptions, Granularity, Layout, Scheme])
-for kind in (Home, ChosenExperts):
+for kind in (Home, ChosenExperts, Gathered):
     copyreg.pickle(kind, _reduced)
+
+# What torch.load(weights_only=True) has to make of a weight that was saved as itself, such as a shard.
+torch.serialization.add_safe_globals(
+    [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
+)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,10 +17,11 @@ from ..checkpoint import give_saving_back, redirect_saving
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
-from ..weights import FP8Linear, FP8Weight, own_weights, revert
+from ..weights import Change, FP8Weight, leave, own_weights, put, revert
 from ..weights.report import KEPT, Report, Row
 from ..weights.sharding import is_distributed
 from .gated import split_gated
+from .interrupts import Interrupts, undisturbed
 from .selection import ModuleFilter, Step, plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,8 +42,8 @@ def enable_fp8_gemm(
 
     The original weights are freed as it goes; ``FP8GemmOptions(fp16_weight_storage="keep")`` holds them for an exact
     undo. Everything that can fail is checked before the first layer changes. What interrupts the work later, such as
-    Ctrl-C, puts every layer back: with its own weight, or, where that was freed already, dequantized; then a warning
-    says how many those are.
+    Ctrl-C or want of memory, puts every layer back: with its own weight, or, where that was freed already, dequantized;
+    then the error and a warning say how many those are.
 
     Args:
         options: see ``FP8GemmOptions``.
@@ -58,12 +57,19 @@ def enable_fp8_gemm(
     Raises:
         ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
         UnsupportedError: the engine that was named cannot run a layer. Nothing has been touched then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        >>> enable_fp8_gemm(model, module_filter="!2") is model
+        True
+        >>> type(model[0]).__name__, type(model[2]).__name__, model(torch.randn(3, 64)).shape
+        ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
     options = options or FP8GemmOptions()
     steps = plan(model, options=options, module_filter=module_filter)
     if not inplace:
         return _converted_copy(model, steps, options)
-    _convert_all(model, steps, options)
+    undisturbed(lambda interrupts: _convert_all(model, steps, options, interrupts))
     if options.fp16_weight_storage == "discard":
         _return_freed_memory()
     return model
@@ -71,57 +77,79 @@ def enable_fp8_gemm(
 
 def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
     """Gives every layer its former self back: the same object with its own weight, or, where that was discarded, with
-    the dequantized one.
+    the dequantized one. What was tied stays tied.
+
+    Interrupted, it leaves every layer runnable, and a second call does the rest.
 
     Returns:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
 
     Raises:
         UnsupportedError: the model is distributed: other ranks hold the rest of its weights. It is as it was then.
+
+    Example:
+        >>> model = enable_fp8_gemm(nn.Linear(64, 32), options=FP8GemmOptions(fp16_weight_storage="keep"))
+        >>> model, undone = disable_fp8_gemm(model)
+        >>> type(model).__name__, undone.rows[0].reason
+        ('Linear', 'original weight')
     """
-    rows = []
     if any(is_distributed(parameter) for parameter in model.parameters()):
         raise UnsupportedError("the FP8 weights are distributed among ranks: disable_fp8_gemm before the model is")
+    return model, Report(tuple(undisturbed(lambda interrupts: _revert_all(model, interrupts))))
+
+
+def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
+    rows = []
     give_saving_back(model)
     split_gated(model)
-    for prefix, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    holders = Counter(id(weight) for _, module in modules for _, weight in own_weights(module))
+    tied: dict[int, tuple[Any, bool]] = {}
+    for prefix, module in modules:
         module.__dict__.pop(KEPT, None)
         for parameter, weight in own_weights(module):
             layer = parameter == "weight" and isinstance(module, nn.Linear)
             name = prefix if layer else f"{prefix}.{parameter}".strip(".")
             size, shape = weight.numel() * weight.dtype.itemsize, tuple(weight._home.layout.shape)
-            exact = module.revert() if isinstance(module, FP8Linear) else revert(module, parameter)
+            exact = revert(module, parameter, tied if holders[id(weight)] > 1 else None)
             reason = "original weight" if exact else "dequantized weight: the original was discarded"
             rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
-    return model, Report(tuple(rows))
+        leave(module)  # also where a dense weight has taken the place of the FP8 one
+        interrupts.deliver()
+    return rows
 
 
-def _convert_all(model: nn.Module, steps: list[Step], options: FP8GemmOptions) -> None:
+def _convert_all(model: nn.Module, steps: list[Step], options: FP8GemmOptions, interrupts: Interrupts) -> None:
     todo = [step for step in steps if step.converts]
     reasons = [(step.module, dict(step.module.__dict__.get(KEPT, {}))) for step in steps]
-    begun: list[Step] = []
+    begun: list[Change] = []
     try:
         for step in progress(todo, what="quantizing to FP8", total=len(todo)):
-            parameter = step.make(options)  # touches nothing
-            begun.append(step)
-            step.place(parameter)
+            try:
+                interrupts.open = True
+                parameter = step.make(options)  # touches nothing
+            finally:
+                interrupts.open = False
+            change = Change(step.module, step.parameter)
+            begun.append(change)
+            change.put(parameter, step.kind)
+            interrupts.deliver()
         _remember_kept(steps)
         redirect_saving(model)
-    except BaseException as error:  # of any kind, Ctrl-C too: the model goes back to what it was, and the error goes on
-        with _undisturbed():
-            _put_back(model, reasons, begun, error)
+    except BaseException as error:  # of any kind: the model goes back to what it was, and the error goes on
+        _put_back(model, reasons, begun, error)
+        if isinstance(error, KeyboardInterrupt):
+            interrupts.drop()
         raise
 
 
 def _put_back(
     model: nn.Module,
     reasons: list[tuple[nn.Module, dict[str, str]]],
-    begun: list[Step],
+    begun: list[Change],
     error: BaseException,
 ) -> None:
-    lost = 0
-    for step in begun:
-        lost += step.revert()
+    lost = sum(not change.undo() for change in reversed(begun))
     give_saving_back(model)
     redirect_saving(model)  # of what was FP8 before
     for module, former in reasons:
@@ -135,23 +163,10 @@ def _put_back(
         )
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(text)
-        warnings.warn(text, stacklevel=4)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts another Ctrl-C off until layers are whole again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if waiting and callable(before):
-            before(*waiting[0])
+        with contextlib.suppress(
+            UserWarning
+        ):  # where warnings are errors it must not take the place of the one at hand
+            warnings.warn(text, stacklevel=5)
 
 
 def _return_freed_memory() -> None:
@@ -178,7 +193,7 @@ def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) ->
         memo[id(step.module._parameters[step.parameter])] = twin
     result = copy.deepcopy(model, memo)
     for step, twin in zip(todo, twins, strict=True):
-        step.place(twin, result.get_submodule(step.owner))
+        put(result.get_submodule(step.owner), step.parameter, twin, step.kind)
     _remember_kept([replace(step, module=result.get_submodule(step.owner)) for step in steps if not step.converts])
     redirect_saving(result)
     return result

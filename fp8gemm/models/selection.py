@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..engines import choose, probe
 from ..errors import UnsupportedError
 from ..scaled import COMPUTE_DTYPES, FP8GemmOptions
-from ..weights import FP8Linear, FP8Weight, made, put, revert
+from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
 from ..weights.prepared import spec_of
 from ..weights.structure import STACK_NAMES, is_transposed, routers, stacks
@@ -51,15 +51,10 @@ class Step:
         found: nn.Parameter = made(self.module, self.parameter, options, turned=self.transposed)
         return found
 
-    def place(self, parameter: nn.Parameter, module: nn.Module | None = None) -> None:
-        """Puts what ``make`` made into the module, or into a copy of it."""
-        put(module or self.module, self.parameter, parameter, None if self.stack else FP8Linear)
-
-    def revert(self) -> bool:
-        """Gives the module its parameter back, if it is FP8; whether anything had to be dequantized for it."""
-        if not isinstance(self.module._parameters.get(self.parameter), FP8Weight):
-            return False
-        return not revert(self.module, self.parameter)
+    @property
+    def kind(self) -> type[nn.Module] | None:
+        """The class that ``module`` becomes an instance of; None where it stays what it is."""
+        return None if self.stack else FP8Linear
 
     @property
     def converts(self) -> bool:
@@ -69,7 +64,13 @@ class Step:
 def plan(
     model: nn.Module, *, options: FP8GemmOptions | None = None, module_filter: ModuleFilter | None = None
 ) -> list[Step]:
-    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise."""
+    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
+
+    Example:
+        >>> model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+        >>> [(step.name, step.reason) for step in plan(model, module_filter="a")]
+        [('a', ''), ('b', 'module_filter')]
+    """
     options = options or FP8GemmOptions()
     wanted = _Filter(module_filter)
     holders = _weight_holders(model)

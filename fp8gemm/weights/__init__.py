@@ -4,7 +4,7 @@ import torch
 
 from . import copies, functions, pickling, products, writes  # handlers register themselves
 from .activity import Activity
-from .convert import convert, made, put, revert
+from .convert import Change, convert, leave, made, put, revert
 from .home import Home
 from .linear import FP8Linear
 from .persistence import own_weights
@@ -15,12 +15,14 @@ if torch.distributed.is_available():
 
 __all__ = [
     "Activity",
+    "Change",
     "FP8Linear",
     "FP8Weight",
     "Home",
     "convert",
     "copies",
     "functions",
+    "leave",
     "made",
     "own_weights",
     "pickling",

@@ -11,13 +11,15 @@ from torch import nn
 from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
 from .geometry import Layout
 from .home import Home
-from .persistence import install_hooks, remove_hooks
+from .kept import unwatch, watch
+from .persistence import hooked, install_hooks, remove_hooks
 from .prepared import quantized
 from .stored import Stored
 from .weight import FP8Weight
 
 _OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
+_OWN = (_FORMER, "_bound")  # what such a module is given
 
 
 def convert(
@@ -82,24 +84,90 @@ def made(
             home.form(parameter.dtype)  # raises where no engine can
     if not given and not parameter.is_meta:
         home.keep(parameter)
-    return FP8Weight(home, parameter.dtype).as_parameter()
+    new = FP8Weight(home, parameter.dtype)
+    new.__dict__.update(_attributes(parameter))
+    return new.as_parameter()
+
+
+class Change:
+    """A parameter that becomes FP8, with what its module was before: interrupted anywhere, it can be undone."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.kind = module, name, type(module)
+        self.former: Any = module._parameters[name]
+        self.former_kind = type(self.former)
+        self.own = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
+        self.hooked = hooked(module)
+
+    def put(self, parameter: nn.Parameter, kind: type[nn.Module] | None = None) -> None:
+        """Puts a parameter that ``made`` made in its place, and lets the former one go. After each step the module is
+        whole, for other threads too."""
+        module = self.module
+        install_hooks(module)
+        module._parameters[self.name] = parameter
+        if kind is not None and type(module) is not kind:
+            module.__dict__[_FORMER] = type(module)
+            module.__dict__["_bound"] = {}
+            module.__class__ = kind
+        assert isinstance(parameter, FP8Weight)
+        watch(parameter._home.original)
+        if not _costs_nothing(self.former, parameter._home):
+            self.former = None
+
+    def undo(self) -> bool:
+        """Makes the module what it was; False if its weight had to be dequantized, as the original was freed."""
+        module, parameter, exact = self.module, self.former, True
+        if parameter is None:
+            parameter, exact = _dense(module._parameters[self.name])
+        elif self.former_kind is nn.Parameter:
+            unwatch(parameter)
+        module._parameters[self.name] = parameter
+        module.__class__ = self.kind
+        for key in _OWN:
+            module.__dict__.pop(key, None)
+        module.__dict__.update(self.own)
+        if not self.hooked:
+            remove_hooks(module)
+        return exact
+
+
+def _costs_nothing(parameter: nn.Parameter, home: Home) -> bool:
+    """Whether a former parameter takes no memory beside its FP8 weight."""
+    waits = home.stored is None and home.dense is not None and home.dense.data_ptr() == parameter.data_ptr()
+    return parameter.is_meta or parameter is home.original or waits
 
 
 def put(module: nn.Module, name: str, parameter: nn.Parameter, kind: type[nn.Module] | None = None) -> None:
-    """Puts a parameter that ``made`` made in its place. After each step the module is whole."""
-    parameter.__dict__.update(_attributes(module._parameters[name]))
-    install_hooks(module)
-    module._parameters[name] = parameter
-    if kind is not None and type(module) is not kind:
-        module.__dict__["_bound"] = {}
-        module.__dict__[_FORMER] = type(module)
-        module.__class__ = kind
+    """Puts a parameter that ``made`` made in its place; what interrupts that leaves the module as it was."""
+    change = Change(module, name)
+    try:
+        change.put(parameter, kind)
+    except BaseException:
+        change.undo()
+        raise
 
 
-def revert(module: nn.Module, name: str) -> bool:
-    """Gives the module its parameter back; True if it is the original, not a dequantized one."""
+def revert(module: nn.Module, name: str, known: dict[int, tuple[Any, bool]] | None = None) -> bool:
+    """Gives the module its parameter back; True if it is the original, not a dequantized one.
+
+    Interrupted, the module runs, and ``leave`` completes it. ``known`` are dense parameters by the id of the FP8 weight
+    that they were: what was tied stays so.
+    """
     weight = module._parameters[name]
-    assert isinstance(weight, FP8Weight)
+    if known is None or id(weight) not in known:
+        parameter, exact = _dense(weight)
+        if known is not None:
+            known[id(weight)] = parameter, exact
+    else:
+        parameter, exact = known[id(weight)]
+    module._parameters[name] = parameter
+    leave(module)
+    return exact
+
+
+def _dense(weight: Any) -> tuple[Any, bool]:
+    """The original of a weight, with what was written to it since, or else a dequantized parameter; and whether it is
+    the original."""
     home = weight._home
     exact = home.original is not None or home.stored is None
     parameter = home.original
@@ -111,21 +179,22 @@ def revert(module: nn.Module, name: str) -> bool:
         with torch.no_grad():
             parameter.data = parameter.data.to(weight.device)
     parameter.__dict__.update(_attributes(weight))
-    module._parameters[name] = parameter
+    unwatch(parameter)
     if home.stored is not None:
         home.stored.forget_calls()
-    leave(module)
-    remove_hooks(module)
-    return exact
+    return parameter, exact
 
 
 def leave(module: nn.Module) -> None:
-    """Gives the module its former class back."""
+    """Gives a module whose FP8 weights have gone its former class back, and takes the hooks away."""
+    if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
+        return
     former = module.__dict__.get(_FORMER)
     if former is not None:
         module.__class__ = former
-        module.__dict__.pop(_FORMER, None)
-        module.__dict__.pop("_bound", None)
+    for key in _OWN:
+        module.__dict__.pop(key, None)
+    remove_hooks(module)
 
 
 def _attributes(parameter: Any) -> dict[str, Any]:

@@ -21,9 +21,14 @@ from .weight import FP8Weight
 
 def install_hooks(module: nn.Module) -> None:
     """Lets ``module`` save and load its FP8 weights."""
-    if not any(hook is _save for hook in module._state_dict_hooks.values()):
+    if not hooked(module):
         module.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether ``install_hooks`` has been here."""
+    return any(hook is _save for hook in module._state_dict_hooks.values())
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -87,6 +92,8 @@ def _load(
         data, scale = state.get(key), state.pop(key + "_scale", None)
         input_scale = state.pop(input_scale_key(key), None)
         if data is None:
+            if scale is None:
+                missing.append(key + "_scale")
             continue
         if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
             data = data.handed_over()  # it remembers its scale

@@ -16,7 +16,7 @@ from .geometry import Layout
 from .home import Home
 from .sharding import Gathered, Sharded
 from .stored import Stored, lock
-from .weight import rebuild
+from .weight import weight_from
 
 
 def _reduced(home: Home) -> Any:
@@ -64,5 +64,5 @@ for kind in (Home, ChosenExperts, Gathered):
 
 # What torch.load(weights_only=True) has to make of a weight that was saved as itself, such as a shard.
 torch.serialization.add_safe_globals(
-    [_rebuild, rebuild, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
+    [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
 )

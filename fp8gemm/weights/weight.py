@@ -240,7 +240,7 @@ class FP8Weight(Shardable, torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         geometry = (tuple(self.size()), self.stride(), self.offset)
-        return (rebuild, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
+        return (weight_from, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
 
     def share_memory_(self) -> FP8Weight:
         stored = self._home.settle()
@@ -290,6 +290,8 @@ class FP8Weight(Shardable, torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if len(types) > 1 and any(hasattr(kind, "handed_over") for kind in types):
+            return NotImplemented  # an entry of a state dict says what it is worth
         with torch._C.DisableTorchFunctionSubclass():
             handler = FUNCTIONS.get(func)
             if handler is not None:
@@ -321,7 +323,7 @@ def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 
 
-def rebuild(
+def weight_from(
     home: Home,
     dtype: torch.dtype,
     size: tuple[int, ...],

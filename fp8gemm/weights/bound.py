@@ -26,29 +26,29 @@ KEPT_KERNEL = "kept 16-bit weight"  # in the report
 class Layer(Protocol):
     """What of an FP8Linear decides whether a call is like an earlier one."""
 
-    _bound: dict[Key, Bound | Unbound]
     _parameters: dict[str, Any]
-
-    def faster_kept(self, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
-        """A kept weight that is multiplied sooner."""
 
 
 class Bound:
     """One layer's call for inputs of one shape, dtype and device, as long as its weight stays in this version."""
 
-    __slots__ = ("bias", "bias_address", "compute", "home", "kernel", "kind", "version")
+    __slots__ = ("bias", "bias_address", "compute", "held", "home", "kernel", "kind", "version")
 
     def __init__(
         self,
         home: Home,
+        version: int,
         bias: nn.Parameter | None,
+        held: tuple[Prepared, torch.Tensor | None],
         compute: Callable[[torch.Tensor], torch.Tensor],
         kernel: str,
         kind: str,
     ) -> None:
-        self.home, self.version, self.compute, self.kernel, self.kind = home, home.version, compute, kernel, kind
+        self.home, self.version, self.compute, self.kernel, self.kind = home, version, compute, kernel, kind
         self.bias = bias
-        self.bias_address = 0 if bias is None else bias.data_ptr()
+        # The memory of weight and bias, which kernels may read while another thread gives both something else.
+        self.held = held
+        self.bias_address = 0 if held[1] is None else held[1].data_ptr()
 
     def fits(self, layer: Layer, x: torch.Tensor) -> bool:
         """Whether weight, bias and ``x`` are as they were, beyond the key; whether nobody wants gradients or a cast."""
@@ -80,28 +80,34 @@ SEEN = Unbound()  # once
 
 def notice(layer: Layer, weight: FP8Weight, key: Key, x: torch.Tensor) -> None:
     """Remembers that a plain input of this key came, and binds its call if it is the second."""
-    seen = layer._bound.get(key)
+    calls = layer.__dict__.get("_bound")
+    if calls is None:  # another thread undoes the patch
+        return
+    seen = calls.get(key)
     if seen is None:
-        if len(layer._bound) >= SHAPES:
-            layer._bound = {}
-        layer._bound[key] = SEEN
+        if len(calls) >= SHAPES:
+            calls.clear()
+        calls[key] = SEEN
     elif seen is not UNBOUND:
         bound = _bind(layer, weight, x)
         if bound is not None:
-            layer._bound[key] = bound
+            calls[key] = bound
 
 
 def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound | None:
     """The call for inputs like ``x``; None where this very one cannot tell."""
     home, bias = weight._home, layer._parameters.get("bias", x)
+    version, stored = home.version, home.stored  # in this order: what another thread publishes since does not fit
+    prepared = None if stored is None else stored.packed
     if (
         home.pending
         or type(home) is not Home  # FSDP2's goes when the layer has run
-        or home.stored is None
-        or home.stored.packed is None
-        or home.stored.device != x.device
+        or stored is None
+        or prepared is None
+        or stored.device != x.device
         or bias is x
         or (bias is not None and (bias.device != x.device or type(bias) is not nn.Parameter))
+        or (bias is not None and bias.dtype not in (x.dtype, torch.float32))
         or not weight.is_whole()
         or x.dim() == 0
         or x.shape[-1] != home.layout.shape[-1]
@@ -110,17 +116,32 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return None
-    prepared = home.stored.packed
     if x.dtype != weight.dtype or x.dtype not in prepared.dtypes:
         return UNBOUND
     kind = x.device.type
-    kept = layer.faster_kept(x, bias, prepared)
+    held = None if bias is None else bias.detach()
+    kept = faster_kept(home, x, held, prepared)
     if kept is not None:
-        return Bound(home, bias, lambda given: F.linear(given, kept, bias), KEPT_KERNEL, kind)
+        return Bound(
+            home, version, bias, (prepared, held), lambda given: F.linear(given, kept, held), KEPT_KERNEL, kind
+        )
     engine, m = ENGINES[prepared.engine], x.numel() // prepared.k
     with torch.no_grad():
-        compute = engine.bind(x, prepared, bias, x.dtype)
-    return UNBOUND if compute is None else Bound(home, bias, compute, engine.kernel(m, prepared, x.dtype), kind)
+        compute = engine.bind(x, prepared, held, x.dtype)
+    if compute is None:
+        return UNBOUND
+    return Bound(home, version, bias, (prepared, held), compute, engine.kernel(m, prepared, x.dtype), kind)
+
+
+def faster_kept(home: Home, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
+    """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
+    original = home.original
+    if original is None or x.numel() == 0:
+        return None
+    kept = original.detach()
+    alike = kept.device == x.device and kept.dtype == x.dtype and (bias is None or bias.dtype == kept.dtype)
+    loses = alike and ENGINES[prepared.engine].loses(x.numel() // prepared.k, prepared, x.dtype)
+    return kept if loses else None
 
 
 def _plain(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> bool:

@@ -65,7 +65,10 @@ class Home:
 
     @property
     def device(self) -> torch.device:
-        holder = self.dense if self.stored is None else self.stored
+        stored, dense = self.stored, self.dense
+        if stored is None and dense is None:  # quantized in between by another thread
+            stored = self.settle()
+        holder = dense if stored is None else stored
         assert holder is not None
         return holder.device
 
@@ -81,7 +84,8 @@ class Home:
     @property
     def changed(self) -> bool:
         """Whether the kept original was written to since it was quantized."""
-        return self.original is not None and self.original._version != self.original_version
+        original = self.original
+        return original is not None and original._version != self.original_version
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -106,9 +110,10 @@ class Home:
 
     def settle(self) -> Stored | None:
         """The quantized weight, with every write so far rounded into it, once; None for a written scratch copy."""
-        if not self.pending:
-            return self.stored
-        if self.stored is not None and not self.owned and self.dense is not None:
+        stored = self.stored  # before asking what has changed since: other threads publish, and forget
+        if stored is not None and not self.pending:
+            return stored
+        if stored is not None and not self.owned and self.dense is not None:
             return None
         return self._settle(None)
 
@@ -194,13 +199,11 @@ class Home:
         Raises:
             UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
         """
-        if self.pending:
-            stored = self._settle(device) if self.stored is None else self.settle()
-            if stored is None:
-                return None
-        else:
-            stored = self.stored
-            assert stored is not None
+        stored = self.stored  # before asking what has changed since
+        if stored is None:
+            stored = self._settle(device)
+        elif self.pending and (stored := self.settle()) is None:
+            return None
         if part is not None and part.whole(self.layout):
             part = None
         packed = stored.packed
@@ -270,13 +273,14 @@ class Home:
         twin = Home(
             self.options,
             layout or self.layout,
-            stored=self.stored if stored is None else stored,
+            stored=stored,
             input_scale=self.input_scale,
             scheme=self.scheme,
             trains=self.trains,
         )
-        if stored is None and self.dense is not None:
-            twin.dense = self.dense.clone()
+        if stored is None:
+            with lock():
+                twin.stored, twin.dense = self.stored, None if self.dense is None else self.dense.clone()
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Home:
@@ -303,9 +307,8 @@ class Home:
         return twin
 
     def dense_is_original(self) -> bool:
-        return (
-            self.original is not None and self.dense is not None and self.dense.data_ptr() == self.original.data_ptr()
-        )
+        dense, original = self.dense, self.original
+        return original is not None and dense is not None and dense.data_ptr() == original.data_ptr()
 
     @property
     def fp8_nbytes(self) -> int:

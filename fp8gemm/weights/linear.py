@@ -12,7 +12,7 @@ from torch import nn
 from .. import native
 from ..engines import ENGINES, Prepared
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
-from .bound import KEPT_KERNEL, UNBOUND, Bound, notice
+from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
 from .home import Home
 from .product import exporting, in_forward_mode, jit_tracing, multiply, profiling, wants_derivative
@@ -158,14 +158,8 @@ class FP8Linear(nn.Linear):
 
     def form(self, device: torch.device) -> Prepared:
         """The weight as the engine of ``device`` takes it; makes it where that is still due."""
-        home = self.home
-        home.owned = True
-        form = home.form(self.compute_dtype, device)
-        assert form is not None
         weight = self._parameters["weight"]
-        if home.stored is not None and weight is not None and home.stored.device != weight.device:
-            weight.data = FP8Weight(home, weight.dtype)  # quantized at its first call, on the device of the input
-        return form
+        return _form(self.home, getattr(weight, "_local_tensor", weight), device)
 
     def extra_repr(self) -> str:
         if not isinstance(held(self._parameters.get("weight")), FP8Weight):
@@ -183,7 +177,7 @@ class FP8Linear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if not jit_tracing() and not profiling():
             key = (input.shape, input.dtype, input.device)
-            bound = self._bound.get(key)
+            bound = self.__dict__.get("_bound", _NONE).get(key)
             if isinstance(bound, Bound):
                 if bound.fits(self, input):
                     return bound(input)
@@ -191,22 +185,28 @@ class FP8Linear(nn.Linear):
                     notice(self, weight, key, input)
             elif bound is not UNBOUND:
                 notice(self, weight, key, input)
-        return self._run(input, weight, self.bias)
+        return FP8Linear._run(input, weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
 
-    def _run(self, x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    # Static, as in the middle of a call another thread may give the layer its former class back.
+    @staticmethod
+    def _run(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """The long way, for plain inputs of any dtype, shape and stride."""
         if x.dim() == 0 or x.shape[-1] != weight.shape[-1] or x.is_meta or not weight.is_whole():
             return F.linear(x, weight, bias)  # raises what nn.Linear raises
-        form = self.form(x.device)
-        if bias is not None and bias.device != x.device:
-            bias = bias.to(x.device)
-        activity, home = self.activity, weight._home
-        out_dtype, given = self._dtypes(x, weight.dtype)
+        home = weight._home
+        form = _form(home, weight, x.device)
+        out_dtype, given = _dtypes(x, weight.dtype, home.options)
         run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
-        kept = self.faster_kept(x, bias, form)
+        if bias is not None:
+            # A view holds the memory, where another thread gives the bias new data; of another dtype it is for the
+            # moment in which the layer is cast.
+            bias = bias.view_as(bias) if wants_derivative(x, bias) else bias.detach()
+            if bias.device != x.device or bias.dtype not in (run_dtype, torch.float32):
+                bias = bias.to(x.device, run_dtype)
+        kept = faster_kept(home, x, bias, form)
         rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
         if not rows.is_contiguous() or rows.numel() == 0:  # an empty one is contiguous whatever its strides
             rows = rows.clone(memory_format=torch.contiguous_format)
@@ -215,7 +215,7 @@ class FP8Linear(nn.Linear):
         else:
             y = multiply(rows, form, bias, run_dtype, lambda: home.version)
             kernel = ENGINES[form.engine].kernel(rows.shape[0], form, run_dtype)
-        activity.count(kernel)
+        home.activity.count(kernel)
         return y.reshape(*x.shape[:-1], form.n).to(given)
 
     def _traced(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -223,39 +223,13 @@ class FP8Linear(nn.Linear):
         if isinstance(weight, FP8Weight):
             home = weight._home
             if home.dense is None and home.stored is not None and home.stored.packed is not None and not exporting():
-                out_dtype, given = self._dtypes(x, weight.dtype)
+                out_dtype, given = _dtypes(x, weight.dtype, home.options)
                 form = home.stored.packed
                 run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
                 rows = x.reshape(-1, x.shape[-1]).to(run_dtype).contiguous()
                 y = multiply(rows, form, self.bias, run_dtype)
                 return y.reshape(*x.shape[:-1], form.n).to(given)
         return F.linear(x, self.weight, self.bias)
-
-    def _dtypes(self, x: torch.Tensor, compute_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
-        kind = x.device.type
-        # torch does not autocast float64, nor do we.
-        if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
-            autocast = torch.get_autocast_dtype(kind)
-            return autocast, autocast
-        if x.dtype == compute_dtype:
-            return x.dtype, x.dtype
-        options = self.options
-        if not options.cast_inputs or not x.dtype.is_floating_point:
-            raise RuntimeError(
-                f"expected input of dtype {compute_dtype}, found {x.dtype}"
-                + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
-            )
-        return compute_dtype, x.dtype if options.cast_output_back else compute_dtype
-
-    def faster_kept(self, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
-        """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
-        kept = self.home.original
-        if kept is None or x.numel() == 0:
-            return None
-        alike = kept.device == x.device and kept.dtype == x.dtype and (bias is None or bias.dtype == kept.dtype)
-        loses = alike and ENGINES[prepared.engine].loses(x.numel() // prepared.k, prepared, x.dtype)
-        return kept.detach() if loses else None
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """``self(silu(gate) * up)`` for ``gate`` and ``up`` ``[..., K]``.
@@ -277,7 +251,7 @@ class FP8Linear(nn.Linear):
         if torch.is_autocast_enabled(kind) or needs or gate.numel() == 0:
             return None
         prepared = self.form(gate.device)
-        if gate.dtype not in prepared.dtypes or self.faster_kept(gate, bias, prepared) is not None:
+        if gate.dtype not in prepared.dtypes or faster_kept(self.home, gate, bias, prepared) is not None:
             return None
         gates, ups = gate.reshape(-1, self.in_features), up.reshape(-1, self.in_features)
         if gates.stride(1) != 1 or ups.stride(1) != 1 or (bias is not None and bias.device != gate.device):
@@ -287,3 +261,32 @@ class FP8Linear(nn.Linear):
             return None
         self.activity.count(ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype))
         return y.view(*gate.shape[:-1], self.out_features)
+
+
+_NONE: dict[Any, Any] = {}  # of bound calls
+
+
+def _form(home: Home, weight: Any, device: torch.device) -> Prepared:
+    home.owned = True
+    form = home.form(weight.dtype, device)
+    assert form is not None
+    if (stored := home.stored) is not None and stored.device != weight.device:
+        weight.data = FP8Weight(home, weight.dtype)  # quantized at its first call, on the device of the input
+    return form
+
+
+def _dtypes(x: torch.Tensor, compute_dtype: torch.dtype, options: FP8GemmOptions) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
+    kind = x.device.type
+    # torch does not autocast float64, nor do we.
+    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(kind)
+        return autocast, autocast
+    if x.dtype == compute_dtype:
+        return x.dtype, x.dtype
+    if not options.cast_inputs or not x.dtype.is_floating_point:
+        raise RuntimeError(
+            f"expected input of dtype {compute_dtype}, found {x.dtype}"
+            + ("; FP8GemmOptions(cast_inputs=True) casts it" if x.dtype.is_floating_point else "")
+        )
+    return compute_dtype, x.dtype if options.cast_output_back else compute_dtype

@@ -15,17 +15,26 @@ _lock = threading.RLock()
 
 
 def lock() -> threading.RLock:
-    """Of quantizing, packing and settling, which are rare; one for all weights."""
+    """Of quantizing, packing, writing and settling, which are rare; one for all weights."""
     return _lock
 
 
-def _renew_lock() -> None:
+def _acquire() -> None:
+    _lock.acquire()
+
+
+def _release() -> None:
+    _lock.release()
+
+
+def _renew() -> None:
     global _lock
     _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and is not in the child
+    # A process is forked between changes, so that no weight is half written in the child, where nobody would end it.
+    os.register_at_fork(before=_acquire, after_in_parent=_release, after_in_child=_renew)
 
 
 class Stored:
@@ -43,7 +52,7 @@ class Stored:
 
     @property
     def device(self) -> torch.device:
-        holder = self.packed if self.plain is None else self.plain
+        holder = self.plain or self.packed
         assert holder is not None
         return holder.device
 

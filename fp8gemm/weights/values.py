@@ -10,6 +10,7 @@ from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .geometry import Part, part_of
 from .home import Home
+from .stored import lock
 
 
 def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
@@ -17,7 +18,9 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
     home.activity.dequantizations += 1
     size, stride = tuple(size), tuple(stride)
     if home.dense is not None:  # written to, or never quantized: as it is there, not as it will be rounded
-        return window(home.dense, size, stride, offset).to(dtype, copy=True)
+        with lock():  # not while somebody writes
+            if (dense := home.dense) is not None:
+                return window(dense, size, stride, offset).to(dtype, copy=True)
     stored = home.settle()
     assert stored is not None
     weight = stored.scaled()

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..checkpoint import give_saving_back, redirect_saving
+from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
 from ..weights import Change, FP8Weight, leave, own_weights, put, revert
 from ..weights.report import KEPT, Report, Row
+from ..weights.sharding import is_distributed
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
 from .selection import ModuleFilter, Step, plan
@@ -55,6 +57,13 @@ def enable_fp8_gemm(
     Raises:
         ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
         UnsupportedError: the engine that was named cannot run a layer. Nothing has been touched then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        >>> enable_fp8_gemm(model, module_filter="!2") is model
+        True
+        >>> type(model[0]).__name__, type(model[2]).__name__, model(torch.randn(3, 64)).shape
+        ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
     options = options or FP8GemmOptions()
     steps = plan(model, options=options, module_filter=module_filter)
@@ -74,7 +83,18 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
 
     Returns:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
+
+    Raises:
+        UnsupportedError: the model is distributed: other ranks hold the rest of its weights. It is as it was then.
+
+    Example:
+        >>> model = enable_fp8_gemm(nn.Linear(64, 32), options=FP8GemmOptions(fp16_weight_storage="keep"))
+        >>> model, undone = disable_fp8_gemm(model)
+        >>> type(model).__name__, undone.rows[0].reason
+        ('Linear', 'original weight')
     """
+    if any(is_distributed(parameter) for parameter in model.parameters()):
+        raise UnsupportedError("the FP8 weights are distributed among ranks: disable_fp8_gemm before the model is")
     return model, Report(tuple(undisturbed(lambda interrupts: _revert_all(model, interrupts))))
 
 

@@ -64,7 +64,13 @@ class Step:
 def plan(
     model: nn.Module, *, options: FP8GemmOptions | None = None, module_filter: ModuleFilter | None = None
 ) -> list[Step]:
-    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise."""
+    """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
+
+    Example:
+        >>> model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+        >>> [(step.name, step.reason) for step in plan(model, module_filter="a")]
+        [('a', ''), ('b', 'module_filter')]
+    """
     options = options or FP8GemmOptions()
     wanted = _Filter(module_filter)
     holders = _weight_holders(model)

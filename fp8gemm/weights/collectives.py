@@ -282,7 +282,8 @@ for _name in (
     "alltoall_",
     "alltoall_base_",
 ):
-    OPERATIONS[getattr(torch.ops.c10d, _name).default] = _operation(_name)
+    if hasattr(torch.ops.c10d, _name):
+        OPERATIONS[getattr(torch.ops.c10d, _name).default] = _operation(_name)
 
 
 # --- functional collectives, of which DTensor is made ----------------------------------------------------------------

@@ -223,8 +223,10 @@ def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Sch
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
     """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
     home, part, size = weight._home, weight.part(), tuple(size)
-    stack = len(size) == 3 and home.layout.turned
-    if part is None or part.flipped != stack or len(size) != weight.dim() or dtype not in (None, weight.dtype):
+    flipped = len(size) == 3 and home.layout.turned
+    if len(size) != weight.dim() or dtype not in (None, weight.dtype):
+        return NotImplemented
+    if (part is None and weight.numel()) or (part is not None and part.flipped != flipped):
         return NotImplemented
     scheme = home.scheme
     if 0 in size:  # DTensor's shard of a rank for which nothing is left
@@ -232,10 +234,10 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
             return NotImplemented
     elif size[1:] != tuple(weight.shape)[1:] or (len(size) == 2 and home.layout.turned):
         return NotImplemented
-    elif len(size) == 2:
+    elif len(size) == 2 and size != home.layout.size:
         scheme = shard_scheme(scheme, weight.shape[0], size[0])
     *experts, a, b = size
-    layout = Layout((*experts, b, a) if part.flipped else size, turned=part.flipped)
+    layout = Layout((*experts, b, a) if flipped else size, flipped)
     blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
     if 0 not in size and 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
         return NotImplemented  # uneven shards' scales must fit into their rows
@@ -271,6 +273,8 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
         target.copy_(source.dequantize())
         return target
     if isinstance(source, FP8Weight) and source._home is target._home and _same_view(source, target):
+        return target
+    if target.numel() == 0 and source.numel() == 0:
         return target
     if not isinstance(source, FP8Weight) or source.shape != target.shape or source._home is target._home:
         return NotImplemented

@@ -61,6 +61,7 @@ class FP8Entry(torch.Tensor):
     ordinary dense tensor then. A layer in FP8 that it is handed to before takes the bytes.
     """
 
+    scale: torch.Tensor  # beside the bytes in the state dict; not the model's own
     _weight: FP8Weight | None  # None in a dense tensor that is to become a Parameter
     _handed: bool
 
@@ -75,7 +76,9 @@ class FP8Entry(torch.Tensor):
         twin.activity = home.activity
         scaled = stored.scaled()
         data = scaled.data.transpose(-1, -2).contiguous() if home.layout.turned else scaled.data
-        return _entry(data.detach(), weight.like(home=twin))
+        entry = _entry(data.detach(), weight.like(home=twin))
+        entry.scale = scaled.scale.detach().clone()
+        return entry
 
     @staticmethod
     def cast(weight: FP8Weight) -> FP8Entry:
@@ -89,13 +92,6 @@ class FP8Entry(torch.Tensor):
         assert self._weight is not None
         return self._weight
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """The scales of these bytes."""
-        stored = self.weight._home.stored
-        assert stored is not None
-        return stored.scaled().scale
-
     def handed_over(self) -> FP8Weight:
         """The weight, for a layer in FP8."""
         self._handed = True
@@ -108,9 +104,8 @@ class FP8Entry(torch.Tensor):
         kwargs = kwargs or {}
         entry = args[0] if args and isinstance(args[0], FP8Entry) else None
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.copy_ and _is_codes(source := kwargs.get("src", args[-1 if kwargs else 1])):
-                if entry is None:
-                    return _copied(args[0], source)
+            if func is torch.Tensor.copy_ and entry is None:
+                return _copied(args[0], *args[1:], **kwargs)
             if entry is not None:
                 result = _about(entry, func, args[1:], kwargs)
                 if result is not NotImplemented:
@@ -130,7 +125,7 @@ class FP8Entry(torch.Tensor):
     def _is_param(self, value: bool) -> None:
         """nn.Parameter marks tensors of other classes by this attribute: a dense one becomes a true Parameter."""
         self.__dict__.clear()
-        self.__class__ = nn.Parameter
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain tensor: in a file there is its scale beside it."""
@@ -178,10 +173,16 @@ def _about(entry: FP8Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         values = _entry(entry.weight.dequantize(), None)
         return values.requires_grad_(*args, **kwargs)
     if _is_codes(entry):
+        if name == "detach":
+            return entry  # torch.distributed.checkpoint loads into what this gives
         plain = entry.as_subclass(torch.Tensor)
         if func in _COPIES or func is torch.empty_like:
             result = func(plain, *args, **kwargs)
-            return _entry(result, entry.weight) if result.dtype == entry.dtype and func in _COPIES else result
+            if func is torch.empty_like:
+                return result
+            copied = _entry(result, entry.weight)
+            copied.scale = entry.scale
+            return copied
         if name == "view" and args and isinstance(args[0], torch.dtype) and args[0].itemsize == 1:
             return _as_integers(plain, args[0])
         if func is torch.Tensor.copy_ and args and args[0].dtype == entry.dtype:
@@ -235,22 +236,27 @@ def _moved(func: Any, entry: FP8Entry, args: tuple[Any, ...], kwargs: dict[str, 
         device = args[0] if args else kwargs.get("device")
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
     if dtype is None or dtype == entry.dtype:
-        new = weight if device is None else weight.to(device)
+        new: Any = weight if device is None else weight.to(device)
         if new.device == entry.device:
             return entry.clone() if copies else entry
         entry._handed = True
         return FP8Entry.of(new) if _is_codes(entry) else FP8Entry.cast(new)
     if not dtype.is_floating_point or dtype in FP8_DTYPES:
         return weight.dequantize().to(device=device, dtype=dtype)
-    return FP8Entry.cast(weight.to(device=device, dtype=dtype))
+    cast: Any = weight.to(device=device, dtype=dtype)
+    return FP8Entry.cast(cast)
 
 
-def _copied(target: torch.Tensor, source: FP8Entry) -> torch.Tensor:
+def _copied(target: torch.Tensor, src: FP8Entry, non_blocking: bool = False) -> torch.Tensor:
     """Into a weight and into tensors of the same dtype by bytes, into others as values."""
+    source: torch.Tensor
     if isinstance(target, FP8Weight):
-        return target.copy_(source.weight)
-    same = target.dtype == source.dtype
-    return target.copy_(source.as_subclass(torch.Tensor) if same else source.weight.dequantize())
+        source = src.handed_over()
+    elif not _is_codes(src):
+        source = _become_dense(src)
+    else:
+        source = src.as_subclass(torch.Tensor) if target.dtype == src.dtype else src.weight.dequantize()
+    return target.copy_(source, non_blocking)
 
 
 def _bytes_of(args: tuple[Any, ...]) -> list[torch.Tensor] | None:

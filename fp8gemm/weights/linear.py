@@ -16,6 +16,7 @@ from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
 from .home import Home
 from .product import exporting, in_forward_mode, jit_tracing, multiply, profiling, wants_derivative
+from .sharding import held
 from .weight import FP8Weight
 
 
@@ -93,8 +94,7 @@ class FP8Linear(nn.Linear):
         Raises:
             AttributeError: the weight was replaced by a dense one.
         """
-        weight: Any = self._parameters.get("weight")
-        weight = getattr(weight, "_local_tensor", weight)  # a DTensor's
+        weight = held(self._parameters.get("weight"))
         if not isinstance(weight, FP8Weight):
             raise AttributeError(f"the weight of this FP8Linear is no longer FP8 but a {type(weight).__name__}")
         return weight._home
@@ -162,7 +162,7 @@ class FP8Linear(nn.Linear):
         return _form(self.home, getattr(weight, "_local_tensor", weight), device)
 
     def extra_repr(self) -> str:
-        if not isinstance(self._parameters.get("weight"), FP8Weight):
+        if not isinstance(held(self._parameters.get("weight")), FP8Weight):
             return f"{super().extra_repr()}, dense"
         engine = self.engine or f"{self.options.engine}, not materialized"
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"

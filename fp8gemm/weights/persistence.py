@@ -92,6 +92,8 @@ def _load(
         data, scale = state.get(key), state.pop(key + "_scale", None)
         input_scale = state.pop(input_scale_key(key), None)
         if data is None:
+            if scale is None:
+                missing.append(key + "_scale")
             continue
         if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
             data = data.handed_over()  # it remembers its scale

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copyreg
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..scaled import ScaledTensor
+from ..scaled import FP8GemmOptions, Granularity, ScaledTensor, Scheme
+from .activity import Activity
 from .chosen import ChosenExperts
+from .geometry import Layout
 from .home import Home
+from .sharding import Gathered, Sharded
 from .stored import Stored, lock
+from .weight import weight_from
 
 
 def _reduced(home: Home) -> Any:
@@ -54,5 +59,10 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     return home
 
 
-for kind in (Home, ChosenExperts):
+for kind in (Home, ChosenExperts, Gathered):
     copyreg.pickle(kind, _reduced)
+
+# What torch.load(weights_only=True) has to make of a weight that was saved as itself, such as a shard.
+torch.serialization.add_safe_globals(
+    [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -274,6 +274,10 @@ def _linear_operation(
 _derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, Prepared]] = {}
 
 
+def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) -> None:
+    table.pop(key, None)
+
+
 def _derived(bare: Prepared) -> Prepared:
     """A form with what its engine derives from the bytes."""
     data, key = bare.data, id(bare.data)
@@ -288,7 +292,7 @@ def _derived(bare: Prepared) -> Prepared:
         form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
     form = replace(form, accumulate=bare.accumulate)
     if not data.is_inference():
-        _derivations[key] = (weakref.ref(data, lambda _: _derivations.pop(key, None)), version, form)
+        _derivations[key] = (weakref.ref(data, partial(_forget, _derivations, key)), version, form)
     return form
 
 

@@ -55,11 +55,11 @@ def _rounded_matrix(
     inside = expand_scale(touched.to(torch.float32), grid, shape) > 0
     data = torch.where(inside, new.data.view(torch.uint8), before.data.view(torch.uint8)).view(before.data.dtype)
     result = ScaledTensor(data, torch.where(touched, new.scale, before.scale), grid)
-    return result, *_change(was, w, result)
+    return result, *_change(was, w, result, stochastic=options.rounding == "stochastic")
 
 
-def _change(was: torch.Tensor, w: torch.Tensor, found: ScaledTensor) -> tuple[float, float]:
-    if was.is_meta or type(was) is not torch.Tensor:
+def _change(was: torch.Tensor, w: torch.Tensor, found: ScaledTensor, *, stochastic: bool) -> tuple[float, float]:
+    if stochastic or was.is_meta or type(was) is not torch.Tensor:  # what chance takes from one write it gives another
         return 0.0, 0.0
     wanted = (w.to(torch.float32) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
     kept = (dequantize(found) - was.to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)

@@ -33,7 +33,7 @@ def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
     whole = whole_scheme(scheme)
     block, uneven = whole.weight.rows, n % rows != 0
     if rows == n or block == 1:
-        return scheme
+        return whole
     if block is not None and not uneven and rows % block == 0:
         return whole
     fine = 1 if block is None or uneven else math.gcd(rows, block)
@@ -122,8 +122,8 @@ class Facts:
     options: FP8GemmOptions
     scheme: Scheme  # of the shard
     layout: Layout  # of the whole weight
-    rows: int  # of every rank's scale
-    packed: bool  # whether scales came in a tensor of the data's shape
+    scale: torch.Tensor  # of the shard
+    packed: bool  # whether scales are gathered in a tensor of the data's shape
     trains: bool
     input_scale: torch.Tensor | None
     activity: Activity
@@ -136,7 +136,7 @@ class Shardable:
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Facts]:
+    ) -> tuple[tuple[torch.Tensor, ...], Facts]:
         """The shard's bytes as uint8, with padding, and its scales; of one size on all ranks.
 
         Where some rank holds fewer rows torch wants every tensor in the size of the padded shard: the scales then lie
@@ -159,13 +159,13 @@ class Shardable:
             home.options,
             home.scheme,
             layout,
-            scaled.scale.shape[0],
+            scaled.scale,
             uneven,
             home.trains,
             home.input_scale,
             home.activity,
         )
-        return (raw, scale), facts
+        return (raw, scale) if mesh.size() > 1 else (raw,), facts  # one rank is handed the first alone
 
     def fsdp_post_all_gather(
         self,
@@ -176,12 +176,12 @@ class Shardable:
         out: Any = None,
     ) -> Any:
         """The whole weight, made of what was gathered; or ``out``, the one of the last time, given it."""
-        raw, scale = outputs
+        raw, scale = outputs if len(outputs) > 1 else (outputs[0], facts.scale)
         shape, grid = facts.layout.shape, facts.scheme.weight
         expected = grid.scale_shape(shape)
         if facts.packed:
             rows, width = self._home.layout.shape[0], 4 * math.prod(expected[1:])
-            lines = scale.view(-1, rows, math.prod(shape[1:]))[:, : facts.rows, :width]
+            lines = scale.view(-1, rows, math.prod(shape[1:]))[:, : len(facts.scale), :width]
             scale = lines.contiguous().view(torch.float32).view(-1, *expected[1:])
         data = raw.view(-1, *shape[1:])[: shape[0]].view(facts.options.weight_dtype)
         scheme = whole_scheme(facts.scheme)
@@ -196,8 +196,19 @@ class Shardable:
         )
         home.owned, home.activity = True, facts.activity
         if out is not None:
-            weight = getattr(out, "_local_tensor", out)  # of a DTensor, under tensor parallelism as well
+            weight = held(out)  # of a DTensor, under tensor parallelism as well
             weight._home.lease.renew(home)
             weight._home = home
             return None
         return type(self)(home, param_dtype), (Lease(home),)  # type: ignore[call-arg]
+
+
+def held(parameter: Any) -> Any:
+    """What of a parameter this rank holds: of a DTensor its local tensor."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def is_distributed(parameter: Any) -> bool:
+    """Whether it is an FP8 weight that DTensor or FSDP2 has placed."""
+    home = getattr(held(parameter), "_home", None)
+    return isinstance(home, Gathered) or (isinstance(home, Home) and hasattr(parameter, "_local_tensor"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -242,7 +243,7 @@ class FP8Weight(Shardable, torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         geometry = (tuple(self.size()), self.stride(), self.offset)
-        return (_rebuild, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
+        return (weight_from, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
 
     def share_memory_(self) -> FP8Weight:
         stored = self._home.settle()
@@ -273,6 +274,10 @@ class FP8Weight(Shardable, torch.Tensor):
         whole = self._home.nbytes
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
 
+    def element_size(self) -> int:
+        """Bytes that are held for an element, scales aside: by it and ``numel()`` libraries count memory."""
+        return round(self._home.nbytes / max(1, math.prod(self._home.layout.shape)))
+
     def __repr__(self) -> str:  # type: ignore[override]
         """As of a dense tensor, with the scheme; without values where somebody traces, or there are none."""
         if self.is_meta or not native.plain() or torch.compiler.is_compiling():
@@ -292,6 +297,8 @@ class FP8Weight(Shardable, torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if len(types) > 1 and any(hasattr(kind, "handed_over") for kind in types):
+            return NotImplemented  # an entry of a state dict says what it is worth
         with torch._C.DisableTorchFunctionSubclass():
             handler = FUNCTIONS.get(func)
             if handler is not None:
@@ -323,7 +330,7 @@ def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 
 
-def _rebuild(
+def weight_from(
     home: Home,
     dtype: torch.dtype,
     size: tuple[int, ...],

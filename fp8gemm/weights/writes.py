@@ -24,9 +24,23 @@ def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if first is not None and args and isinstance(args[0], FP8Weight):
         if not first.is_write:
             return _view(func, args[0], args[1:], kwargs)
-        if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
+        if torch.Tag.inplace_view in func.tags:
             raise _refusal(func._schema.name.removeprefix("aten::"), "and keeps its shape, ")
     return _on_values(func, args, kwargs)
+
+
+@implements(OPERATIONS, aten.detach_.default, aten.resize_.default, aten.resize_as_.default)
+def _same_shape(weight: Any, shape: Any = None, **others: Any) -> Any:
+    """torch resizes outputs that have the right shape already."""
+    wanted = shape.size() if isinstance(shape, torch.Tensor) else shape
+    unchanged = isinstance(weight, FP8Weight) and (wanted is None or tuple(wanted) == tuple(weight.size()))
+    return weight if unchanged else NotImplemented
+
+
+@implements(OPERATIONS, aten._unsafe_view.default)
+def _unsafe_view(weight: FP8Weight, size: Any) -> Any:
+    """Its schema does not say so, but torch's own operations write through it."""
+    return _view(aten.view.default, weight, (size,), {})
 
 
 def _view(func: Any, weight: FP8Weight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

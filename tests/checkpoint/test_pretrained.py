@@ -130,3 +130,34 @@ def test_generating() -> None:
     logits = model(found[:, :-1]).logits
     assert found.shape == (1, 14)
     assert found[0, -1] == logits[0, -1].argmax()
+
+
+@pytest.mark.parametrize(("storage", "kept"), [("keep", True), ("discard", False)])
+def test_the_memory_footprint_is_what_is_stored(storage: str, kept: bool) -> None:
+    model = llama()
+    count, before = model.num_parameters(), model.get_memory_footprint()
+    enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage=storage))  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    numel, rows = (sum(layer.weight.shape[0] * of(layer) for layer in layers) for of in (lambda q: q.in_features, _one))
+    fp8 = numel + 4 * rows  # a scale for each row
+    expected = before - 4 * numel + fp8 + (4 * numel if kept else 0)
+    for one in (model, copy.deepcopy(model)):
+        assert one.get_memory_footprint() == expected
+        buffers = sum(buffer.nbytes for buffer in one.buffers())
+        assert one.get_memory_footprint(return_buffers=False) == expected - buffers
+    assert model.num_parameters() == count
+    disable_fp8_gemm(model)
+    assert model.get_memory_footprint() == before
+
+
+def _one(layer: nn.Linear) -> int:
+    return 1
+
+
+def test_initializing_a_patched_model_again_leaves_what_was_loaded(tmp_path: Path) -> None:
+    """As transformers does for a head that a checkpoint lacks."""
+    llama().save_pretrained(tmp_path)
+    model = enable_fp8_gemm(transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+    expected = model(TOKENS).logits
+    model.initialize_weights()
+    assert torch.equal(model(TOKENS).logits, expected)

@@ -128,7 +128,8 @@ def test_threads_see_the_old_weight_or_the_new(act: Callable[[Model, int], None]
     x = torch.randn(64, 32)
     # Dtypes change under whoever brings a tensor of his own, as they do in torch.
     names = [name for name in READERS if act is not cast or name.startswith("layer") or "experts" in name]
-    names = [name for name in names if act is not patch or "e" in name and name != "values" and name != "all experts"]
+    if act is patch:  # a dense weight cannot tell its dequantized values, and bmm rounds otherwise
+        names = [name for name in names if name not in ("values", "all experts")]
 
     def results() -> dict[str, torch.Tensor]:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -314,3 +315,60 @@ def test_scales_of_another_shape_are_refused_even_if_as_many(scheme: str) -> Non
         if wrong.shape != state["weight_scale"].shape:
             with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
                 model.load_state_dict({**state, "weight_scale": wrong})
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(2, 32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([nn.functional.linear(x, matrix) for matrix in self.up_proj])
+
+
+KEPT_WRITES = {
+    "data": lambda original, earlier: original.data.mul_(-2),
+    "data, taken earlier": lambda original, earlier: earlier.mul_(-2),
+    "a part of data": lambda original, earlier: [half.mul_(-2) for half in original.data.chunk(2)],
+    "assigned": lambda original, earlier: setattr(original, "data", original.detach() * -2),
+    "detached": lambda original, earlier: original.detach().mul_(-2),
+    "itself": lambda original, earlier: torch.no_grad()(original.mul_)(-2),
+    "in inference mode": lambda original, earlier: torch.inference_mode()(original.mul_)(-2),
+    "data in inference mode": lambda original, earlier: torch.inference_mode()(lambda: original.data.mul_(-2))(),
+    "an optimizer's": lambda original, earlier: torch.nn.utils.vector_to_parameters(
+        -2 * original.flatten(), [original]
+    ),
+}
+
+
+@pytest.mark.parametrize("write", KEPT_WRITES.values(), ids=KEPT_WRITES)
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(16, 32, bias=False), Stack], ids=["linear", "stack"])
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("born", [torch.enable_grad, torch.inference_mode])
+def test_a_kept_original_tells_of_every_write(write, kind, eager: bool, born) -> None:
+    """Also in copies, from pickles, and where it is held from before patching; undo gives that very object back."""
+    with born():
+        model = kind()
+    name = next(iter(model._parameters))
+    held = model._parameters[name]
+    options = FP8GemmOptions(fp16_weight_storage="keep", materialize_fp8_on_wrap=eager)
+    enable_fp8_gemm(model, options=options)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        before = model(x)
+        for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            original = one._parameters[name]._home.original
+            if one is model and born is torch.enable_grad:
+                assert original is held
+            earlier = original.data
+            assert torch.equal(one(x), before)
+            write(original, earlier)
+            assert torch.equal(one(x), -2 * before)
+            version = one._parameters[name]._home.version
+            assert torch.equal(one(x), -2 * before)
+            assert one._parameters[name]._home.version == version  # quantized once
+            disable_fp8_gemm(one)
+            assert one._parameters[name] is original
+            assert type(original) is nn.Parameter
+            original.mul_(-0.5)
+            enable_fp8_gemm(one, options=options)

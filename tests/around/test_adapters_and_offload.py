@@ -138,7 +138,9 @@ def test_an_adapter_does_what_it_does_to_the_dense_twin(name: str, storage: Any,
     model = enable_fp8_gemm(llama(), options=FP8GemmOptions(fp16_weight_storage=storage))
     said, left = life(model, ADAPTERS[name](), safe)
     assert error(expected["trained"], expected["attached"]) > 2e-3, "the adapter learns nothing"
-    writes_at_once = name in ("PiSSA", "OLoRA")  # these take what they train out of the weight, which rounds the rest
+    # The first two take what they train out of the weight, which rounds the rest; the third adds to a copy of the
+    # weight, which is one of the original where that is kept.
+    writes_at_once = name in ("PiSSA", "OLoRA", "SHiRA")
     for station in ("attached", "trained"):
         assert error(said[station], expected[station]) < (ROUNDED if writes_at_once else 1e-4), station
     for station in ("merged", "unmerged", "unloaded"):

@@ -55,7 +55,7 @@ def test_lora_attaches_trains_merges_and_unmerges(storage: Any, patched_first: b
         model = peft.get_peft_model(model, adapters)
     else:
         model = peft.get_peft_model(model, adapters)
-        enable_fp8_gemm(model, options=options, module_filter="*.base_layer")
+        enable_fp8_gemm(model, options=options)
     bases = [module for module in model.modules() if isinstance(module, FP8Linear)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [base.scaled().data.clone() for base in bases]
@@ -194,6 +194,18 @@ def test_lora_on_the_parameters_of_experts(kind: str, implementation: str, stora
             assert error(parameter.dequantize(), dense.get_parameter(name)) < ROUNDED, name
     assert {type(module) for module in left.modules()} == kinds
     assert sum(isinstance(parameter, FP8Weight) for parameter in left.parameters()) == 13
+
+
+def test_adapters_that_were_there_before_patching_train_on() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"]))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    enable_fp8_gemm(model)
+    assert len(report(model).converted) == 15  # the head that is set aside too
+    assert all("it is an adapter of " in row.reason for row in report(model).kept if "lora_" in row.name)
+    model(IDS, labels=IDS).loss.backward()
+    for name, parameter in trained.items():
+        assert model.get_parameter(name) is parameter
+        assert parameter.grad is not None, name
 
 
 def test_training_the_weight_itself_is_refused() -> None:

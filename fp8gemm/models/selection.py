@@ -74,13 +74,13 @@ def plan(
     options = options or FP8GemmOptions()
     wanted = _Filter(module_filter)
     holders = _weight_holders(model)
-    choosing = routers(model)
+    choosing, adapters = routers(model), _adapters(model)
     steps = [
         Step(
             name,
             module,
             wanted.reason(name, module)
-            or ("" if wanted.names(name, module) else _router_reason(module, choosing))
+            or ("" if wanted.names(name, module) else _router_reason(module, choosing) or adapters.get(id(module), ""))
             or _keep_reason(name, module, options, holders),
         )
         for name, module in model.named_modules()
@@ -141,6 +141,22 @@ def _wrapped(weight: object) -> str:
 def _router_reason(module: nn.Module, choosing: dict[int, str]) -> str:
     experts = choosing.get(id(module))
     return "" if experts is None else f"it is the router of {experts}: a module_filter that names it converts it"
+
+
+# Where peft keeps what an adapter wraps, and what trains in the place of a module.
+_WRAPPED, _TRAINED = "base_layer", "modules_to_save"
+
+
+def _adapters(model: nn.Module) -> dict[int, str]:
+    """The Linears that are adapters, or train in the place of others, with the reason to keep them."""
+    found: dict[int, str] = {}
+    for name, wrapper in model.named_modules():
+        children = wrapper._modules
+        parts = [part for key, part in children.items() if _WRAPPED in children and key != _WRAPPED]
+        for part in [*parts, children.get(_TRAINED)]:
+            for module in () if part is None else part.modules():
+                found[id(module)] = f"it is an adapter of {name}: a module_filter that names it converts it"
+    return found
 
 
 def _engine_reason(

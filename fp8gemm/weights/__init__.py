@@ -2,7 +2,7 @@
 
 import torch
 
-from . import copies, functions, pickling, products, writes  # handlers register themselves
+from . import copies, pickling, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home
@@ -21,7 +21,6 @@ __all__ = [
     "Home",
     "convert",
     "copies",
-    "functions",
     "leave",
     "made",
     "own_weights",

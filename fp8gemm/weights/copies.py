@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from .. import native
 from ..scaled import Granularity, ScaledTensor, Scheme
@@ -78,7 +77,8 @@ def _converts(func: Any) -> None:
     def convert(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, FP8Weight):
             return NotImplemented
-        args, kwargs = tree_map(lambda asked: _or_its_own(asked, weight), (args, kwargs))
+        args = tuple(_or_its_own(asked, weight) for asked in args)
+        kwargs = {name: _or_its_own(asked, weight) for name, asked in kwargs.items()}
         result = func(weight, *args, **kwargs)
         return _alias(weight) if result is weight and getattr(weight, "_is_param", False) else result
 

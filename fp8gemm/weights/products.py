@@ -67,6 +67,14 @@ def _matmul_directly(input: Any, weight: Any) -> Any:
     return linear(input, weight.turned_around())
 
 
+@implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _transpose(weight: FP8Weight) -> Any:
+    """Past the dispatcher, where autograd need not see it: what ``x @ weight.T`` asks for at every call."""
+    if weight.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.plain():
+        return NotImplemented
+    return weight.turned_around()
+
+
 def _is_ours_alone(x: Any, bias: torch.Tensor | None) -> bool:
     """Whether neither autograd, a tracer, a mode, a transform nor autocast has a say in a product."""
     return not (

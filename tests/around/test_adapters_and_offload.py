@@ -55,7 +55,7 @@ def test_lora_attaches_trains_merges_and_unmerges(storage: Any, patched_first: b
         model = peft.get_peft_model(model, adapters)
     else:
         model = peft.get_peft_model(model, adapters)
-        enable_fp8_gemm(model, options=options, module_filter="*.base_layer")
+        enable_fp8_gemm(model, options=options)
     bases = [module for module in model.modules() if isinstance(module, FP8Linear)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [base.scaled().data.clone() for base in bases]
@@ -138,7 +138,9 @@ def test_an_adapter_does_what_it_does_to_the_dense_twin(name: str, storage: Any,
     model = enable_fp8_gemm(llama(), options=FP8GemmOptions(fp16_weight_storage=storage))
     said, left = life(model, ADAPTERS[name](), safe)
     assert error(expected["trained"], expected["attached"]) > 2e-3, "the adapter learns nothing"
-    writes_at_once = name in ("PiSSA", "OLoRA")  # these take what they train out of the weight, which rounds the rest
+    # The first two take what they train out of the weight, which rounds the rest; the third adds to a copy of the
+    # weight, which is one of the original where that is kept.
+    writes_at_once = name in ("PiSSA", "OLoRA", "SHiRA")
     for station in ("attached", "trained"):
         assert error(said[station], expected[station]) < (ROUNDED if writes_at_once else 1e-4), station
     for station in ("merged", "unmerged", "unloaded"):
@@ -192,6 +194,18 @@ def test_lora_on_the_parameters_of_experts(kind: str, implementation: str, stora
             assert error(parameter.dequantize(), dense.get_parameter(name)) < ROUNDED, name
     assert {type(module) for module in left.modules()} == kinds
     assert sum(isinstance(parameter, FP8Weight) for parameter in left.parameters()) == 13
+
+
+def test_adapters_that_were_there_before_patching_train_on() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"]))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    enable_fp8_gemm(model)
+    assert len(report(model).converted) == 15  # the head that is set aside too
+    assert all("it is an adapter of " in row.reason for row in report(model).kept if "lora_" in row.name)
+    model(IDS, labels=IDS).loss.backward()
+    for name, parameter in trained.items():
+        assert model.get_parameter(name) is parameter
+        assert parameter.grad is not None, name
 
 
 def test_training_the_weight_itself_is_refused() -> None:

@@ -165,6 +165,19 @@ def test_copies_and_memory_formats_compute_the_same() -> None:
         assert all(row.calls for row in report(model).converted if "add_embedding" not in row.name)
 
 
+def test_a_cast_to_float8_leaves_an_fp8_weight_alone() -> None:
+    """As diffusers' layerwise casting does before and after each call."""
+    model = enable_fp8_gemm(flux().bfloat16(), options=FP8GemmOptions(fp16_weight_storage="keep"))
+    layer = model.transformer_blocks[0].attn.to_q
+    expected, before = answer(model, torch.bfloat16), layer.scaled().data.view(torch.uint8).clone()
+    model.to(torch.float8_e4m3fn)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.bias.dtype == torch.float8_e4m3fn
+    model.to(torch.bfloat16)
+    assert error(answer(model, torch.bfloat16), expected) < 0.05  # norms and biases are rounded by the cast
+    assert torch.equal(layer.scaled().data.view(torch.uint8), before)
+
+
 @pytest.mark.parametrize("storage", ["keep", "discard"])
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offloading_moves_bytes(kind: str, storage: Any) -> None:

@@ -45,10 +45,11 @@ def test_transformers_counts() -> None:
         assert model.num_parameters() == dense.num_parameters()
         assert model.dtype == torch.bfloat16
         stored[storage] = model.get_memory_footprint()
-    fp8 = sum(p.numel() for p in model.parameters() if isinstance(p, FP8Weight))
+    weights = [p for p in model.parameters() if isinstance(p, FP8Weight)]
+    fp8, scales = sum(p.numel() for p in weights), sum(p.scaled().scale.nbytes for p in weights)
     assert fp8 > 0
-    assert stored["discard"] == dense.get_memory_footprint() - fp8
-    assert stored["keep"] == dense.get_memory_footprint() + fp8
+    assert stored["discard"] == dense.get_memory_footprint() - fp8 + scales
+    assert stored["keep"] == dense.get_memory_footprint() + fp8 + scales
 
 
 def test_optimizers_and_clipping_leave_it_alone() -> None:

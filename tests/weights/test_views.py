@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -422,3 +423,22 @@ def test_reading_as_numbers() -> None:
     assert (array == values.numpy()).all()
     with pytest.raises(ValueError, match="read-only"):  # it would not reach the weight
         array[0] = 1
+
+
+def test_no_write_is_lost_to_another_thread() -> None:
+    """One thread quantizes what another one is writing: each row is written once, and all are there in the end."""
+    for _ in range(2):
+        layer, done = matrix("row"), threading.Event()
+
+        def read(layer: FP8Linear = layer, done: threading.Event = done) -> None:
+            while not done.is_set():
+                layer.scaled()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for row in range(N):
+            layer.weight[row] = 2.0
+            layer.weight.data[row, ::2].mul_(2)
+        done.set()
+        reader.join()
+        assert dequantize(layer.scaled()).equal(torch.tensor([4.0, 2.0], dtype=torch.float32).repeat(N, K // 2))

@@ -13,11 +13,11 @@ from torch import nn
 from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
-from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
+from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from ..weights import FP8Linear, FP8Weight, convert
 from ..weights.prepared import spec_of
 from ..weights.report import KEPT, Report, report
-from .fill import fill, scheme_of, take
+from .fill import fill, of_stack, scheme_of, take
 from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
@@ -177,7 +177,7 @@ def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -
     shape = tuple(target.tensor.shape)
     if stack is not None:
         joined = Granularity(shape[1] // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
-        scheme = replace(scheme, weight=joined, static=False, activation=scheme.activation and ROW)
+        scheme = replace(scheme, weight=joined, static=False, activation=of_stack(scheme.activation))
     if options.resolved_scheme.activation is None:
         scheme = scheme.weight_only()
     return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, target.tensor.dtype)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear, Scheme, UnsupportedError, disable_fp8_gemm, enable_fp8_gemm, plan, report
+from fp8gemm import (
+    ENGINES,
+    FP8GemmOptions,
+    FP8Linear,
+    FP8Weight,
+    MatmulSpec,
+    Scheme,
+    UnsupportedError,
+    disable_fp8_gemm,
+    enable_fp8_gemm,
+    load_checkpoint,
+    plan,
+    report,
+    save_checkpoint,
+)
 from fp8gemm.scaled import MX
 
 
@@ -372,3 +388,69 @@ def test_a_kept_original_tells_of_every_write(write, kind, eager: bool, born) ->
             assert type(original) is nn.Parameter
             original.mul_(-0.5)
             enable_fp8_gemm(one, options=options)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.Module()
+        self.mlp.experts.gate_up_proj = nn.Parameter(torch.randn(2, 256, 128))
+        self.mlp.experts.down_proj = nn.Parameter(torch.randn(2, 128, 128))
+        self.layer = nn.Linear(128, 256)
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "fast", "precise"])
+@pytest.mark.parametrize("scheme", ["row", "tensor", "block", "weight_only"])
+@pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plan_patch_and_load_ask_engines_the_same(
+    accumulate: str, scheme: str, weight_dtype: torch.dtype, dtype: torch.dtype, monkeypatch, tmp_path
+) -> None:
+    """And get the same answer: an engine that is refused is refused by each of the three, before anything changes."""
+    options = FP8GemmOptions(engine="reference", accumulate=accumulate, scheme=scheme, weight_dtype=weight_dtype)
+    source = Routed().to(dtype)
+    saved = weight_dtype == torch.float8_e4m3fn  # compressed-tensors has no other
+    if saved:
+        save_checkpoint(enable_fp8_gemm(copy.deepcopy(source), options=options), tmp_path / "fp8")
+    asked: set[MatmulSpec] = set()
+    refusing, kind = False, type(ENGINES["reference"])
+
+    def rejects(engine: object, spec: MatmulSpec, machine: object) -> list[str]:
+        asked.add(spec)
+        return ["it sums otherwise"] if refusing and spec.accumulate == "precise" else []
+
+    monkeypatch.setattr(kind, "rejects", rejects)
+    ways = {
+        "plan": lambda model: plan(model, options=options),
+        "patch": lambda model: enable_fp8_gemm(model, options=options),
+        "patch lazily": lambda model: enable_fp8_gemm(model, options=replace(options, materialize_fp8_on_wrap=False)),
+    }
+    if saved:
+        ways["load"] = lambda model: load_checkpoint(model, tmp_path / "fp8", options=options)
+    found = {}
+    for name, way in ways.items():
+        model = copy.deepcopy(source)
+        way(model)
+        for parameter in model.parameters():
+            if isinstance(parameter, FP8Weight):
+                parameter._home.form(parameter.dtype)
+        found[name], asked = asked, set()
+    for name, specs in found.items():
+        # A file's stack by tensor has a scale for each expert and half, and rounds activations by token.
+        by_tensor = name == "load" and scheme == "tensor"
+        assert {spec for spec in specs if not (by_tensor and spec.experts)} == {
+            spec for spec in found["plan"] if not (by_tensor and spec.experts)
+        }
+        assert {spec.accumulate for spec in specs} == {accumulate}
+    assert {(spec.weight_dtype, spec.compute_dtype) for spec in found["plan"]} == {(weight_dtype, dtype)}
+    assert {(spec.experts, spec.n, spec.k) for spec in found["plan"]} == {(2, 256, 128), (2, 128, 128), (0, 256, 128)}
+    refusing = True
+    for name, way in ways.items():
+        model = copy.deepcopy(source)
+        refused = accumulate == "precise" and name != "patch lazily"  # which asks where the weight will be
+        with pytest.raises(UnsupportedError, match="it sums otherwise") if refused else contextlib.nullcontext():
+            way(model)
+        assert any(isinstance(parameter, FP8Weight) for parameter in model.parameters()) == (
+            not refused and name != "plan"
+        )

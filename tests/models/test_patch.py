@@ -454,3 +454,53 @@ def test_plan_patch_and_load_ask_engines_the_same(
         assert any(isinstance(parameter, FP8Weight) for parameter in model.parameters()) == (
             not refused and name != "plan"
         )
+
+
+class Table(nn.Embedding):
+    """A library's own embedding."""
+
+
+def test_what_came_after_patching_is_reported_and_converted_by_the_next_call() -> None:
+    """Joined projections, a new head, replaced weights, more experts; no embeddings, and each tied weight once."""
+    model = Routed()
+    model.kept, model.table, model.replaced = nn.Linear(16, 16), nn.Embedding(32, 32), nn.Linear(32, 32)
+    model.head, model.tied = nn.Linear(128, 256), nn.Linear(128, 256)
+    assert report(model).rows == ()
+    enable_fp8_gemm(model, module_filter="!kept")
+    model.tied.weight = model.layer.weight
+    model.to_qkv, model.head = nn.Linear(128, 384), nn.Linear(128, 512)
+    model.own_table, model.more = Table(64, 64), Stack()
+    model.mlp.experts.up_proj = nn.Parameter(torch.randn(2, 32, 16))
+    del model.replaced.weight
+    model.replaced.register_parameter("weight", nn.Parameter(torch.randn(32, 32)))
+    fp8 = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "layer"}
+    later = {"mlp.experts.up_proj", "head", "to_qkv", "more.up_proj"}
+    assert sorted(row.name for row in report(model).converted) == sorted(fp8)
+    assert {row.name: row.reason for row in report(model).kept} == {
+        "kept": "module_filter: !kept",
+        "replaced": "its weight was replaced by a dense one after patching",
+        **dict.fromkeys(later, "added after patching"),
+    }
+    enable_fp8_gemm(model, module_filter="!kept")
+    assert {row.name for row in report(model).converted} == fp8 | later | {"replaced"}
+    assert {row.name: row.reason for row in report(model).kept} == {"kept": "module_filter: !kept"}
+    disable_fp8_gemm(model)
+    assert model.tied.weight is model.layer.weight
+    assert type(model.replaced) is nn.Linear
+    assert report(model).rows == ()
+
+
+def test_a_loaded_model_tells_why_layers_are_dense(tmp_path) -> None:
+    source, model = Routed(), Routed()
+    model.other, model.absent = nn.Linear(16, 16), nn.Linear(16, 16)
+    source.other = nn.Linear(16, 16)
+    save_checkpoint(enable_fp8_gemm(source, module_filter="layer"), tmp_path / "fp8")
+    load_checkpoint(model, tmp_path / "fp8", strict=False)
+    model.later = nn.Linear(16, 16)
+    assert {row.name: row.reason for row in report(model).kept} == {
+        "mlp.experts.gate_up_proj": "dense in the checkpoint",
+        "mlp.experts.down_proj": "dense in the checkpoint",
+        "other": "dense in the checkpoint",
+        "absent": "not in the checkpoint",
+        "later": "added after patching",
+    }

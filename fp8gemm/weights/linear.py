@@ -122,9 +122,8 @@ class FP8Linear(nn.Linear):
     def original_weight(self) -> nn.Parameter | None:
         """The kept original, ``None`` if it was discarded. Writing to it quantizes the layer again."""
         home = self.home
-        if home.original is None and home.stored is None and home.dense is not None:
-            return nn.Parameter(home.dense, requires_grad=home.trains)
-        return home.original
+        dense = home.dense if home.original is None and home.stored is None else None
+        return home.original if dense is None else nn.Parameter(dense, requires_grad=home.trains)
 
     @property
     def engine(self) -> str | None:

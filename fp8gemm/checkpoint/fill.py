@@ -61,17 +61,22 @@ def scheme_of(
 
 
 def _stack_scheme(checkpoint: Checkpoint, name: str, weight: ScaledTensor) -> Scheme:
-    """The scheme of a stack of experts: activations by token where the file has them static or by tensor.
-
-    Grouped products take no scale of each expert for activations; by token is finer than what was asked.
-    """
+    """The scheme of a stack of experts."""
     first = checkpoint.layers[checkpoint.stacks[name].parts[0][0]].scheme
     ue8m0 = first.scale_format == "ue8m0" and powers_of_two(weight.scale)
     return Scheme(
         weight=weight.granularity,
-        activation=ROW if first.activation == TENSOR else first.activation,
+        activation=of_stack(first.activation),
         scale_format="ue8m0" if ue8m0 else "float32",
     )
+
+
+def of_stack(activation: Granularity | None) -> Granularity | None:
+    """Activations of a stack of experts: by token where the file has them static or by tensor.
+
+    Grouped products take no scale of each expert for activations; by token is finer than what was asked.
+    """
+    return ROW if activation == TENSOR else activation
 
 
 def powers_of_two(scale: torch.Tensor) -> bool:

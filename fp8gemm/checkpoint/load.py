@@ -13,11 +13,12 @@ from torch import nn
 from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
-from ..scaled import ROW, TENSOR, FP8GemmOptions, Granularity, ScaledTensor
+from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from ..weights import FP8Linear, FP8Weight, convert
 from ..weights.prepared import spec_of
 from ..weights.report import KEPT, Report, report
-from .fill import fill, scheme_of, take
+from ..weights.structure import STACK_NAMES, stacks
+from .fill import fill, of_stack, scheme_of, take
 from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
@@ -124,7 +125,7 @@ def load_checkpoint(
         if where is not None:
             for target in (*targets(model).values(), *transient(model).values()):
                 _move(target, where)
-    _note_kept(transfers, checkpoint)
+    _note_kept(model, transfers, checkpoint)
     redirect_saving(model)
     return LoadReport(
         report(model).rows,
@@ -177,7 +178,7 @@ def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -
     shape = tuple(target.tensor.shape)
     if stack is not None:
         joined = Granularity(shape[1] // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
-        scheme = replace(scheme, weight=joined, static=False, activation=scheme.activation and ROW)
+        scheme = replace(scheme, weight=joined, static=False, activation=of_stack(scheme.activation))
     if options.resolved_scheme.activation is None:
         scheme = scheme.weight_only()
     return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, target.tensor.dtype)
@@ -221,16 +222,22 @@ def _move(target: Target, device: torch.device) -> None:
         target.put(tensor.to(device))
 
 
-def _note_kept(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> None:
-    for transfer in transfers:
-        for target in transfer.targets:
-            if target.is_linear_weight and not transfer.fp8:
-                reasons = target.module.__dict__.setdefault(KEPT, {})
-                reasons[""] = (
-                    "FP8 in the checkpoint, dequantized"
-                    if holds_fp8(checkpoint, transfer)
-                    else "dense in the checkpoint"
-                )
+def _note_kept(model: nn.Module, transfers: Sequence[Transfer], checkpoint: Checkpoint) -> None:
+    """Writes down why each Linear and each stack of experts is dense, for the report."""
+    filled = {
+        (id(target.module), target.attribute): "FP8 in the checkpoint, dequantized"
+        if holds_fp8(checkpoint, transfer)
+        else "dense in the checkpoint"
+        for transfer in transfers
+        for target in transfer.targets
+    }
+    for module in model.modules():
+        weights = ["weight"] if isinstance(module, nn.Linear) else []
+        for name in (*weights, *(stack for stack in stacks(module) if stack in STACK_NAMES)):
+            parameter = module._parameters.get(name)
+            if parameter is not None and not isinstance(parameter, FP8Weight):
+                reasons = module.__dict__.setdefault(KEPT, {})
+                reasons["" if weights else name] = filled.get((id(module), name), "not in the checkpoint")
 
 
 def _refuse_fp8(model: nn.Module) -> None:

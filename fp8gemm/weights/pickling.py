@@ -14,6 +14,7 @@ from .activity import Activity
 from .chosen import ChosenExperts
 from .geometry import Layout
 from .home import Home
+from .kept import watch
 from .sharding import Gathered, Sharded
 from .stored import Stored, lock
 from .weight import weight_from
@@ -53,6 +54,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
     original = facts["original"]
     if original is not None:
+        watch(original)
         home.original, home.original_version = original, None if facts["behind"] else original._version
     if facts["writes"]:
         home.dense = facts.get("dense", None if original is None else original.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,8 +113,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         for parameter, reason in reasons.items():
             if not isinstance(held(module._parameters.get(parameter or "weight")), FP8Weight):
                 yield _kept_row(f"{name}.{parameter}".strip(".") if parameter else name, module, parameter, reason)
-        if patched and not reasons:
-            yield from _later_rows(name, module)
+        if patched:
+            yield from _later_rows(name, module, reasons)
 
 
 def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
@@ -123,15 +123,15 @@ def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
     return [(name, part) for name, part in parts if isinstance(part, FP8Weight)]
 
 
-def _later_rows(name: str, module: nn.Module) -> Iterator[Row]:
+def _later_rows(name: str, module: nn.Module, known: Collection[str]) -> Iterator[Row]:
     """Dense Linears and stacks of experts that nobody decided about: they came after patching."""
     own = held(module._parameters.get("weight"))
-    if isinstance(module, nn.Linear) and own is not None and not isinstance(own, FP8Weight):
+    if isinstance(module, nn.Linear) and "" not in known and own is not None and not isinstance(own, FP8Weight):
         replaced = isinstance(module, FP8Linear)
         reason = "its weight was replaced by a dense one after patching" if replaced else "added after patching"
         yield _kept_row(name, module, "", reason)
     for stack in stacks(module):
-        if stack in STACK_NAMES and not isinstance(held(module._parameters[stack]), FP8Weight):
+        if stack in STACK_NAMES and stack not in known and not isinstance(held(module._parameters[stack]), FP8Weight):
             yield _kept_row(f"{name}.{stack}".strip("."), module, stack, "added after patching")
 
 

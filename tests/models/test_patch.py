@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear, Scheme, UnsupportedError, disable_fp8_gemm, enable_fp8_gemm, plan, report
+from fp8gemm import (
+    ENGINES,
+    FP8GemmOptions,
+    FP8Linear,
+    FP8Weight,
+    MatmulSpec,
+    Scheme,
+    UnsupportedError,
+    disable_fp8_gemm,
+    enable_fp8_gemm,
+    load_checkpoint,
+    plan,
+    report,
+    save_checkpoint,
+)
 from fp8gemm.scaled import MX
 
 
@@ -314,3 +331,176 @@ def test_scales_of_another_shape_are_refused_even_if_as_many(scheme: str) -> Non
         if wrong.shape != state["weight_scale"].shape:
             with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
                 model.load_state_dict({**state, "weight_scale": wrong})
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(2, 32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([nn.functional.linear(x, matrix) for matrix in self.up_proj])
+
+
+KEPT_WRITES = {
+    "data": lambda original, earlier: original.data.mul_(-2),
+    "data, taken earlier": lambda original, earlier: earlier.mul_(-2),
+    "a part of data": lambda original, earlier: [half.mul_(-2) for half in original.data.chunk(2)],
+    "assigned": lambda original, earlier: setattr(original, "data", original.detach() * -2),
+    "detached": lambda original, earlier: original.detach().mul_(-2),
+    "itself": lambda original, earlier: torch.no_grad()(original.mul_)(-2),
+    "in inference mode": lambda original, earlier: torch.inference_mode()(original.mul_)(-2),
+    "data in inference mode": lambda original, earlier: torch.inference_mode()(lambda: original.data.mul_(-2))(),
+    "an optimizer's": lambda original, earlier: torch.nn.utils.vector_to_parameters(
+        -2 * original.flatten(), [original]
+    ),
+}
+
+
+@pytest.mark.parametrize("write", KEPT_WRITES.values(), ids=KEPT_WRITES)
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(16, 32, bias=False), Stack], ids=["linear", "stack"])
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("born", [torch.enable_grad, torch.inference_mode])
+def test_a_kept_original_tells_of_every_write(write, kind, eager: bool, born) -> None:
+    """Also in copies, from pickles, and where it is held from before patching; undo gives that very object back."""
+    with born():
+        model = kind()
+    name = next(iter(model._parameters))
+    held = model._parameters[name]
+    options = FP8GemmOptions(fp16_weight_storage="keep", materialize_fp8_on_wrap=eager)
+    enable_fp8_gemm(model, options=options)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        before = model(x)
+        for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            original = one._parameters[name]._home.original
+            if one is model and born is torch.enable_grad:
+                assert original is held
+            earlier = original.data
+            assert torch.equal(one(x), before)
+            write(original, earlier)
+            assert torch.equal(one(x), -2 * before)
+            version = one._parameters[name]._home.version
+            assert torch.equal(one(x), -2 * before)
+            assert one._parameters[name]._home.version == version  # quantized once
+            disable_fp8_gemm(one)
+            assert one._parameters[name] is original
+            assert type(original) is nn.Parameter
+            original.mul_(-0.5)
+            enable_fp8_gemm(one, options=options)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.Module()
+        self.mlp.experts.gate_up_proj = nn.Parameter(torch.randn(2, 256, 128))
+        self.mlp.experts.down_proj = nn.Parameter(torch.randn(2, 128, 128))
+        self.layer = nn.Linear(128, 256)
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "fast", "precise"])
+@pytest.mark.parametrize("scheme", ["row", "tensor", "block", "weight_only"])
+@pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plan_patch_and_load_ask_engines_the_same(
+    accumulate: str, scheme: str, weight_dtype: torch.dtype, dtype: torch.dtype, monkeypatch, tmp_path
+) -> None:
+    """And get the same answer: an engine that is refused is refused by each of the three, before anything changes."""
+    options = FP8GemmOptions(engine="reference", accumulate=accumulate, scheme=scheme, weight_dtype=weight_dtype)
+    source = Routed().to(dtype)
+    saved = weight_dtype == torch.float8_e4m3fn  # compressed-tensors has no other
+    if saved:
+        save_checkpoint(enable_fp8_gemm(copy.deepcopy(source), options=options), tmp_path / "fp8")
+    asked: set[MatmulSpec] = set()
+    refusing, kind = False, type(ENGINES["reference"])
+
+    def rejects(engine: object, spec: MatmulSpec, machine: object) -> list[str]:
+        asked.add(spec)
+        return ["it sums otherwise"] if refusing and spec.accumulate == "precise" else []
+
+    monkeypatch.setattr(kind, "rejects", rejects)
+    ways = {
+        "plan": lambda model: plan(model, options=options),
+        "patch": lambda model: enable_fp8_gemm(model, options=options),
+        "patch lazily": lambda model: enable_fp8_gemm(model, options=replace(options, materialize_fp8_on_wrap=False)),
+    }
+    if saved:
+        ways["load"] = lambda model: load_checkpoint(model, tmp_path / "fp8", options=options)
+    found = {}
+    for name, way in ways.items():
+        model = copy.deepcopy(source)
+        way(model)
+        for parameter in model.parameters():
+            if isinstance(parameter, FP8Weight):
+                parameter._home.form(parameter.dtype)
+        found[name], asked = asked, set()
+    for name, specs in found.items():
+        # A file's stack by tensor has a scale for each expert and half, and rounds activations by token.
+        by_tensor = name == "load" and scheme == "tensor"
+        assert {spec for spec in specs if not (by_tensor and spec.experts)} == {
+            spec for spec in found["plan"] if not (by_tensor and spec.experts)
+        }
+        assert {spec.accumulate for spec in specs} == {accumulate}
+    assert {(spec.weight_dtype, spec.compute_dtype) for spec in found["plan"]} == {(weight_dtype, dtype)}
+    assert {(spec.experts, spec.n, spec.k) for spec in found["plan"]} == {(2, 256, 128), (2, 128, 128), (0, 256, 128)}
+    refusing = True
+    for name, way in ways.items():
+        model = copy.deepcopy(source)
+        refused = accumulate == "precise" and name != "patch lazily"  # which asks where the weight will be
+        with pytest.raises(UnsupportedError, match="it sums otherwise") if refused else contextlib.nullcontext():
+            way(model)
+        assert any(isinstance(parameter, FP8Weight) for parameter in model.parameters()) == (
+            not refused and name != "plan"
+        )
+
+
+class Table(nn.Embedding):
+    """A library's own embedding."""
+
+
+def test_what_came_after_patching_is_reported_and_converted_by_the_next_call() -> None:
+    """Joined projections, a new head, replaced weights, more experts; no embeddings, and each tied weight once."""
+    model = Routed()
+    model.kept, model.table, model.replaced = nn.Linear(16, 16), nn.Embedding(32, 32), nn.Linear(32, 32)
+    model.head, model.tied = nn.Linear(128, 256), nn.Linear(128, 256)
+    assert report(model).rows == ()
+    enable_fp8_gemm(model, module_filter="!kept")
+    model.tied.weight = model.layer.weight
+    model.to_qkv, model.head = nn.Linear(128, 384), nn.Linear(128, 512)
+    model.own_table, model.more = Table(64, 64), Stack()
+    model.mlp.experts.up_proj = nn.Parameter(torch.randn(2, 32, 16))
+    del model.replaced.weight
+    model.replaced.register_parameter("weight", nn.Parameter(torch.randn(32, 32)))
+    fp8 = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "layer"}
+    later = {"mlp.experts.up_proj", "head", "to_qkv", "more.up_proj"}
+    assert sorted(row.name for row in report(model).converted) == sorted(fp8)
+    assert {row.name: row.reason for row in report(model).kept} == {
+        "kept": "module_filter: !kept",
+        "replaced": "its weight was replaced by a dense one after patching",
+        **dict.fromkeys(later, "added after patching"),
+    }
+    enable_fp8_gemm(model, module_filter="!kept")
+    assert {row.name for row in report(model).converted} == fp8 | later | {"replaced"}
+    assert {row.name: row.reason for row in report(model).kept} == {"kept": "module_filter: !kept"}
+    disable_fp8_gemm(model)
+    assert model.tied.weight is model.layer.weight
+    assert type(model.replaced) is nn.Linear
+    assert report(model).rows == ()
+
+
+def test_a_loaded_model_tells_why_layers_are_dense(tmp_path) -> None:
+    source, model = Routed(), Routed()
+    model.other, model.absent = nn.Linear(16, 16), nn.Linear(16, 16)
+    source.other = nn.Linear(16, 16)
+    save_checkpoint(enable_fp8_gemm(source, module_filter="layer"), tmp_path / "fp8")
+    load_checkpoint(model, tmp_path / "fp8", strict=False)
+    model.later = nn.Linear(16, 16)
+    assert {row.name: row.reason for row in report(model).kept} == {
+        "mlp.experts.gate_up_proj": "dense in the checkpoint",
+        "mlp.experts.down_proj": "dense in the checkpoint",
+        "other": "dense in the checkpoint",
+        "absent": "not in the checkpoint",
+        "later": "added after patching",
+    }

@@ -22,7 +22,7 @@ from ..weights.report import KEPT, Report, Row
 from ..weights.sharding import is_distributed
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
-from .selection import ModuleFilter, Conversion, plan
+from .selection import Conversion, ModuleFilter, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 

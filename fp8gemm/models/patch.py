@@ -22,7 +22,7 @@ from ..weights.report import KEPT, Report, Row
 from ..weights.sharding import is_distributed
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
-from .selection import ModuleFilter, Step, plan
+from .selection import Conversion, ModuleFilter, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -119,7 +119,7 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     return rows
 
 
-def _convert_all(model: nn.Module, steps: list[Step], options: FP8GemmOptions, interrupts: Interrupts) -> None:
+def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOptions, interrupts: Interrupts) -> None:
     todo = [step for step in steps if step.converts]
     reasons = [(step.module, dict(step.module.__dict__.get(KEPT, {}))) for step in steps]
     begun: list[Change] = []
@@ -177,7 +177,7 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) -> Model:
+def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptions) -> Model:
     """A deep copy in which FP8 weights take the place of dense ones, which are never copied themselves."""
     todo = [step for step in steps if step.converts]
     memo: dict[int, Any] = {}
@@ -199,7 +199,7 @@ def _converted_copy(model: Model, steps: list[Step], options: FP8GemmOptions) ->
     return result
 
 
-def _remember_kept(steps: list[Step]) -> None:
+def _remember_kept(steps: list[Conversion]) -> None:
     """Writes the reasons where the report reads them."""
     for step in steps:
         if not step.converts:

@@ -27,7 +27,7 @@ _PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
-class Step:
+class Conversion:
     """What will become of one layer, or of one stack of experts: it is converted, or kept with a reason."""
 
     name: str
@@ -63,7 +63,7 @@ class Step:
 
 def plan(
     model: nn.Module, *, options: FP8GemmOptions | None = None, module_filter: ModuleFilter | None = None
-) -> list[Step]:
+) -> list[Conversion]:
     """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
 
     Example:
@@ -76,7 +76,7 @@ def plan(
     holders = _weight_holders(model)
     choosing, adapters = routers(model), _adapters(model)
     steps = [
-        Step(
+        Conversion(
             name,
             module,
             wanted.reason(name, module)
@@ -92,7 +92,7 @@ def plan(
     return steps
 
 
-def _complain(wanted: _Filter, steps: list[Step], model: nn.Module, options: FP8GemmOptions) -> None:
+def _complain(wanted: _Filter, steps: list[Conversion], model: nn.Module, options: FP8GemmOptions) -> None:
     """A filter or a model that gives nothing to do is an error, or a warning where that is asked for."""
     problems = [f"module_filter pattern {pattern!r} matches no Linear" for pattern in wanted.unmatched()]
     if not any(step.converts for step in steps):
@@ -175,7 +175,7 @@ def _engine_reason(
 
 def _stack_steps(
     model: nn.Module, wanted: _Filter, options: FP8GemmOptions, holders: dict[int, list[str]]
-) -> Iterator[Step]:
+) -> Iterator[Conversion]:
     """What becomes of every stack of experts; one of an unknown name needs a filter that names it."""
     for prefix, owner in model.named_modules():
         for stack in stacks(owner):
@@ -196,17 +196,17 @@ def _stack_steps(
                 experts, a, b = parameter.shape
                 shape = (experts, b, a) if transposed else (experts, a, b)
                 reason = _engine_reason(name, stack, parameter, shape, options)
-            yield Step(name, owner, reason, stack, transposed)
+            yield Conversion(name, owner, reason, stack, transposed)
 
 
-def _bare_parameters(model: nn.Module) -> Iterator[Step]:
+def _bare_parameters(model: nn.Module) -> Iterator[Conversion]:
     """Matrices that are parameters without an nn.Linear around them: seen and reported, not converted."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
             continue  # Linears have their own steps; embeddings, norms and convolutions are no matrix products
         names = [key for key, parameter in module._parameters.items() if parameter is not None and _matrix(parameter)]
         if names and not isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
-            yield Step(name, module, f"not an nn.Linear: {', '.join(names)} of {type(module).__name__}")
+            yield Conversion(name, module, f"not an nn.Linear: {', '.join(names)} of {type(module).__name__}")
 
 
 def _matrix(parameter: nn.Parameter) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -273,10 +272,6 @@ class FP8Weight(Shardable, torch.Tensor):
         """Bytes that are held for it: FP8 and scales, pending writes, a kept original; of a view, its share."""
         whole = self._home.nbytes
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
-
-    def element_size(self) -> int:
-        """Bytes that are held for an element, scales aside: by it and ``numel()`` libraries count memory."""
-        return round(self._home.nbytes / max(1, math.prod(self._home.layout.shape)))
 
     def __repr__(self) -> str:  # type: ignore[override]
         """As of a dense tensor, with the scheme; without values where somebody traces, or there are none."""

@@ -65,6 +65,13 @@ class Bound:
             and _plain(x, bias, self.kind)
         )
 
+    def is_stale(self, layer: Layer, weight: FP8Weight) -> bool:
+        """Whether weight or bias are not what they were: such a call never fits again."""
+        bias, home = self.bias, weight._home
+        if self.home is not home or self.version != home.version or layer._parameters.get("bias", layer) is not bias:
+            return True
+        return bias is not None and bias.data_ptr() != self.bias_address
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.home.activity.count(self.kernel)
         return self.compute(x)

@@ -180,7 +180,7 @@ class FP8Linear(nn.Linear):
             if isinstance(bound, Bound):
                 if bound.fits(self, input):
                     return bound(input)
-                if bound.version != weight._home.version or bound.home is not weight._home:
+                if bound.is_stale(self, weight):
                     notice(self, weight, key, input)
             elif bound is not UNBOUND:
                 notice(self, weight, key, input)

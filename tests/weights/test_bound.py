@@ -159,6 +159,21 @@ def test_every_change_is_noticed(change: Callable[[FP8Linear], None], engine: Bi
         assert layer(x).equal(after)
 
 
+@torch.no_grad()
+def test_a_moved_bias_is_bound_again(engine: Binding) -> None:
+    """As layerwise casting moves it at every call."""
+    layer = layer_of()
+    x = torch.randn(3, 64, dtype=BF16)
+    for _ in range(3):
+        layer(x)
+    assert layer.bias is not None
+    layer.bias.data = layer.bias.data.clone()
+    layer(x)
+    before = engine.bound
+    assert layer(x).equal(long_way(layer, x))
+    assert engine.bound == before + 1
+
+
 def test_inputs_that_need_more_go_the_long_way(engine: Binding) -> None:
     layer = layer_of()
     x = torch.randn(4, 64, dtype=BF16)

@@ -230,6 +230,10 @@ class FP8Linear(nn.Linear):
                 return y.reshape(*x.shape[:-1], form.n).to(given)
         return F.linear(x, self.weight, self.bias)
 
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., K] @ w.T + bias``, with another bias than the layer's own."""
+        return F.linear(x, self.weight, bias)
+
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """``self(silu(gate) * up)`` for ``gate`` and ``up`` ``[..., K]``.
 

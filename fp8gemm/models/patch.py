@@ -149,17 +149,23 @@ def _put_back(
     begun: list[Change],
     error: BaseException,
 ) -> None:
-    lost = sum(not change.undo() for change in reversed(begun))
+    lost = stuck = 0
+    for change in reversed(begun):
+        try:
+            lost += not change.undo()
+        except (RuntimeError, MemoryError):  # no room for dense values: the layer stays FP8, and runs
+            stuck += 1
     give_saving_back(model)
     redirect_saving(model)  # of what was FP8 before
     for module, former in reasons:
         module.__dict__.pop(KEPT, None)
         if former:
             module.__dict__[KEPT] = former
-    if lost:
+    if lost or stuck:
         text = (
             f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came "
-            "back dequantized from FP8; load the model again, or use FP8GemmOptions(fp16_weight_storage='keep')"
+            f"back dequantized from FP8{f', and {stuck} stay FP8 for want of memory' if stuck else ''}; load the model "
+            "again, or use FP8GemmOptions(fp16_weight_storage='keep')"
         )
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(text)

@@ -83,7 +83,8 @@ def test_what_a_page_names_exists(page: Path) -> None:
 def test_pages_are_found_and_linked() -> None:
     text = README.read_text()
     assert len(PAGES) > 1
-    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in text] == []
+    linked = [str(page.relative_to(ROOT)) for page in PAGES[1:]]
+    assert [page for page in linked if f"]({page})" not in text] == []
     assert SCRIPT.search("".join(page.read_text() for page in PAGES))
     assert blocks(text, "bash") == [
         'pip install -e ".[examples]" && python examples/quickstart.py\n',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -92,7 +93,9 @@ class FP8Weight(Shardable, torch.Tensor):
     ) -> FP8Weight:
         """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
         size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
-        twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
+        # In inference mode torch counts changes through views of what was made outside of it: they must be normal.
+        with contextlib.nullcontext() if _as_it_is(self) else torch.inference_mode(mode=False):
+            twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
         if home is None and (source := self.__dict__.get("_source")) is not None:
             twin._source = source
         return twin
@@ -313,6 +316,10 @@ class FP8Weight(Shardable, torch.Tensor):
             if result is not NotImplemented:
                 return result
         return OPERATIONS[None](func, args, kwargs)
+
+
+def _as_it_is(weight: FP8Weight) -> bool:
+    return not torch.is_inference_mode_enabled() or weight.is_inference()
 
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:

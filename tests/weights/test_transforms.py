@@ -95,6 +95,7 @@ def test_a_write_between_forward_and_backward_is_noticed() -> None:
             y.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.10's own
 def test_products_are_counted_and_named() -> None:
     """As many floating-point operations as dense, under the profiler too."""
     model, dense = pair()

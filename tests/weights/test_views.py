@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from twins import SCHEMES, K, N, check_write, exact, matrix, near, put, random_like
 
-from fp8gemm import FP8GemmOptions, UnsupportedError
+from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm
 from fp8gemm.weights import FP8Weight, convert
 
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -180,3 +180,53 @@ def test_reading_as_numbers() -> None:
     assert (array == values.numpy()).all()
     with pytest.raises(ValueError, match="read-only"):  # it would not reach the weight
         array[0] = 1
+
+
+IN_INFERENCE: dict[str, Callable[[FP8Weight, FP8Weight], Any]] = {
+    "w.T": lambda w, stack: X @ w.T,
+    "rows": lambda w, stack: F.linear(X, w[8:16]),
+    "chunk": lambda w, stack: torch.cat([F.linear(X, part) for part in w.chunk(3)], dim=-1),
+    "experts": lambda w, stack: torch.stack([F.linear(X[:, :32].float(), expert) for expert in stack]),
+    "cast": lambda w, stack: F.linear(X.float(), w.float()),
+    "to": lambda w, stack: F.linear(X.half(), w.to(torch.float16)),
+    "grouped": lambda w, stack: torch._grouped_mm(X[:, :32], stack.bfloat16().transpose(-2, -1), offs=ENDS),
+    "matmul": lambda w, stack: torch.matmul(X[:, None], w.t()),
+    "einsum": lambda w, stack: torch.einsum("bk,nk->bn", X, w),
+    "reshape": lambda w, stack: F.linear(X, w.reshape(4, -1, K)[2]),
+    "4-D": lambda w, stack: F.linear(X, w[:, :, None, None].squeeze()),
+    "flatten": lambda w, stack: w.flatten()[5:9] + 0,
+    "contiguous": lambda w, stack: w.t().contiguous() + 0,
+    "type_as": lambda w, stack: F.linear(X.float(), w.type_as(X.float())),
+    "addmm": lambda w, stack: torch.addmm(X[:, :1], X, w.t()),
+}
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("name", IN_INFERENCE)
+def test_inference_mode_gives_what_no_grad_gives(name: str, made_inside: bool) -> None:
+    """It hands over whole what torch takes apart elsewhere, and knows views of what was made outside of it."""
+    with torch.inference_mode(made_inside):
+        torch.manual_seed(0)
+        w, stack = matrix("row").weight, enable_fp8_gemm(Stack()).up_proj
+    expression = IN_INFERENCE[name]
+    with torch.inference_mode():
+        found = expression(w, stack)
+        before = w.activity.dequantizations
+        expression(w, stack)
+        counted = w.activity.dequantizations - before
+    with torch.no_grad():
+        before = w.activity.dequantizations
+        expected = expression(w, stack)
+        assert counted == w.activity.dequantizations - before == (name == "flatten")
+    assert found.dtype == expected.dtype
+    assert found.equal(expected)
+
+
+X = torch.randn(6, K, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
+ENDS = torch.tensor([1, 3, 4, 6], dtype=torch.int32)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(4, 24, 32))

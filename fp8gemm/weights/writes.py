@@ -19,9 +19,10 @@ aten = torch.ops.aten
 
 @implements(OPERATIONS, None)
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    whole = func.decompose(*args, **kwargs)  # inference mode hands over what torch takes apart elsewhere, such as to()
-    if whole is not NotImplemented:
-        return whole
+    if not any(isinstance(one, torch.Tensor) and one.is_nested for one in args):  # those have kernels of their own
+        whole = func.decompose(*args, **kwargs)  # what inference mode hands over whole, such as to()
+        if whole is not NotImplemented:
+            return whole
     arguments = func._schema.arguments
     first = arguments[0].alias_info if arguments else None
     if first is not None and args and isinstance(args[0], FP8Weight):

@@ -91,12 +91,13 @@ def timed(engine: str, n: int, k: int, tokens: list[int], calls: int) -> list[di
         x = torch.randn(m, k, dtype=BF16)
         for name, call in (("bound", layer), ("first", lambda x: layer._run(x, layer.weight, layer.bias))):
             what = f"FP8Linear {engine} {n} x {k}, {name}, without launches"
-            rows.append(row(what, m, microseconds(lambda: call(x), calls), float("nan")))  # noqa: B023
+            rows.append(row(what, m, microseconds(lambda: call(x), calls), None))  # noqa: B023
     return rows
 
 
-def row(what: str, m: int, fp8: float, dense: float) -> dict[str, Any]:
-    return {"what": what, "m": m, "us": fp8, "dense us": dense, "x dense": fp8 / dense}
+def row(what: str, m: int, fp8: float, dense: float | None) -> dict[str, Any]:
+    beside = {} if dense is None else {"dense us": dense, "x dense": fp8 / dense}
+    return {"what": what, "m": m, "us": fp8, **beside}
 
 
 def microseconds(call: Callable[[], object], calls: int) -> float:

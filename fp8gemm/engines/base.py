@@ -94,6 +94,10 @@ class Prepared:
     def device(self) -> torch.device:
         return self.data.device
 
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """What activations of ``dtype`` are multiplied in: that, or the first that the engine takes."""
+        return dtype if dtype in self.dtypes else self.dtypes[0]
+
     @property
     def fast(self) -> bool:
         """Whether partial sums may stay in Hopper's accumulator of about 14 bits: asked for, or K is short enough."""

@@ -43,7 +43,7 @@ def warmup(model: nn.Module, tokens: Iterable[int] = TOKENS) -> int:
             form = parameter._home.form(parameter.dtype)
             assert form is not None
             bias = module._parameters.get("bias") if isinstance(module, nn.Linear) else None
-            dtype = parameter.dtype if parameter.dtype in form.dtypes else form.dtypes[0]
+            dtype = form.dtype_for(parameter.dtype)
             kind = (form.engine, form.scheme, form.n, form.k, form.experts, form.device, dtype, bias is None)
             if kind in seen:
                 continue

@@ -157,8 +157,7 @@ class FP8Linear(nn.Linear):
 
     def form(self, device: torch.device) -> Prepared:
         """The weight as the engine of ``device`` takes it; makes it where that is still due."""
-        weight = self._parameters["weight"]
-        return _form(self.home, getattr(weight, "_local_tensor", weight), device)
+        return _form(self.home, held(self._parameters["weight"]), device)
 
     def extra_repr(self) -> str:
         if not isinstance(held(self._parameters.get("weight")), FP8Weight):
@@ -198,7 +197,7 @@ class FP8Linear(nn.Linear):
         home = weight._home
         form = _form(home, weight, x.device)
         out_dtype, given = _dtypes(x, weight.dtype, home.options)
-        run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
+        run_dtype = form.dtype_for(out_dtype)
         if bias is not None:
             # A view holds the memory, where another thread gives the bias new data; of another dtype it is for the
             # moment in which the layer is cast.
@@ -224,7 +223,7 @@ class FP8Linear(nn.Linear):
             if home.dense is None and home.stored is not None and home.stored.packed is not None and not exporting():
                 out_dtype, given = _dtypes(x, weight.dtype, home.options)
                 form = home.stored.packed
-                run_dtype = out_dtype if out_dtype in form.dtypes else form.dtypes[0]
+                run_dtype = form.dtype_for(out_dtype)
                 rows = x.reshape(-1, x.shape[-1]).to(run_dtype).contiguous()
                 y = multiply(rows, form, self.bias, run_dtype)
                 return y.reshape(*x.shape[:-1], form.n).to(given)

@@ -7,7 +7,7 @@ sees plain memory. While compiling activations are rounded outside of it whereve
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -194,7 +194,6 @@ _library.define(
     "grouped(Tensor x, Tensor data, Tensor scale, Tensor[] extra, Tensor ends, int experts, "
     f"{_FACTS}, bool derive, ScalarType out_dtype) -> Tensor"
 )
-Block = Sequence[int]
 
 
 def _facts(weight: Prepared, rounding: Granularity | None) -> tuple[Any, ...]:
@@ -228,6 +227,32 @@ def _scheme(weight: tuple[int, ...], activation: tuple[int, ...], static: bool, 
     return Scheme(weight=grid, activation=_grid(*activation), static=static, scale_format=scale_format)
 
 
+def _form_of(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    extra: list[torch.Tensor],
+    experts: int,
+    facts: tuple[Any, ...],
+    derive: bool,
+) -> Prepared:
+    """The form that an operation was handed in pieces; ``facts`` as ``_facts`` gives them."""
+    engine, accumulate, (n, k), weight_block, activation_block, static, scale_format, _ = facts
+    weight = Prepared(
+        engine=engine,
+        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
+        n=n,
+        k=k,
+        data=data,
+        scale=scale,
+        input_scale=input_scale,
+        extra=tuple(extra),
+        accumulate=accumulate,
+        experts=experts,
+    )
+    return _derived(weight) if derive else weight
+
+
 def _linear_operation(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -236,38 +261,18 @@ def _linear_operation(
     input_scale: torch.Tensor | None,
     extra: list[torch.Tensor],
     bias: torch.Tensor | None,
-    engine: str,
-    accumulate: Any,
-    shape: Block,
-    weight_block: Block,
-    activation_block: Block,
-    static: bool,
-    scale_format: str,
-    x_block: Block,
-    derive: bool,
-    out_dtype: torch.dtype,
+    *facts_and_how: Any,
 ) -> torch.Tensor:
     """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
-    weight = Prepared(
-        engine=engine,
-        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
-        n=shape[0],
-        k=shape[1],
-        data=data,
-        scale=scale,
-        input_scale=input_scale,
-        extra=tuple(extra),
-        accumulate=accumulate,
-    )
-    if derive:
-        weight = _derived(weight)
+    *facts, derive, out_dtype = facts_and_how
+    weight = _form_of(data, scale, input_scale, extra, 0, tuple(facts), derive)
     if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
         x = x.contiguous()
     if x_scale is None:
         return remembered_linear(x, weight, bias, out_dtype).contiguous()
-    grid = _grid(*x_block)
+    grid = _grid(*facts[-1])
     assert grid is not None
-    return ENGINES[engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
+    return ENGINES[weight.engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
 
 
 # Forms by the id of their bytes, with those bytes as they were counted: derived once for each change of them.
@@ -303,32 +308,12 @@ def _grouped_operation(
     extra: list[torch.Tensor],
     ends: torch.Tensor,
     experts: int,
-    engine: str,
-    accumulate: Any,
-    shape: Block,
-    weight_block: Block,
-    activation_block: Block,
-    static: bool,
-    scale_format: str,
-    x_block: Block,
-    derive: bool,
-    out_dtype: torch.dtype,
+    *facts_and_how: Any,
 ) -> torch.Tensor:
     """``Engine.grouped``."""
-    weight = Prepared(
-        engine=engine,
-        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
-        n=shape[0],
-        k=shape[1],
-        data=data,
-        scale=scale,
-        extra=tuple(extra),
-        accumulate=accumulate,
-        experts=experts,
-    )
-    if derive:
-        weight = _derived(weight)
-    return ENGINES[engine].grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
+    *facts, derive, out_dtype = facts_and_how
+    weight = _form_of(data, scale, None, extra, experts, tuple(facts), derive)
+    return ENGINES[weight.engine].grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
 
 
 _library.impl("linear", _linear_operation, "CompositeExplicitAutograd")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from .. import native
 from ..engines import ENGINES
@@ -18,7 +17,7 @@ from .einsum import batched_operands
 from .geometry import Part
 from .home import Home
 from .product import forward as engine_forward
-from .product import grouped_forward, jit_tracing, wants_derivative
+from .product import grouped_forward, in_forward_mode, jit_tracing, wants_derivative
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -42,7 +41,7 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     form = home.form(x.dtype, x.device, part)
     if form is None:
         return NotImplemented
-    run_dtype = x.dtype if x.dtype in form.dtypes else form.dtypes[0]
+    run_dtype = form.dtype_for(x.dtype)
     rows = x.reshape(-1, k).to(run_dtype).contiguous()
     y = engine_forward(rows, form, bias, run_dtype)
     if not torch.compiler.is_compiling():
@@ -81,7 +80,7 @@ def _is_ours_alone(x: Any, bias: torch.Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or not native.plain(x, bias)
         or x.is_meta
-        or forward_ad._current_level >= 0
+        or in_forward_mode()
         or wants_derivative(x, bias)
         or jit_tracing()
         or torch.is_autocast_enabled(x.device.type)
@@ -189,7 +188,7 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
     form = home.form(x.dtype, x.device, part)
     if form is None:
         return NotImplemented
-    run_dtype = x.dtype if x.dtype in form.dtypes else form.dtypes[0]
+    run_dtype = form.dtype_for(x.dtype)
     rows, engine = x.to(run_dtype).contiguous(), ENGINES[form.engine]
     y = grouped_forward(rows, form, ends.to(torch.int32), run_dtype)
     if not torch.compiler.is_compiling():

@@ -119,6 +119,11 @@ class ScaledTensor:
     def nbytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes
 
+    def clone(self) -> ScaledTensor:
+        """The same in contiguous memory of its own."""
+        data = self.data.view(torch.uint8).clone(memory_format=torch.contiguous_format).view(self.data.dtype)
+        return ScaledTensor(data, self.scale.clone(memory_format=torch.contiguous_format), self.granularity)
+
     def to(self, device: torch.device | str) -> ScaledTensor:
         return ScaledTensor(self.data.to(device), self.scale.to(device), self.granularity)
 

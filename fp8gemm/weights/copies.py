@@ -10,7 +10,7 @@ import torch
 from .. import native
 from ..scaled import Granularity, ScaledTensor, Scheme
 from .dispatch import FUNCTIONS, OPERATIONS, implements
-from .geometry import Layout, Part
+from .geometry import Layout, Part, swapped
 from .home import Home
 from .sharding import Sharded, refined, shard_scheme
 from .stored import Stored, lock
@@ -140,16 +140,15 @@ def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.dev
         return twin
     where = original.device if device is None or home.options.fp16_weight_storage == "cpu_offload" else device
     values = original.detach().to(where, dtype, copy=True).contiguous()
-    behind = home.changed
-    twin.original = torch.nn.Parameter(values, original.requires_grad)
-    twin.original_version = None if behind else twin.original._version
+    kept = torch.nn.Parameter(values, original.requires_grad)
+    twin.hold_original(kept, behind=home.changed)
     if (
         twin.stored is None
         and twin.dense is not None
         and twin.dense.shape == values.shape
         and where == twin.dense.device
     ):
-        twin.dense = twin.original.detach()
+        twin.dense = kept.detach()
     return twin
 
 
@@ -179,14 +178,12 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
     if taken is None:
         return NotImplemented
     scaled, part = taken
-    data = scaled.data.contiguous().view(torch.uint8).clone().view(scaled.data.dtype)
-    own = _own(weight, ScaledTensor(data, scaled.scale.clone(), scaled.granularity), part, weight.dtype)
+    own = _own(weight, scaled.clone(), part, weight.dtype)
     if home.original is not None:  # so that a write to the copy is as exact as one to the weight
         values = home.original.detach()
         values = part.cut(values.transpose(-1, -2) if home.layout.turned else values)
         values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
-        own._home.original = torch.nn.Parameter(values, home.original.requires_grad)
-        own._home.original_version = own._home.original._version
+        own._home.hold_original(torch.nn.Parameter(values, home.original.requires_grad))
     return own
 
 
@@ -200,17 +197,12 @@ def _empty_like(
         return NotImplemented
     if COPIES_ARE_DENSE in weight.__dict__:
         return NotImplemented
-    shape = _shape_of(weight, part)
+    shape = swapped(weight.shape, part.flipped)
     if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
         return NotImplemented
     where = weight.device if device is None else torch.device(device)
     blank = _blank(weight._home, shape, where)
     return _own(weight, blank, part, dtype or weight.dtype).fresh()
-
-
-def _shape_of(weight: FP8Weight, part: Part) -> tuple[int, ...]:
-    *stack, a, b = weight.shape
-    return (*stack, b, a) if part.flipped else (*stack, a, b)
 
 
 def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Scheme | None = None) -> ScaledTensor:
@@ -256,8 +248,8 @@ def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
         return NotImplemented
     flipped = home.layout.turned if taken is None else taken[1].flipped
     behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension
-    *stack, a, b = (size + more for size, more in zip(weight.shape, behind, strict=True))
-    blank = _blank(home, (*stack, b, a) if flipped else (*stack, a, b), weight.device)
+    padded = [size + more for size, more in zip(weight.shape, behind, strict=True)]
+    blank = _blank(home, swapped(padded, flipped), weight.device)
     if taken is None:
         return FP8Weight(home.copy(Stored(blank), Layout(tuple(blank.shape), flipped)), weight.dtype)
     scaled, part = taken
@@ -332,11 +324,9 @@ def write_part(target: FP8Weight, scaled: ScaledTensor) -> None:
         stored = home.settle()
         assert stored is not None
         assert part is not None
-        weight = stored.scaled()
-        raw = weight.data.view(torch.uint8).clone()
-        scale = weight.scale.clone()
-        taken = part.take(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity), to_write=True)
+        new = stored.scaled().clone()
+        taken = part.take(new, to_write=True)
         assert taken is not None
         taken.data.view(torch.uint8).copy_(scaled.data.view(torch.uint8))
         taken.scale.copy_(scaled.scale)
-        home.take_bytes(ScaledTensor(raw.view(weight.data.dtype), scale, weight.granularity))
+        home.take_bytes(new)

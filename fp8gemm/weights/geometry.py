@@ -10,6 +10,12 @@ import torch
 from ..scaled import ScaledTensor
 
 
+def swapped(size: Sequence[int], flipped: bool) -> tuple[int, ...]:
+    """A shape with its last two dimensions exchanged, if it is flipped."""
+    *stack, a, b = size
+    return (*stack, b, a) if flipped else (*stack, a, b)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a weight lies in the (virtual) memory of its dense values.
@@ -34,8 +40,7 @@ class Layout:
     @property
     def size(self) -> tuple[int, ...]:
         """The parameter's own shape: that of its memory."""
-        *stack, n, k = self.shape
-        return (*stack, k, n) if self.turned else (*stack, n, k)
+        return swapped(self.shape, self.turned)
 
     @property
     def stride(self) -> tuple[int, ...]:

@@ -158,16 +158,6 @@ class Home:
         self.stored = stored
         self.touch()
 
-    def replace(self, weight: ScaledTensor, input_scale: torch.Tensor | None = None) -> None:
-        """Takes other bytes and scales; pending writes and a kept original are of the former weight and go."""
-        with lock():
-            self._publish(Stored(weight))
-            self.dense, self.original = None, None
-            if weight.data.dtype != self.options.weight_dtype:
-                self.options = replace(self.options, weight_dtype=weight.data.dtype)
-            if input_scale is not None:
-                self.input_scale = input_scale
-
     def take_bytes(self, weight: ScaledTensor) -> None:
         """The same weight with some of its bytes and scales written over."""
         with lock():
@@ -182,7 +172,11 @@ class Home:
                 original = nn.Parameter(original.detach().clone(), original.requires_grad)  # torch counts its changes
         if self.options.fp16_weight_storage == "cpu_offload" and original.device.type != "cpu":
             original = nn.Parameter(original.detach().to("cpu"), original.requires_grad)
-        self.original, self.original_version = original, original._version
+        self.hold_original(original)
+
+    def hold_original(self, original: nn.Parameter, *, behind: bool = False) -> None:
+        """Takes this very parameter for the original; ``behind`` says that it has changed since it was quantized."""
+        self.original, self.original_version = original, None if behind else original._version
 
     # --- products --------------------------------------------------------------------------------------------------
 
@@ -288,19 +282,14 @@ class Home:
         with lock():
             stored = self.stored
             if stored is not None:
-                plain = stored.scaled()
-                plain = ScaledTensor(
-                    plain.data.view(torch.uint8).clone().view(plain.data.dtype), plain.scale.clone(), plain.granularity
-                )
-                stored = Stored(plain)
+                stored = Stored(stored.scaled().clone())
             original = copy.deepcopy(self.original, memo)
             twin = Home(self.options, self.layout, stored=stored, scheme=self.scheme, trains=self.trains)
             if self.dense is not None:
                 shares = self.dense_is_original()
                 twin.dense = original.detach() if original is not None and shares else self.dense.detach().clone()
             if original is not None:
-                behind = self.changed
-                twin.original, twin.original_version = original, None if behind else original._version
+                twin.hold_original(original, behind=self.changed)
             twin.input_scale = None if self.input_scale is None else self.input_scale.clone()
             twin.activity, twin.owned = copy.deepcopy(self.activity), self.owned
         memo[id(self)] = twin

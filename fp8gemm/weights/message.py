@@ -11,7 +11,7 @@ import torch
 from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .copies import write_part
-from .geometry import Part
+from .geometry import Part, swapped
 from .prepared import quantized
 from .sharding import whole_scheme
 from .stored import lock
@@ -29,8 +29,7 @@ class Message:
 
     def __init__(self, weight: FP8Weight, part: Part) -> None:
         self.weight, self.part = weight, part
-        *stack, a, b = weight.shape
-        self.shape = (*stack, b, a) if part.flipped else (*stack, a, b)
+        self.shape = swapped(weight.shape, part.flipped)
         self.grid, self.fp8 = weight._home.scheme.weight, weight._home.options.weight_dtype
         self.scales = self.grid.scale_shape(self.shape)
         self.size = math.prod(self.shape)

@@ -55,7 +55,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
     original = facts["original"]
     if original is not None:
         watch(original)
-        home.original, home.original_version = original, None if facts["behind"] else original._version
+        home.hold_original(original, behind=facts["behind"])
     if facts["writes"]:
         home.dense = facts.get("dense", None if original is None else original.detach())
     return home

@@ -81,9 +81,7 @@ class Gathered(Home):
         """Shares no memory: a copy may outlive the gathered weight."""
         kept = self.stored if stored is None else stored
         if kept is not None:
-            plain = kept.scaled()
-            data = plain.data.view(torch.uint8).clone().view(plain.data.dtype)
-            kept = Stored(ScaledTensor(data, plain.scale.clone(), plain.granularity))
+            kept = Stored(kept.scaled().clone())
         return super().copy(kept, layout)
 
 

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
 from .dispatch import FUNCTIONS, OPERATIONS
-from .geometry import Layout, Part, part_of
+from .geometry import Layout, Part, part_of, swapped
 from .home import Home
 from .sharding import Shardable
 from .stored import lock
@@ -186,21 +186,20 @@ class FP8Weight(Shardable, torch.Tensor):
             new, home = values, values._home
         else:
             dense = values.dequantize() if isinstance(values, FP8Weight) else values.detach()
-            *stack, a, b = dense.shape
-            shape = (*stack, b, a) if mine.layout.turned else (*stack, a, b)
             if not dense.dtype.is_floating_point or dense.dtype in FP8_DTYPES:
                 raise ValueError(f"the FP8 weight takes floating values, found {dense.dtype}")
-            home = Home(mine.options, Layout(shape, mine.layout.turned), dense=dense.contiguous(), scheme=mine.scheme)
-            home.trains = mine.trains
+            dense, turned = dense.contiguous(), mine.layout.turned
+            layout = Layout(swapped(dense.shape, turned), turned)
+            home = Home(mine.options, layout, dense=dense, scheme=mine.scheme, trains=mine.trains)
             if mine.original is not None:
-                home.keep(nn.Parameter(dense.contiguous(), mine.original.requires_grad))
+                home.keep(nn.Parameter(dense, mine.original.requires_grad))
             new = FP8Weight(home, dense.dtype)
         if home is not mine:
             home.activity, home.owned = mine.activity, True
             if mine.original is not None and home.original is not None and home.original is not mine.original:
                 with torch.no_grad():
                     mine.original.data = home.original.data  # undo gives the very parameter back
-                home.original, home.original_version = mine.original, mine.original._version
+                home.hold_original(mine.original)
         return new
 
     # --- persistence -----------------------------------------------------------------------------------------------

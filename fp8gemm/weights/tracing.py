@@ -25,6 +25,9 @@ class Context:
     owned: bool
     packed: tuple[Any, ...] | None  # of the engine's form, without its tensors
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        return self  # guards keep a copy, and compare by identity first
+
 
 def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
     """The names of the attributes that hold the tensors, and the rest.

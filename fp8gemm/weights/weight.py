@@ -59,6 +59,7 @@ class FP8Weight(Shardable, torch.Tensor):
     _home: Home
     _fresh: bool
     _source: FP8Weight  # what it was detached from, whose writes autograd counts
+    _flattened: tuple[Any, tuple[list[str], Any]]  # what ``_flatten`` gave for this ``flat`` of the home
     _is_param: bool
 
     @staticmethod
@@ -94,7 +95,8 @@ class FP8Weight(Shardable, torch.Tensor):
         """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
         size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
         # In inference mode torch counts changes through views of what was made outside of it: they must be normal.
-        with contextlib.nullcontext() if _as_it_is(self) else torch.inference_mode(mode=False):
+        leave = torch.is_inference_mode_enabled() and not self.is_inference()
+        with torch.inference_mode(mode=False) if leave else contextlib.nullcontext():
             twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
         if home is None and (source := self.__dict__.get("_source")) is not None:
             twin._source = source
@@ -173,6 +175,7 @@ class FP8Weight(Shardable, torch.Tensor):
         with lock():  # one writer at a time; readers take the home they find
             new = self.adopt(values)
             self.__dict__.pop("_source", None)
+            self.__dict__.pop("_flattened", None)
             torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # shape, dtype and device, as in C++
             self._home = new._home
 
@@ -213,8 +216,15 @@ class FP8Weight(Shardable, torch.Tensor):
         return self
 
     def _flatten(self) -> tuple[list[str], Any]:
-        names, context = flatten_home(self._home, self.dtype)
-        return names, (context, self.dtype, self.stride(), self.offset)
+        home = self._home
+        remembered: tuple[Any, tuple[list[str], Any]] | None = self.__dict__.get("_flattened")
+        if remembered is not None and remembered[0] is home.flat and not home.pending:
+            return remembered[1]  # guards of compiled graphs ask twice at every call
+        names, context = flatten_home(home, self.dtype)
+        flattened = names, (context, self.dtype, self.stride(), self.offset)
+        if home.flat is not None:
+            self._flattened = (home.flat, flattened)
+        return flattened
 
     @staticmethod
     def __tensor_unflatten__(
@@ -315,10 +325,6 @@ class FP8Weight(Shardable, torch.Tensor):
             if result is not NotImplemented:
                 return result
         return OPERATIONS[None](func, args, kwargs)
-
-
-def _as_it_is(weight: FP8Weight) -> bool:
-    return not torch.is_inference_mode_enabled() or weight.is_inference()
 
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:

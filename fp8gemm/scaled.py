@@ -189,6 +189,8 @@ class FP8GemmOptions:
             ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are passed over.
         rounding: how values that are written into a quantized weight (merged adapters, for one) are rounded:
             ``"nearest"``, or ``"stochastic"``, which keeps changes that are small beside the weight on average.
+        embeddings: convert embedding tables too, whose rows are then looked up in FP8. One that is tied to a head is
+            converted with it in any case.
         generator: of the random numbers for stochastic rounding; by default torch's own.
 
     Raises:
@@ -209,6 +211,7 @@ class FP8GemmOptions:
     weight_dtype: torch.dtype = field(default=torch.float8_e4m3fn)
     accumulate: Accumulate = "auto"
     rounding: Rounding = "nearest"
+    embeddings: bool = False
     generator: torch.Generator | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

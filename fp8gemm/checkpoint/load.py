@@ -237,7 +237,7 @@ def _note_kept(model: nn.Module, transfers: Sequence[Transfer], checkpoint: Chec
             parameter = module._parameters.get(name)
             if parameter is not None and not isinstance(parameter, FP8Weight):
                 reasons = module.__dict__.setdefault(KEPT, {})
-                reasons["" if weights else name] = filled.get((id(module), name), "not in the checkpoint")
+                reasons[name] = filled.get((id(module), name), "not in the checkpoint")
 
 
 def _refuse_fp8(model: nn.Module) -> None:

@@ -31,16 +31,20 @@ def save_checkpoint(
     *,
     format: str = "compressed-tensors",
     max_shard_size: int | str = "5GB",
+    fp8_heads: bool = False,
 ) -> list[Path]:
     """Writes ``model`` with its FP8 layers' bytes and scales as they are; returns the files.
 
     Tensors that the model shares are written once, stacked experts under per-expert names, and ``config.json`` is the
-    model's own with a ``quantization_config``.
+    model's own with a ``quantization_config``. What readers of the format take in FP8 nowhere is written dense: output
+    heads and embeddings, and the weights of what is no nn.Linear and no stack of experts.
 
     Args:
         format: ``"compressed-tensors"`` (one scale a tensor, row, block or group) or ``"fine-grained"`` (blocks, or
             one scale a tensor).
         max_shard_size: bytes, or text such as ``"5GB"``.
+        fp8_heads: write the output head in FP8 too, unless it is tied to the embeddings. ``load_checkpoint`` and
+            transformers read that, serving engines do not.
 
     Raises:
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
@@ -58,8 +62,9 @@ def save_checkpoint(
     own = model_config(model)
     kind = str((own or {}).get("model_type", ""))
     weights = {name: p for name, p in model.named_parameters() if isinstance(p, FP8Weight)}
-    layers = {name.removesuffix("weight").rstrip("."): p for name, p in weights.items() if p.dim() == 2}
-    stacks = {name: p for name, p in weights.items() if p.dim() == 3}
+    linears = _linear_weights(model, heads=fp8_heads)
+    layers = {name.removesuffix("weight").rstrip("."): p for name, p in weights.items() if name in linears}
+    stacks = {name: p for name, p in weights.items() if p.dim() == 3 and p._home.layout.folded is None}
     dense = _dense(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
     slices = expert_slices({**shapes, **{name: tuple(stack.shape) for name, stack in stacks.items()}}, kind)
@@ -73,10 +78,32 @@ def save_checkpoint(
     pieces = [_layer_piece(target, name, *held[name], written[name]) for name in held]
     stacked = {part.name for part in slices.values()}
     pieces += [plain_piece(file_name(name, kind), tensor) for name, tensor in dense.items() if name not in stacked]
+    pieces += [
+        _dequantized_piece(file_name(name, kind), p)
+        for name, p in weights.items()
+        if name not in linears and name not in stacks
+    ]
     pieces += [plain_piece(name, part.of(dense[part.name])) for name, part in slices.items() if part.name in dense]
     plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config = merged_config(own, target, written, plain)
     return write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what="Saving")
+
+
+def _linear_weights(model: nn.Module, *, heads: bool) -> set[str]:
+    """The names of weights of nn.Linears only, but for output heads and what is tied to embeddings."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((f"{prefix}.{name}" if prefix else name, module))
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) and not heads else None
+    return {
+        name
+        for places in owners.values()
+        for name, module in places
+        if name.rpartition(".")[2] == "weight" and all(isinstance(other, nn.Linear) for _, other in places)
+        if all(other is not head for _, other in places)
+    }
 
 
 def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
@@ -115,6 +142,18 @@ def plain_piece(name: str, tensor: torch.Tensor) -> Piece:
     """A tensor that is written as it is."""
     info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
     return Piece(tensors={name: info}, make=lambda: {name: tensor})
+
+
+def _dequantized_piece(name: str, weight: FP8Weight) -> Piece:
+    """A weight that is FP8 in the model and dense in the file: its original where that is kept."""
+    home = weight._home
+    info = TensorInfo(dtype=weight.dtype, shape=tuple(weight.shape))
+
+    def values() -> dict[str, torch.Tensor]:
+        exact = home.original is not None and home.dense is None and home.original.dtype == weight.dtype
+        return {name: home.original.detach() if exact and home.original is not None else weight.dequantize()}
+
+    return Piece(tensors={name: info}, make=values)
 
 
 def narrowest_exact(scale: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

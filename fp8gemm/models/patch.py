@@ -7,8 +7,6 @@ import copy
 import ctypes
 import sys
 import warnings
-from collections import Counter
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,7 +15,7 @@ from ..checkpoint import give_saving_back, redirect_saving
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
-from ..weights import Change, FP8Weight, leave, own_weights, put, revert
+from ..weights import Change, FP8Weight, leave, own_weights, revert
 from ..weights.report import KEPT, Report, Row
 from ..weights.sharding import is_distributed
 from .gated import split_gated
@@ -103,15 +101,12 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     give_saving_back(model)
     split_gated(model)
     modules = list(model.named_modules())
-    holders = Counter(id(weight) for _, module in modules for _, weight in own_weights(module))
-    tied: dict[int, tuple[Any, bool]] = {}
     for prefix, module in modules:
         module.__dict__.pop(KEPT, None)
         for parameter, weight in own_weights(module):
-            layer = parameter == "weight" and isinstance(module, nn.Linear)
-            name = prefix if layer else f"{prefix}.{parameter}".strip(".")
+            name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
             size, shape = weight.numel() * weight.dtype.itemsize, tuple(weight._home.layout.shape)
-            exact = revert(module, parameter, tied if holders[id(weight)] > 1 else None)
+            exact = revert(module, parameter)
             reason = "original weight" if exact else "dequantized weight: the original was discarded"
             rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
         leave(module)  # also where a dense weight has taken the place of the FP8 one
@@ -121,7 +116,7 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
 
 def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOptions, interrupts: Interrupts) -> None:
     todo = [step for step in steps if step.converts]
-    reasons = [(step.module, dict(step.module.__dict__.get(KEPT, {}))) for step in steps]
+    reasons = [(place.module, dict(place.module.__dict__.get(KEPT, {}))) for step in steps for place in step.places]
     begun: list[Change] = []
     try:
         for step in progress(todo, what="quantizing to FP8", total=len(todo)):
@@ -130,14 +125,14 @@ def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOpti
                 parameter = step.make(options)  # touches nothing
             finally:
                 interrupts.open = False
-            change = Change(step.module, step.parameter)
+            change = Change(*((place.module, place.parameter, place.kind) for place in step.places))
             begun.append(change)
-            change.put(parameter, step.kind)
+            change.put(parameter)
             interrupts.deliver()
-        _remember_kept(steps)
+        _remember_kept(steps, model)
         redirect_saving(model)
     except BaseException as error:  # of any kind: the model goes back to what it was, and the error goes on
-        _put_back(model, reasons, begun, error)
+        _put_back(model, reasons, begun, error, len(steps))
         if isinstance(error, KeyboardInterrupt):
             interrupts.drop()
         raise
@@ -148,6 +143,7 @@ def _put_back(
     reasons: list[tuple[nn.Module, dict[str, str]]],
     begun: list[Change],
     error: BaseException,
+    layers: int,
 ) -> None:
     lost = stuck = 0
     for change in reversed(begun):
@@ -163,7 +159,7 @@ def _put_back(
             module.__dict__[KEPT] = former
     if lost or stuck:
         text = (
-            f"enable_fp8_gemm was interrupted: {lost} of {len(reasons)} layers, whose originals had been freed, came "
+            f"enable_fp8_gemm was interrupted: {lost} of {layers} layers, whose originals had been freed, came "
             f"back dequantized from FP8{f', and {stuck} stay FP8 for want of memory' if stuck else ''}; load the model "
             "again, or use FP8GemmOptions(fp16_weight_storage='keep')"
         )
@@ -196,18 +192,18 @@ def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptio
             if twin._home.dense is None and not twin.is_meta:
                 twin._home.form(twin.dtype)
         twins.append(twin)
-        memo[id(step.module._parameters[step.parameter])] = twin
+        memo[id(step.module._parameters[step.parameter])] = twin  # at all its places
     result = copy.deepcopy(model, memo)
     for step, twin in zip(todo, twins, strict=True):
-        put(result.get_submodule(step.owner), step.parameter, twin, step.kind)
-    _remember_kept([replace(step, module=result.get_submodule(step.owner)) for step in steps if not step.converts])
+        Change(*((result.get_submodule(place.owner), place.parameter, place.kind) for place in step.places)).put(twin)
+    _remember_kept(steps, result)
     redirect_saving(result)
     return result
 
 
-def _remember_kept(steps: list[Conversion]) -> None:
-    """Writes the reasons where the report reads them."""
+def _remember_kept(steps: list[Conversion], model: nn.Module) -> None:
+    """Writes the reasons where the report reads them, in the modules of ``model``."""
     for step in steps:
         if not step.converts:
-            reasons = step.module.__dict__.setdefault(KEPT, {})
-            reasons[step.stack] = step.reason
+            module = model.get_submodule(step.places[0].owner)
+            module.__dict__.setdefault(KEPT, {})[step.parameter] = step.reason

@@ -1,60 +1,75 @@
-"""The plan: what will become of every Linear and every stack of experts, and why; nothing is touched."""
+"""The plan: what will become of every matrix that the model multiplies by, and why; nothing is touched."""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..engines import choose, probe
 from ..errors import UnsupportedError
-from ..scaled import COMPUTE_DTYPES, FP8GemmOptions
+from ..scaled import COMPUTE_DTYPES, SCHEMES, FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
+from ..weights.geometry import Layout
 from ..weights.prepared import spec_of
-from ..weights.structure import STACK_NAMES, is_transposed, routers, stacks
+from ..weights.structure import routers
+from .owners import Role, is_plain_linear, role_of
 
 ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
-# Linears whose forward is nn.Linear's own; the second is nn.MultiheadAttention's out_proj.
-_PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
-
 
 @dataclass(frozen=True)
-class Conversion:
-    """What will become of one layer, or of one stack of experts: it is converted, or kept with a reason."""
+class Place:
+    """Where a parameter is found: its module, its name there, and what it is to that module."""
 
-    name: str
+    name: str  # of the layer: the module's, or the parameter's where that is not called weight
     module: nn.Module
-    reason: str = ""
-    stack: str = ""  # the parameter of ``module`` that is a stack of experts
-    transposed: bool = False  # the stack is [E, K, N]
+    parameter: str
+    role: Role
 
     @property
     def owner(self) -> str:
         """The name of ``module``."""
-        return self.name.rpartition(".")[0] if self.stack else self.name
+        return self.name if self.parameter == "weight" else self.name.rpartition(".")[0]
 
     @property
-    def parameter(self) -> str:
-        """The name of the parameter in ``module`` that is converted."""
-        return self.stack or "weight"
-
-    def make(self, options: FP8GemmOptions) -> nn.Parameter:
-        """The FP8 parameter, without touching the module."""
-        found: nn.Parameter = made(self.module, self.parameter, options, turned=self.transposed)
-        return found
+    def full_name(self) -> str:
+        return f"{self.owner}.{self.parameter}" if self.owner else self.parameter
 
     @property
     def kind(self) -> type[nn.Module] | None:
         """The class that ``module`` becomes an instance of; None where it stays what it is."""
-        return None if self.stack else FP8Linear
+        return FP8Linear if self.parameter == "weight" and is_plain_linear(self.module) else None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What will become of one matrix, or of one stack of experts: it is converted, or kept with a reason.
+
+    ``ties`` are the other places at which the model has the same parameter.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str = ""
+    parameter: str = "weight"  # of ``module``
+    layout: Layout | None = None
+    ties: tuple[Place, ...] = ()
+    places: tuple[Place, ...] = field(default=(), repr=False)
+    listed: bool = True
+
+    def make(self, options: FP8GemmOptions) -> nn.Parameter:
+        """The FP8 parameter, without touching the module."""
+        if not any(place.role.multiplied for place in self.places):  # a table: a scale for each of its rows
+            options = replace(options, scheme=SCHEMES["row"])
+        found: nn.Parameter = made(self.module, self.parameter, options, layout=self.layout)
+        return found
 
     @property
     def converts(self) -> bool:
@@ -72,29 +87,24 @@ def plan(
         [('a', ''), ('b', 'module_filter')]
     """
     options = options or FP8GemmOptions()
-    wanted = _Filter(module_filter)
-    holders = _weight_holders(model)
-    choosing, adapters = routers(model), _adapters(model)
-    steps = [
-        Conversion(
-            name,
-            module,
-            wanted.reason(name, module)
-            or ("" if wanted.names(name, module) else _router_reason(module, choosing) or adapters.get(id(module), ""))
-            or _keep_reason(name, module, options, holders),
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module._parameters.get("weight"), FP8Weight)
-    ]
-    steps += _stack_steps(model, wanted, options, holders)
-    steps += _bare_parameters(model)
-    _complain(wanted, steps, model, options)
+    steps, wanted = planned(model, options, module_filter, {})
+    complain(wanted, steps, model, options)
     return steps
 
 
-def _complain(wanted: _Filter, steps: list[Conversion], model: nn.Module, options: FP8GemmOptions) -> None:
+def planned(
+    model: nn.Module, options: FP8GemmOptions, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
+) -> tuple[list[Conversion], Filter]:
+    """The plan, with the roles that were seen of parameters; nothing is complained about."""
+    wanted = Filter(module_filter)
+    kept = _KeptModules(routers(model), _adapters(model))
+    found = [step for places in _places(model, seen) if (step := _step(places, wanted, kept, options)) is not None]
+    return found, wanted
+
+
+def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options: FP8GemmOptions) -> None:
     """A filter or a model that gives nothing to do is an error, or a warning where that is asked for."""
-    problems = [f"module_filter pattern {pattern!r} matches no Linear" for pattern in wanted.unmatched()]
+    problems = [f"module_filter pattern {pattern!r} matches no layer" for pattern in wanted.unmatched()]
     if not any(step.converts for step in steps):
         already = sum(isinstance(parameter, FP8Weight) for parameter in model.parameters())
         found = "; ".join(f"{step.name or 'the model itself'}: {step.reason}" for step in steps[:5])
@@ -102,7 +112,7 @@ def _complain(wanted: _Filter, steps: list[Conversion], model: nn.Module, option
         problems.append(
             f"nothing to convert: {type(model).__name__} has "
             + (f"{already} layers on FP8 already and " if already else "")
-            + (f"{len(steps)} other Linears, all kept ({found}{more})" if steps else "no other nn.Linear")
+            + (f"{len(steps)} other matrices, all kept ({found}{more})" if steps else "no other layer with a matrix")
         )
     if not problems:
         return
@@ -111,36 +121,94 @@ def _complain(wanted: _Filter, steps: list[Conversion], model: nn.Module, option
     warnings.warn("; ".join(problems), stacklevel=4)
 
 
-def _keep_reason(name: str, module: nn.Linear, options: FP8GemmOptions, holders: dict[int, list[str]]) -> str:
-    """Why a Linear must stay as it is; empty if it can be converted."""
-    if type(module) not in (*_PLAIN, FP8Linear):  # an FP8Linear whose weight was replaced by a dense one
-        return f"{type(module).__name__} is a subclass of nn.Linear with ways of its own"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is no parameter but computed, as by weight_norm or spectral_norm"
-    others = [holder for holder in holders[id(weight)] if holder != (f"{name}.weight" if name else "weight")]
-    if others:
-        return f"its weight is tied to {', '.join(others)}"
+def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Place]]:
+    """Every parameter with a role, at all the places where it is found; a module with two parents is one place."""
+    found: dict[int, list[Place]] = {}
+    for prefix, module in model.named_modules():
+        for parameter, tensor in module._parameters.items():
+            if tensor is None or isinstance(tensor, FP8Weight):
+                continue
+            name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
+            role = seen.get(f"{prefix}.{parameter}".strip(".")) or role_of(module, parameter)
+            if role is not None:
+                found.setdefault(id(tensor), []).append(Place(name, module, parameter, role))
+    yield from found.values()
+    yield from _computed(model)
+
+
+def _computed(model: nn.Module) -> Iterator[list[Place]]:
+    """Linears whose weight is no parameter."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
+            reason = "its weight is no parameter but computed, as by weight_norm or spectral_norm"
+            yield [Place(name, module, "weight", Role(reason=reason))]
+
+
+@dataclass(frozen=True)
+class _KeptModules:
+    """Modules that stay as they are unless a filter names them, by id, with what they belong to or the reason."""
+
+    routers: Mapping[int, str]
+    adapters: Mapping[int, str]
+
+    def reason(self, module: nn.Module) -> str:
+        experts = self.routers.get(id(module))
+        if experts is not None:
+            return f"it is the router of {experts}: a module_filter that names it converts it"
+        return self.adapters.get(id(module), "")
+
+
+def _step(places: list[Place], wanted: Filter, kept: _KeptModules, options: FP8GemmOptions) -> Conversion | None:
+    """What becomes of one parameter; None for what is neither converted nor worth a word."""
+    factors = [place for place in places if place.role.multiplied]
+    tables = [place for place in places if place.role.looked_up]
+    if not factors and tables and len(tables) == len(places) and not options.embeddings:
+        return None
+    first = (factors or places)[0]
+    reason = wanted.reason_of_tied([(place.name, place.module) for place in factors or places])
+    for place in tables if factors else ():
+        reason = reason or wanted.exclusion(place.name)
+    for place in places:
+        named = wanted.names(place.name, place.module)
+        role = place.role
+        reason = reason or ("" if named else kept.reason(place.module))
+        reason = reason or ("" if named and role.by_name else role.reason)
+        if not reason and role.layout is None:
+            reason = f"it is {place.full_name} too, which is no factor of a product"
+    layouts = {place.role.layout for place in places}
+    if not reason and len(layouts) > 1:
+        reason = f"{' and '.join(place.full_name for place in places)} are one tensor, used in two layouts"
+    reason = reason or _keep_reason(first, options)
+    others = tuple(place for place in places if place is not first)
+    step = Conversion(
+        first.name,
+        first.module,
+        reason,
+        first.parameter,
+        first.role.layout,
+        others,
+        (first, *others),
+        listed=any(place.role.listed for place in places),
+    )
+    return step if step.converts or step.listed else None
+
+
+def _keep_reason(place: Place, options: FP8GemmOptions) -> str:
+    """Why a matrix must stay as it is; empty if it can be converted."""
+    weight, layout = place.module._parameters[place.parameter], place.role.layout
+    assert weight is not None
+    assert layout is not None
     if is_traceable_wrapper_subclass(weight):
-        return _wrapped(weight)
+        return f"its weight is a {type(weight).__name__}: patch the model before it is distributed or wrapped"
     if weight.dtype not in COMPUTE_DTYPES:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return f"its weight has no elements: {tuple(weight.shape)}"
-    if weight.is_meta and getattr(module.__dict__.get("_hf_hook"), "offload", False):
+    if weight.is_meta and getattr(place.module.__dict__.get("_hf_hook"), "offload", False):
         return "its weight is offloaded by accelerate: patch the model before it is offloaded"
     if weight.is_meta or not options.materialize_fp8_on_wrap:
         return ""  # the engine is chosen where the weight will be
-    return _engine_reason(name, "weight", weight, tuple(weight.shape), options)
-
-
-def _wrapped(weight: object) -> str:
-    return f"its weight is a {type(weight).__name__}: patch the model before it is distributed or wrapped"
-
-
-def _router_reason(module: nn.Module, choosing: dict[int, str]) -> str:
-    experts = choosing.get(id(module))
-    return "" if experts is None else f"it is the router of {experts}: a module_filter that names it converts it"
+    return _engine_reason(place.name, place.parameter, weight, layout.shape, options)
 
 
 # Where peft keeps what an adapter wraps, and what trains in the place of a module.
@@ -148,7 +216,7 @@ _WRAPPED, _TRAINED = "base_layer", "modules_to_save"
 
 
 def _adapters(model: nn.Module) -> dict[int, str]:
-    """The Linears that are adapters, or train in the place of others, with the reason to keep them."""
+    """The modules that are adapters, or train in the place of others, with the reason to keep them."""
     found: dict[int, str] = {}
     for name, wrapper in model.named_modules():
         children = wrapper._modules
@@ -173,60 +241,7 @@ def _engine_reason(
     return ""
 
 
-def _stack_steps(
-    model: nn.Module, wanted: _Filter, options: FP8GemmOptions, holders: dict[int, list[str]]
-) -> Iterator[Conversion]:
-    """What becomes of every stack of experts; one of an unknown name needs a filter that names it."""
-    for prefix, owner in model.named_modules():
-        for stack in stacks(owner):
-            if isinstance(owner._parameters[stack], FP8Weight):
-                continue
-            name = f"{prefix}.{stack}" if prefix else stack
-            reason = wanted.reason(name, owner)
-            if not reason and stack not in STACK_NAMES and not wanted.names(name, owner):
-                reason = "a stack of matrices, perhaps no experts: a module_filter that names it converts it"
-            parameter, transposed = owner._parameters[stack], is_transposed(owner, stack)
-            assert parameter is not None
-            others = [holder for holder in holders[id(parameter)] if holder != name]
-            if not reason and is_traceable_wrapper_subclass(parameter):
-                reason = _wrapped(parameter)
-            if not reason and others:
-                reason = f"it is tied to {', '.join(others)}"
-            if not reason and not parameter.is_meta and options.materialize_fp8_on_wrap:
-                experts, a, b = parameter.shape
-                shape = (experts, b, a) if transposed else (experts, a, b)
-                reason = _engine_reason(name, stack, parameter, shape, options)
-            yield Conversion(name, owner, reason, stack, transposed)
-
-
-def _bare_parameters(model: nn.Module) -> Iterator[Conversion]:
-    """Matrices that are parameters without an nn.Linear around them: seen and reported, not converted."""
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
-            continue  # Linears have their own steps; embeddings, norms and convolutions are no matrix products
-        names = [key for key, parameter in module._parameters.items() if parameter is not None and _matrix(parameter)]
-        if names and not isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
-            yield Conversion(name, module, f"not an nn.Linear: {', '.join(names)} of {type(module).__name__}")
-
-
-def _matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of a size worth a product."""
-    if isinstance(parameter, (nn.UninitializedParameter, FP8Weight)) or not parameter.dtype.is_floating_point:
-        return False
-    return parameter.dim() == 2 and min(parameter.shape) >= 16
-
-
-def _weight_holders(model: nn.Module) -> dict[int, list[str]]:
-    """The names under which each parameter is found; a module with two parents counts once, as it is one object."""
-    holders: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return holders
-
-
-class _Filter:
+class Filter:
     """The user's choice of layers, and which of its patterns have matched."""
 
     def __init__(self, module_filter: ModuleFilter | None) -> None:
@@ -250,6 +265,20 @@ class _Filter:
         if excluded:
             return f"module_filter: !{excluded[0]}"
         return "" if included or not self.included else "module_filter"
+
+    def reason_of_tied(self, places: list[tuple[str, nn.Module]]) -> str:
+        """Why the one weight of several layers is not wanted: one pattern that names it is enough to want it, one that
+        excludes it, or a callable that says no, not to."""
+        reasons = [self.reason(name, module) for name, module in places]
+        against = [reason for reason in reasons if reason]
+        excluded = [reason for reason in against if self.chosen is not None or "!" in reason]
+        return excluded[0] if excluded else "" if len(against) < len(reasons) else against[0]
+
+    def exclusion(self, name: str) -> str:
+        """Why a place that comes along with a layer is not wanted; empty if nothing excludes it."""
+        excluded = [pattern for pattern in self.excluded if fnmatch.fnmatchcase(name, pattern)]
+        self.hits.update(excluded)
+        return f"module_filter: !{excluded[0]}" if excluded else ""
 
     def names(self, name: str, module: nn.Module) -> bool:
         """Whether the user chose this very layer, not only did not exclude it."""

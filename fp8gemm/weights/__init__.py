@@ -2,7 +2,7 @@
 
 import torch
 
-from . import copies, pickling, products, writes  # handlers register themselves
+from . import convolution, copies, pickling, products, writes  # handlers register themselves
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home
@@ -20,6 +20,7 @@ __all__ = [
     "FP8Weight",
     "Home",
     "convert",
+    "convolution",
     "copies",
     "leave",
     "made",

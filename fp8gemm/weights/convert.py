@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
-from .geometry import Layout
+from .geometry import Layout, swapped
 from .home import Home
 from .kept import unwatch, watch
 from .persistence import hooked, install_hooks, remove_hooks
 from .prepared import quantized
-from .stored import Stored
+from .stored import Stored, lock
 from .weight import FP8Weight
 
 _OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
@@ -28,6 +28,7 @@ def convert(
     options: FP8GemmOptions,
     *,
     turned: bool = False,
+    layout: Layout | None = None,
     weight: ScaledTensor | None = None,
     input_scale: torch.Tensor | None = None,
     kind: type[nn.Module] | None = None,
@@ -36,6 +37,7 @@ def convert(
 
     Args:
         turned: the parameter is ``[K, N]`` or ``[E, K, N]``, multiplied from the right.
+        layout: how it lies in memory, where ``turned`` does not say it all.
         weight: FP8 bytes ``[(E,) N, K]`` and scales to hold as they are, instead of quantizing the parameter.
         input_scale: the static activation scale, float32, for schemes that have one.
         kind: the class that the module becomes an instance of.
@@ -44,7 +46,7 @@ def convert(
         ValueError: the parameter is not floating, or ``weight`` has another shape.
         UnsupportedError: no engine, or not the one that was named, can run it. The module is as it was then.
     """
-    new = made(module, name, options, turned=turned, weight=weight, input_scale=input_scale)
+    new = made(module, name, options, turned=turned, layout=layout, weight=weight, input_scale=input_scale)
     put(module, name, new, kind)
     assert isinstance(new, FP8Weight)
     return new
@@ -56,6 +58,7 @@ def made(
     options: FP8GemmOptions,
     *,
     turned: bool = False,
+    layout: Layout | None = None,
     weight: ScaledTensor | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> Any:
@@ -66,12 +69,13 @@ def made(
         raise ValueError(f"an FP8 weight is made from a floating parameter, found {found} in {type(module).__name__}")
     if isinstance(parameter, FP8Weight):
         raise ValueError(f"{name} of {type(module).__name__} is in FP8 already")
-    plain = parameter.detach().transpose(-1, -2) if turned else parameter.detach()
+    layout = layout or Layout(swapped(parameter.shape, turned), turned)
+    values = parameter.detach()
+    plain = layout.plain(values if layout.folded is None else values.contiguous())
     if weight is not None and tuple(weight.shape) != tuple(plain.shape):
         raise ValueError(f"the layer's {name} has shape {tuple(plain.shape)}, found {tuple(weight.shape)}")
     given = weight is not None
     scheme = options.resolved_scheme if given else scheme_for(options, name, tuple(plain.shape))
-    layout = Layout(tuple(plain.shape), turned)
     home = Home(options, layout, scheme=scheme, input_scale=input_scale, trains=parameter.requires_grad)
     home.owned = True
     if weight is None and (parameter.is_meta or options.materialize_fp8_on_wrap):
@@ -90,45 +94,66 @@ def made(
 
 
 class Change:
-    """A parameter that becomes FP8, with what its module was before: interrupted anywhere, it can be undone."""
+    """A parameter that becomes FP8 at all its places, with what those modules were before.
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name, self.kind = module, name, type(module)
+    Interrupted anywhere, it can be undone: what is tied changes together, there and back.
+    """
+
+    def __init__(self, *places: tuple[nn.Module, str, type[nn.Module] | None]) -> None:
+        """Each place is a module, the parameter's name there, and the class that the module becomes an instance of."""
+        self.places = [_Before(module, name, kind) for module, name, kind in places]
+        module, name, _ = places[0]
         self.former: Any = module._parameters[name]
         self.former_kind = type(self.former)
-        self.own = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
-        self.hooked = hooked(module)
 
-    def put(self, parameter: nn.Parameter, kind: type[nn.Module] | None = None) -> None:
-        """Puts a parameter that ``made`` made in its place, and lets the former one go. After each step the module is
-        whole, for other threads too."""
-        module = self.module
-        install_hooks(module)
-        module._parameters[self.name] = parameter
-        if kind is not None and type(module) is not kind:
-            module.__dict__[_FORMER] = type(module)
-            module.__dict__["_bound"] = {}
-            module.__class__ = kind
+    def put(self, parameter: nn.Parameter) -> None:
+        """Puts a parameter that ``made`` made in its places, and lets the former one go. After each step the modules
+        are whole, for other threads too."""
+        for place in self.places:
+            place.put(parameter)
         assert isinstance(parameter, FP8Weight)
         watch(parameter._home.original)
         if not _costs_nothing(self.former, parameter._home):
             self.former = None
 
     def undo(self) -> bool:
-        """Makes the module what it was; False if its weight had to be dequantized, as the original was freed."""
-        module, parameter, exact = self.module, self.former, True
+        """Makes the modules what they were; False if the weight had to be dequantized, as the original was freed."""
+        parameter, exact = self.former, True
         if parameter is None:
-            parameter, exact = _dense(module._parameters[self.name])
+            parameter, exact = _dense(self.places[0].module._parameters[self.places[0].name])
         elif self.former_kind is nn.Parameter:
             unwatch(parameter)
+        for place in self.places:
+            place.put_back(parameter)
+        return exact
+
+
+class _Before:
+    """What a module was before one of its parameters became FP8."""
+
+    def __init__(self, module: nn.Module, name: str, kind: type[nn.Module] | None) -> None:
+        self.module, self.name, self.kind, self.former_kind = module, name, kind, type(module)
+        self.own = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
+        self.hooked = hooked(module)
+
+    def put(self, parameter: nn.Parameter) -> None:
+        module, kind = self.module, self.kind
+        install_hooks(module)
         module._parameters[self.name] = parameter
-        module.__class__ = self.kind
+        if kind is not None and type(module) is not kind:
+            module.__dict__[_FORMER] = type(module)
+            module.__dict__["_bound"] = {}
+            module.__class__ = kind
+
+    def put_back(self, parameter: nn.Parameter) -> None:
+        module = self.module
+        module._parameters[self.name] = parameter
+        module.__class__ = self.former_kind
         for key in _OWN:
             module.__dict__.pop(key, None)
         module.__dict__.update(self.own)
         if not self.hooked:
             remove_hooks(module)
-        return exact
 
 
 def _costs_nothing(parameter: nn.Parameter, home: Home) -> bool:
@@ -139,35 +164,37 @@ def _costs_nothing(parameter: nn.Parameter, home: Home) -> bool:
 
 def put(module: nn.Module, name: str, parameter: nn.Parameter, kind: type[nn.Module] | None = None) -> None:
     """Puts a parameter that ``made`` made in its place; what interrupts that leaves the module as it was."""
-    change = Change(module, name)
+    change = Change((module, name, kind))
     try:
-        change.put(parameter, kind)
+        change.put(parameter)
     except BaseException:
         change.undo()
         raise
 
 
-def revert(module: nn.Module, name: str, known: dict[int, tuple[Any, bool]] | None = None) -> bool:
+def revert(module: nn.Module, name: str) -> bool:
     """Gives the module its parameter back; True if it is the original, not a dequantized one.
 
-    Interrupted, the module runs, and ``leave`` completes it. ``known`` are dense parameters by the id of the FP8 weight
-    that they were: what was tied stays so.
+    Interrupted, the module runs, and ``leave`` completes it. What was tied stays so: each place gets the same one.
     """
-    weight = module._parameters[name]
-    if known is None or id(weight) not in known:
-        parameter, exact = _dense(weight)
-        if known is not None:
-            known[id(weight)] = parameter, exact
-    else:
-        parameter, exact = known[id(weight)]
-    module._parameters[name] = parameter
+    module._parameters[name], exact = _dense(module._parameters[name])
     leave(module)
     return exact
 
 
 def _dense(weight: Any) -> tuple[Any, bool]:
     """The original of a weight, with what was written to it since, or else a dequantized parameter; and whether it is
-    the original."""
+    the original. The same at every call, as long as nothing is written to the weight in between."""
+    home = weight._home
+    with lock():
+        if home.returned is None or home.returned[0] != home.version or home.pending:
+            parameter, exact = _made_dense(weight)
+            home.returned = (home.version, parameter, exact)
+        _, parameter, exact = home.returned
+    return parameter, exact
+
+
+def _made_dense(weight: Any) -> tuple[Any, bool]:
     home = weight._home
     exact = home.original is not None or home.stored is None
     parameter = home.original

@@ -166,6 +166,8 @@ def _taken(
 def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype) -> FP8Weight:
     """A weight of its own of these bytes, in the orientation of the view they were taken from."""
     layout = Layout(tuple(scaled.shape), turned=part.flipped)
+    if tuple(weight.size()) == weight._home.layout.folded:
+        layout = weight._home.layout
     return FP8Weight(weight._home.copy(Stored(scaled), layout), dtype)
 
 
@@ -181,7 +183,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
     own = _own(weight, scaled.clone(), part, weight.dtype)
     if home.original is not None:  # so that a write to the copy is as exact as one to the weight
         values = home.original.detach()
-        values = part.cut(values.transpose(-1, -2) if home.layout.turned else values)
+        values = part.cut(home.layout.plain(values))
         values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
         own._home.hold_original(torch.nn.Parameter(values, home.original.requires_grad))
     return own
@@ -197,7 +199,8 @@ def _empty_like(
         return NotImplemented
     if COPIES_ARE_DENSE in weight.__dict__:
         return NotImplemented
-    shape = swapped(weight.shape, part.flipped)
+    folded = tuple(weight.shape) == weight._home.layout.folded
+    shape = weight._home.layout.shape if folded else swapped(weight.shape, part.flipped)
     if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
         return NotImplemented
     where = weight.device if device is None else torch.device(device)
@@ -216,7 +219,7 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
     """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
     home, part, size = weight._home, weight.part(), tuple(size)
     flipped = len(size) == 3 and home.layout.turned
-    if len(size) != weight.dim() or dtype not in (None, weight.dtype):
+    if len(size) != weight.dim() or dtype not in (None, weight.dtype) or home.layout.folded is not None:
         return NotImplemented
     if (part is None and weight.numel()) or (part is not None and part.flipped != flipped):
         return NotImplemented
@@ -244,7 +247,7 @@ def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
     home = weight._home
     taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
     nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
-    if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0:
+    if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0 or home.layout.folded is not None:
         return NotImplemented
     flipped = home.layout.turned if taken is None else taken[1].flipped
     behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension

@@ -75,7 +75,7 @@ class FP8Entry(torch.Tensor):
         twin = home.copy(stored)
         twin.activity = home.activity
         scaled = stored.scaled()
-        data = scaled.data.transpose(-1, -2).contiguous() if home.layout.turned else scaled.data
+        data = home.layout.shaped(scaled.data)
         entry = _entry(data.detach(), weight.like(home=twin))
         entry.scale = scaled.scale.detach().clone()
         return entry
@@ -211,7 +211,7 @@ def _take_bytes(entry: FP8Entry, source: torch.Tensor) -> FP8Entry:
         codes = codes.expand(entry.shape).contiguous()
     torch.Tensor.data.__set__(entry, codes)  # type: ignore[attr-defined]
     home = entry.weight._home
-    data = codes.transpose(-1, -2).contiguous() if home.layout.turned else codes
+    data = home.layout.plain(codes).contiguous()
     entry._weight = entry.weight.like(home=home.copy(Stored(ScaledTensor(data, entry.scale, home.scheme.weight))))
     return entry
 

@@ -21,11 +21,14 @@ class Layout:
     """How a weight lies in the (virtual) memory of its dense values.
 
     ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` memory is that of a parameter whose
-    last two dimensions are ``[K, N]``, as Conv1D and some stacks have them.
+    last two dimensions are ``[K, N]``, as Conv1D and some stacks have them. ``folded`` is the parameter's own shape
+    where it has another number of dimensions over the same memory: ``[N, C, 1, 1]`` of a convolution, or ``[E * N, K]``
+    of a stack without a dimension for the experts.
     """
 
     shape: tuple[int, ...]
     turned: bool = False
+    folded: tuple[int, ...] | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -39,14 +42,52 @@ class Layout:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """The parameter's own shape: that of its memory."""
+        """The parameter's own shape."""
+        return self.memory if self.folded is None else self.folded
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """The shape of its memory: one dimension each for experts, rows and columns."""
         return swapped(self.shape, self.turned)
+
+    def like(self, size: Sequence[int]) -> Layout:
+        """The layout of a parameter of another size that is laid out alike.
+
+        Raises:
+            ValueError: a folded one, whose size does not tell what is N and what K.
+        """
+        if self.folded is None:
+            return Layout(swapped(size, self.turned), self.turned)
+        if tuple(size) != self.folded:
+            raise ValueError(f"the FP8 weight has shape {self.folded}, found {tuple(size)}")
+        return self
+
+    def plain(self, values: torch.Tensor) -> torch.Tensor:
+        """Values in the parameter's own shape as a view ``[(E,) N, K]``."""
+        values = values.view(self.memory) if self.folded is not None else values
+        return values.transpose(-1, -2) if self.turned else values
+
+    def shaped(self, plain: torch.Tensor) -> torch.Tensor:
+        """``plain [(E,) N, K]`` in the parameter's own shape, contiguous there."""
+        values = plain.transpose(-1, -2).contiguous() if self.turned else plain
+        return values.reshape(self.folded) if self.folded is not None else values
 
     @property
     def stride(self) -> tuple[int, ...]:
+        """The parameter's own strides, which are those of contiguous memory."""
+        if self.folded is not None:
+            return _contiguous(self.folded)
         n, k = self.matrix
         inner = (max(n, 1), 1) if self.turned else (max(k, 1), 1)
         return (max(n, 1) * max(k, 1), *inner) if len(self.shape) == 3 else inner
+
+
+def _contiguous(size: Sequence[int]) -> tuple[int, ...]:
+    steps, step = [], 1
+    for extent in reversed(size):
+        steps.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(steps))
 
 
 @dataclass(frozen=True)
@@ -113,6 +154,9 @@ def part_of(layout: Layout, size: Sequence[int], stride: Sequence[int], offset: 
     """The part that a view of this size, stride and offset is; None if it is no such rectangle."""
     n, k = layout.matrix
     stack = len(layout.shape) == 3
+    if layout.folded is not None and tuple(size) == layout.folded and tuple(stride) == layout.stride:
+        everything = (0, layout.shape[0]) if stack else None
+        return None if 0 in size else Part((0, n), (0, k), everything, flipped=layout.turned)
     if len(size) not in (2, 3) or n == 0 or k == 0 or (len(size) == 3 and not stack) or 0 in size:
         return None
     expert, rest = divmod(offset, n * k)

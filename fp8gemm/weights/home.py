@@ -57,6 +57,7 @@ class Home:
         self.activity = Activity()
         self.owned = False
         self.version = 0
+        self.returned: tuple[int, nn.Parameter, bool] | None = None  # of a version: the dense parameter that undo gave
         self.flat: tuple[list[str], Any] | None = None  # what graphs are handed of this version: names, the rest
         self.inner_data: torch.Tensor | None = None  # the tensors, set with ``flat``
         self.inner_scale: torch.Tensor | None = None
@@ -106,7 +107,7 @@ class Home:
         self.activity.dequantizations += 1
         assert self.stored is not None
         w = dequantize(self.stored.scaled(), dtype)
-        return w.transpose(-1, -2).contiguous() if self.layout.turned else w
+        return self.layout.shaped(w)
 
     def settle(self) -> Stored | None:
         """The quantized weight, with every write so far rounded into it, once; None for a written scratch copy."""
@@ -134,7 +135,7 @@ class Home:
             version = None if original is None else original._version
             after = original.detach() if dense is None and original is not None else dense
             assert after is not None
-            w = after.transpose(-1, -2) if self.layout.turned else after
+            w = self.layout.plain(after)
             if self.stored is None or original is not None:
                 scaled = quantized(w, self.options, self.scheme, device or self.device)
             else:

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
-from .geometry import Layout
 from .home import Home
 from .stored import Stored
 from .weight import FP8Weight
@@ -147,9 +146,8 @@ def _loaded(
             return plain if assign else plain.to(weight.device, copy=True)
 
     data = taken(data)
-    data = data.transpose(-1, -2).contiguous() if home.layout.turned else data
+    data = home.layout.plain(data).contiguous()
     scaled = ScaledTensor(data, taken(scale).to(torch.float32), home.scheme.weight)
-    layout = Layout(tuple(data.shape), home.layout.turned)
-    new = Home(home.options, layout, stored=Stored(scaled), scheme=home.scheme, trains=home.trains)
+    new = Home(home.options, home.layout, stored=Stored(scaled), scheme=home.scheme, trains=home.trains)
     new.input_scale = home.input_scale if input_scale is None else taken(input_scale)
     return FP8Weight(new, weight.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .linear import FP8Linear
@@ -14,7 +15,7 @@ from .sharding import held
 from .structure import STACK_NAMES, stacks
 from .weight import FP8Weight
 
-KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the stack that was left as it is, "" for the module itself
+KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the parameter that was left as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Row:
     """One layer: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of its weight.
 
     ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` are
-    counted since patching, outside torch.compile.
+    counted since patching, outside torch.compile. ``ties`` are the other names of the same weight, such as that of the
+    embeddings of a tied head.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Row:
     calls: int = 0
     kernels: tuple[tuple[str, int], ...] = ()
     dequantizations: int = 0
+    ties: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,25 @@ def report(model: nn.Module) -> Report:
 def _rows(model: nn.Module) -> Iterator[Row]:
     modules = list(model.named_modules())
     patched = any(_weights(module) or KEPT in module.__dict__ for _, module in modules)
-    seen: set[int] = set()  # homes: a tied weight has one row
+    places: dict[int, list[tuple[str, nn.Module]]] = {}  # of each home: a tied weight has one row
     for name, module in modules:
         for parameter, weight in _weights(module):
-            if id(weight._home) not in seen:
-                seen.add(id(weight._home))
-                layer = parameter == "weight" and isinstance(module, nn.Linear)
-                yield _converted_row(name if layer else f"{name}.{parameter}".strip("."), weight)
+            places.setdefault(id(weight._home), []).append((_layer_name(name, parameter), module))
+    for name, module in modules:
+        for _, weight in _weights(module):
+            if (found := places.pop(id(weight._home), None)) is not None:
+                found.sort(key=lambda place: not isinstance(place[1], nn.Linear))  # a head before its embeddings
+                yield _converted_row([place for place, _ in found], weight)
         reasons = module.__dict__.get(KEPT, {})
         for parameter, reason in reasons.items():
-            if not isinstance(held(module._parameters.get(parameter or "weight")), FP8Weight):
-                yield _kept_row(f"{name}.{parameter}".strip(".") if parameter else name, module, parameter, reason)
+            if not isinstance(held(module._parameters.get(parameter)), FP8Weight):
+                yield _kept_row(_layer_name(name, parameter), module, parameter, reason)
         if patched:
             yield from _later_rows(name, module, reasons)
+
+
+def _layer_name(module: str, parameter: str) -> str:
+    return module if parameter == "weight" else f"{module}.{parameter}".strip(".")
 
 
 def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
@@ -126,19 +135,20 @@ def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
 def _later_rows(name: str, module: nn.Module, known: Collection[str]) -> Iterator[Row]:
     """Dense Linears and stacks of experts that nobody decided about: they came after patching."""
     own = held(module._parameters.get("weight"))
-    if isinstance(module, nn.Linear) and "" not in known and own is not None and not isinstance(own, FP8Weight):
+    if isinstance(module, nn.Linear) and "weight" not in known and own is not None and not isinstance(own, FP8Weight):
         replaced = isinstance(module, FP8Linear)
         reason = "its weight was replaced by a dense one after patching" if replaced else "added after patching"
-        yield _kept_row(name, module, "", reason)
+        yield _kept_row(name, module, "weight", reason)
     for stack in stacks(module):
         if stack in STACK_NAMES and stack not in known and not isinstance(held(module._parameters[stack]), FP8Weight):
             yield _kept_row(f"{name}.{stack}".strip("."), module, stack, "added after patching")
 
 
-def _converted_row(name: str, weight: FP8Weight) -> Row:
+def _converted_row(names: list[str], weight: FP8Weight) -> Row:
     home, activity = weight._home, weight._home.activity
     return Row(
-        name=name or "(the model itself)",
+        name=names[0] or "(the model itself)",
+        ties=tuple(names[1:]),
         status="fp8",
         shape=tuple(home.layout.shape),
         engine=home.engine or "",
@@ -151,21 +161,16 @@ def _converted_row(name: str, weight: FP8Weight) -> Row:
     )
 
 
-def _kept_row(name: str, module: nn.Module, stack: str, reason: str) -> Row:
-    """A layer's row counts its matrices, a stack's row that stack."""
-    own = module._parameters
-    matrices = [
-        parameter
-        for parameter in ([own.get(stack)] if stack else own.values())
-        if parameter is not None
-        and not isinstance(parameter, nn.UninitializedParameter)
-        and (stack or parameter.dim() == 2)
-    ]
-    size = sum(matrix.nbytes for matrix in matrices)
+def _kept_row(name: str, module: nn.Module, parameter: str, reason: str) -> Row:
+    matrix = module._parameters.get(parameter)
+    if matrix is None or isinstance(matrix, nn.UninitializedParameter):
+        matrix = getattr(module, parameter, None)  # computed, as by weight_norm
+    known = isinstance(matrix, torch.Tensor) and not isinstance(matrix, nn.UninitializedParameter)
+    size = matrix.nbytes if matrix is not None and known else 0
     return Row(
         name=name or "(the model itself)",
         status="kept",
-        shape=tuple(matrices[0].shape) if matrices else (),
+        shape=tuple(matrix.shape) if matrix is not None and known else (),
         reason=reason,
         bytes_before=size,
         bytes_after=size,
@@ -178,7 +183,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     shape = "x".join(str(size) for size in row.shape)
     calls, dequantized = (str(row.calls), str(row.dequantizations)) if row.status == "fp8" else ("", "")
     return (
-        row.name,
+        " = ".join((row.name, *row.ties)),
         shape,
         runs_on,
         _megabytes(row.bytes_before),

@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from torch import nn
 
 # Names under which models keep stacks of experts' matrices; others are converted where a filter names them.
-STACK_NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "w13", "w2_weight", "w13_weight")
+STACK_NAMES = (
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "v1",
+    "w2",
+    "w3",
+    "w13",
+    "w2_weight",
+    "w13_weight",
+)
 ROUTER_NAMES = ("gate", "router", "gate_proj_router", "wg")
 
 
@@ -37,22 +49,38 @@ def is_transposed(owner: nn.Module, name: str) -> bool:
     return turned and not plain
 
 
-def routers(model: nn.Module) -> dict[int, str]:
-    """The Linears that choose experts, by id, with the experts they choose from: one output each, beside them.
+def expert_count(module: nn.Module) -> int:
+    """How many experts a module says that it has; 0 where it does not say."""
+    for name in ("num_experts", "moe_num_experts", "num_local_experts", "n_experts", "n_routed_experts"):
+        if type(count := getattr(module, name, None)) is int:
+            return count
+    return 0
 
-    A router is named as one and stands beside, or beside the parent of, as many experts as it has outputs: a stack,
-    or a ModuleList.
+
+def routers(model: nn.Module) -> dict[int, str]:
+    """The modules that choose experts, by id, with the experts they choose from: one output each, beside them.
+
+    A router is named as one, or is the child of what is named so, has one matrix, and stands beside, or beside the
+    parent of, as many experts as that has rows: a stack, or a ModuleList.
     """
     found: dict[int, str] = {}
     for parent_name, parent in model.named_modules():
         counts = dict(_expert_counts(parent))
+        if not counts:
+            continue
         for name, child in parent._modules.items():
-            if not isinstance(child, nn.Linear) or name not in ROUTER_NAMES:
+            if name not in ROUTER_NAMES or child is None:
                 continue
-            for experts, count in counts.items():
-                if child.out_features == count:
-                    found[id(child)] = f"{parent_name}.{experts}" if parent_name else experts
+            for module in (child, *child.children()):
+                outputs = {p.shape[0] for p in module._parameters.values() if p is not None and _is_matrix(p)}
+                for experts, count in counts.items():
+                    if outputs == {count}:
+                        found[id(module)] = f"{parent_name}.{experts}" if parent_name else experts
     return found
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() == 2
 
 
 def _expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
@@ -60,7 +88,9 @@ def _expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
     for name, child in parent._modules.items():
         if isinstance(child, nn.ModuleList) and len(child) > 1:
             yield name, len(child)
-        elif child is not None:
+        elif child is not None and name not in ROUTER_NAMES:
+            if (said := expert_count(child)) > 1:
+                yield name, said
             for stack in stacks(child):
                 yield f"{name}.{stack}", child._parameters[stack].shape[0]  # type: ignore[union-attr]
     for stack in stacks(parent):

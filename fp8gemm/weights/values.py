@@ -30,6 +30,8 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
         w = dequantize(taken, dtype)
         if part.flipped:
             w = w.transpose(-1, -2)
+        if size == layout.folded:
+            return w.reshape(size)
         return w.contiguous() if part.flipped == layout.turned else w
     experts, matrix = _experts(home, size, stride, offset)
     if experts is not None:  # some of a stack

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
 from .dispatch import FUNCTIONS, OPERATIONS
-from .geometry import Layout, Part, part_of, swapped
+from .geometry import Part, part_of
 from .home import Home
 from .sharding import Shardable
 from .stored import lock
@@ -191,8 +191,8 @@ class FP8Weight(Shardable, torch.Tensor):
             dense = values.dequantize() if isinstance(values, FP8Weight) else values.detach()
             if not dense.dtype.is_floating_point or dense.dtype in FP8_DTYPES:
                 raise ValueError(f"the FP8 weight takes floating values, found {dense.dtype}")
-            dense, turned = dense.contiguous(), mine.layout.turned
-            layout = Layout(swapped(dense.shape, turned), turned)
+            dense = dense.contiguous()
+            layout = mine.layout.like(dense.shape)
             home = Home(mine.options, layout, dense=dense, scheme=mine.scheme, trains=mine.trains)
             if mine.original is not None:
                 home.keep(nn.Parameter(dense, mine.original.requires_grad))

@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear, UnsupportedError, disable_fp8_gemm, enable_fp8_gemm, load_checkpoint
+from fp8gemm import (
+    FP8GemmOptions,
+    FP8Linear,
+    UnsupportedError,
+    disable_fp8_gemm,
+    enable_fp8_gemm,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 TOKENS = torch.arange(11).view(1, 11) % 64
 
 
-def llama() -> nn.Module:
+def llama(*, tied: bool = False) -> nn.Module:
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -25,18 +34,64 @@ def llama() -> nn.Module:
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=64,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
 def same_weights(folder: Path, model: nn.Module) -> bool:
-    """Whether the folder holds exactly the model's FP8 bytes and scales."""
+    """Whether the folder holds exactly the model's FP8 bytes and scales, and its head dense."""
     with torch.device("meta"):
         loaded = llama()
     load_checkpoint(loaded, folder)
     found, expected = loaded.state_dict(), model.state_dict()
+    scale = expected.pop("lm_head.weight_scale", None)
+    expected["lm_head.weight"] = dense_head(model)
+    assert type(loaded.lm_head) is nn.Linear
+    assert scale is not None or not isinstance(model.lm_head, FP8Linear)
     assert found.keys() == expected.keys()
     return all(torch.equal(_plain(found[name]), _plain(expected[name])) for name in expected)
+
+
+def dense_head(model: nn.Module) -> torch.Tensor:
+    head = model.lm_head
+    if not isinstance(head, FP8Linear):
+        return head.weight.detach()
+    original = head.weight._home.original
+    return head.weight.dequantize() if original is None else original.detach()
+
+
+def test_heads_are_written_in_fp8_where_that_is_asked(tmp_path: Path) -> None:
+    """Serving engines take no FP8 heads; transformers and load_checkpoint do."""
+    model = enable_fp8_gemm(llama())
+    save_checkpoint(model, tmp_path / "dense")
+    save_checkpoint(model, tmp_path / "fp8", fp8_heads=True)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head"]
+    with torch.device("meta"):
+        loaded = llama()
+    load_checkpoint(loaded, tmp_path / "fp8")
+    assert isinstance(loaded.lm_head, FP8Linear)
+    assert torch.equal(loaded.lm_head.weight.dequantize(), model.lm_head.weight.dequantize())
+
+
+def test_a_head_that_is_tied_is_written_once_and_dense(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    enable_fp8_gemm(model)
+    expected = model.lm_head.weight.dequantize()
+    for name, asked in (("dense", False), ("asked", True)):
+        save_checkpoint(model, tmp_path / name, fp8_heads=asked)
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            names = [key for key in file.keys() if "embed" in key or "lm_head" in key]  # noqa: SIM118
+            assert names == ["model.embed_tokens.weight"]
+            assert torch.equal(file.get_tensor(names[0]), expected)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert torch.equal(theirs.lm_head.weight, expected)
+    with torch.device("meta"):
+        loaded = llama(tied=True)
+    load_checkpoint(loaded, tmp_path / "dense")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -74,22 +74,24 @@ def test_architecture(make: Callable[[], tuple[nn.Module, dict[str, torch.Tensor
     error = (found - expected).norm() / expected.norm()
     assert 0 < error <= 0.08
     rows = report(model)
-    linears = sum(isinstance(module, nn.Linear) for module in plain.modules())
-    assert len([row for row in rows.rows if not row.reason.startswith("not an nn.Linear")]) == linears
-    assert rows.converted
+    named = {row.name for row in rows.converted} | {name for row in rows.converted for name in row.ties}
+    assert {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)} <= named
+    assert all("convolution" in row.reason for row in rows.kept)
     for row in rows.converted:
         assert row.calls >= 1 or "pooler" in row.name, f"{row.name} did not run"
         assert row.dequantizations == 0, f"{row.name} was dequantized"
 
 
-def test_what_is_not_a_linear_is_reported() -> None:
-    """GPT-2's projections are Conv1D: left alone, and said so."""
+def test_what_is_not_a_linear_is_converted_too() -> None:
+    """GPT-2's projections are Conv1D, and its head is tied to the embeddings."""
     model, _ = gpt2()
+    model.lm_head.weight = model.transformer.wte.weight
     enable_fp8_gemm(model)
-    kept = {row.name: row for row in report(model).kept}
-    assert kept["transformer.h.0.attn.c_attn"].reason == "not an nn.Linear: weight of Conv1D"
-    assert kept["transformer.h.0.attn.c_attn"].bytes_before == 64 * 192 * 4
-    assert [row.name for row in report(model).converted] == ["lm_head"]
+    rows = {row.name: row for row in report(model).converted}
+    assert not report(model).kept
+    assert rows["transformer.h.0.attn.c_attn"].shape == (192, 64)
+    assert rows["transformer.h.0.attn.c_attn"].bytes_before == 64 * 192 * 4
+    assert rows["lm_head"].ties == ("transformer.wte",)
 
 
 @pytest.mark.parametrize("make", [bert, llama, vit])

@@ -1,0 +1,215 @@
+"""Which parameters of a module are factors of matrix products, told from the structure of its owner.
+
+Each kind of owner is a row of ``KINDS``: a function that takes the module and the name of one of its parameters, and
+answers with what that parameter is to the module. The first row that has an answer counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..weights import FP8Linear
+from ..weights.geometry import Layout, swapped
+from ..weights.structure import STACK_NAMES, expert_count, is_transposed, stacks
+from .reading import uses
+from .source import Uses
+
+# Linears whose forward is nn.Linear's own; the second is nn.MultiheadAttention's out_proj.
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
+UNSEEN = "nothing says what it is for: enable_fp8_gemm(model, example_inputs=...) watches what the model does with it"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is to its module.
+
+    ``layout`` is how its memory is a matrix, or a stack of them; None where it is none. ``multiplied`` says that the
+    module multiplies by it, ``looked_up`` that it takes rows of it. ``reason`` says why it must stay as it is, and
+    ``by_name`` that a filter that names it overrules that. ``listed`` is false for what nobody expects in a report.
+    """
+
+    layout: Layout | None = None
+    multiplied: bool = False
+    looked_up: bool = False
+    reason: str = ""
+    by_name: bool = False
+    listed: bool = True
+
+
+def role_of(module: nn.Module, name: str) -> Role | None:
+    """What the parameter ``name`` is to ``module``; None for what is certainly no matrix."""
+    parameter = module._parameters[name]
+    if parameter is None or isinstance(parameter, nn.UninitializedParameter):
+        return None
+    if not parameter.is_floating_point() and not isinstance(module, nn.Linear):
+        return None
+    for kind in KINDS:
+        role = kind(module, name, parameter)
+        if role is not None:
+            return role
+    return None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear and nothing more, so that it may become an FP8Linear."""
+    return type(module) in (*PLAIN, FP8Linear)
+
+
+# --- the kinds -----------------------------------------------------------------------------------------------------
+
+_Kind = Callable[[nn.Module, str, torch.Tensor], "Role | None"]
+
+
+def _linear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    if not isinstance(module, nn.Linear) or name != "weight" or parameter.dim() != 2:
+        return None
+    if is_plain_linear(module):
+        return Role(Layout(tuple(parameter.shape)), multiplied=True)
+    return replace(_told(uses(type(module), name), parameter, type(module).__name__), listed=True)
+
+
+def _attention(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if not isinstance(module, nn.MultiheadAttention) or name not in projections:
+        return None
+    if type(module).forward is nn.MultiheadAttention.forward:
+        return Role(Layout(tuple(parameter.shape)), multiplied=True)
+    return _told(uses(type(module), name), parameter, type(module).__name__)
+
+
+def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    """A convolution whose windows do not overlap is a product of patches: ``[N, C * patch]``."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    if name != "weight":
+        return Role(listed=False)
+    size = f"{'x'.join(map(str, module.kernel_size))} convolution"
+    if not is_patchwise(module):
+        return Role(reason=f"a {size}, whose windows overlap or which has groups, padding or dilation")
+    n, *patch = parameter.shape
+    return Role(Layout((n, math.prod(patch)), folded=tuple(parameter.shape)), multiplied=True)
+
+
+def is_patchwise(module: nn.Module) -> bool:
+    """Whether each input element of a convolution is in one window at most, of all channels, and none in padding."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups != 1 or module.transposed:
+        return False
+    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    padding = module.padding
+    unpadded = padding == "valid" or (not isinstance(padding, str) and not any(padding))
+    whole = module.kernel_size == module.stride and (set(module.dilation) == {1} or set(module.kernel_size) == {1})
+    return type(module).forward in forwards and unpadded and whole
+
+
+def _bilinear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    if type(module) is not nn.Bilinear or name != "weight":
+        return None
+    outputs, first, second = parameter.shape
+    return Role(Layout((outputs * first, second), folded=tuple(parameter.shape)), multiplied=True)
+
+
+def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    """Experts ``[E, N, K]`` or ``[E, K, N]``: by what the forward does, else by a name that is known."""
+    if name not in stacks(module):
+        return None
+    seen = uses(type(module), name, stacked=True)
+    turned = is_transposed(module, name)
+    if name not in STACK_NAMES and seen is not None and seen.is_factor:
+        return Role(Layout(swapped(parameter.shape, seen.turned > 0), seen.turned > 0), multiplied=True)
+    layout = Layout(swapped(parameter.shape, turned), turned)
+    if name in STACK_NAMES:
+        return Role(layout, multiplied=True)
+    reason = "a stack of matrices, perhaps no experts: a module_filter that names it converts it"
+    return Role(layout, multiplied=True, reason=reason, by_name=True)
+
+
+def _flat_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    """Experts one below the other in a matrix ``[E * N, K]``, the last of them ``[E * K, N]``, as DBRX has them."""
+    experts = expert_count(module)
+    if parameter.dim() != 2 or name not in STACK_NAMES or experts < 2 or parameter.shape[0] % experts:
+        return None
+    rows, columns = parameter.shape[0] // experts, parameter.shape[1]
+    if rows not in _numbers(module):
+        return None
+    turned = name in ("w2", "down_proj")
+    memory = (experts, rows, columns)
+    return Role(Layout(swapped(memory, turned), turned, tuple(parameter.shape)), multiplied=True)
+
+
+def _numbers(module: nn.Module) -> set[int]:
+    return {value for value in vars(module).values() if type(value) is int}
+
+
+def _recurrent(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    if parameter.dim() != 2:
+        return Role(listed=False)
+    return Role(reason=f"{type(module).__name__} runs torch's own recurrent kernels, which take dense weights")
+
+
+def _torchs_own(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    """Norms, embedding bags and whatever else of torch multiplies by nothing."""
+    if type(module).__module__.startswith("torch.nn") and not isinstance(module, (nn.Embedding, nn.Linear)):
+        bare = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        return Role(listed=bare and _large(parameter), reason=UNSEEN)
+    return None
+
+
+def _by_its_code(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    if parameter.dim() != 2:
+        return Role(listed=False)
+    found = uses(type(module), name)
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return Role(listed=False, reason="an embedding that renormalizes its rows in place (max_norm)")
+    role = _told(found, parameter, type(module).__name__)
+    dull = isinstance(module, nn.Embedding) and not role.multiplied
+    return replace(role, listed=False) if dull else role
+
+
+def _told(found: Uses | None, parameter: torch.Tensor, owner: str) -> Role:
+    """What the source of a forward says about a parameter."""
+    if found is None:
+        return Role(reason=f"the source of {owner} cannot be read; {UNSEEN}", listed=_large(parameter))
+    if found.is_factor:
+        turned = found.turned > 0
+        return Role(Layout(swapped(parameter.shape, turned), turned), multiplied=True)
+    if found.is_table:
+        return Role(Layout(tuple(parameter.shape)), looked_up=True)
+    if found.others:
+        return Role(reason=f"{owner} does more than multiply by it: {found.others[0]}", listed=_large(parameter))
+    if found.products:
+        return Role(reason=f"{owner} multiplies by it and by its transpose, or also looks up its rows")
+    return Role(reason=UNSEEN, listed=_large(parameter))
+
+
+def _large(parameter: torch.Tensor) -> bool:
+    """Whether it has the size of a matrix worth a product."""
+    return parameter.dim() == 2 and min(parameter.shape) >= 16
+
+
+KINDS: tuple[_Kind, ...] = (
+    _linear,
+    _attention,
+    _convolution,
+    _bilinear,
+    _recurrent,
+    _stack,
+    _flat_stack,
+    _torchs_own,
+    _by_its_code,
+)
+
+
+def own_roles(module: nn.Module) -> Iterator[tuple[str, Role]]:
+    """The role of each parameter of a module's own that has one."""
+    for name in module._parameters:
+        role = None if module._parameters[name] is None else role_of(module, name)
+        if role is not None:
+            yield name, role

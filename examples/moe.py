@@ -1,4 +1,4 @@
-"""A tiny mixture-of-experts model of transformers, patched: what becomes of its experts, and what they compute.
+"""Patches a tiny transformers mixture-of-experts model; shows what happens to its experts and its logits.
 
 python examples/moe.py [--implementation eager|batched_mm|grouped_mm]
 """
@@ -42,7 +42,7 @@ def main() -> None:
     before, after = sum(row.bytes_before for row in stacks), sum(row.bytes_after for row in stacks)
     print(f"\n{len(experts)} stacks of experts, {before / 1e6:.1f} -> {after / 1e6:.1f} MB, in {type(model).__name__}")
     print(f"dequantized {sum(row.dequantizations for row in stacks)} times; routers stay in bfloat16")
-    print(f"logits differ by {((found - expected).norm() / expected.norm()).item():.3f} of their norm")
+    print(f"relative error of the logits (in norm): {((found - expected).norm() / expected.norm()).item():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An engine of your own, which dequantizes once and multiplies exactly. Run it to see a layer use it."""
+"""A custom engine that dequantizes the weight once and multiplies in float64. Run it to see a layer use it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fp8gemm.engines.base import WeightOnlyEngine
 
 
 class DenseEngine(WeightOnlyEngine):
-    """The product by the dequantized weight, which ``prepare`` lays beside the bytes."""
+    """Multiplies by the dequantized weight, which ``prepare`` stores alongside the FP8 data."""
 
     name = "dense"
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         reasons = [] if machine.device == "cpu" else [f"runs on cpu only, found {machine.device}"]
-        return reasons + (["takes no stacks"] if spec.experts else [])
+        return reasons + (["does not support stacks"] if spec.experts else [])
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
         n, k = weight.shape

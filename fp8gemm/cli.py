@@ -1,4 +1,4 @@
-"""The command line: one function for each subcommand, and the only room that prints."""
+"""FP8 checkpoints, engines and benchmarks on the command line: one function per subcommand. Only this module prints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .scaled import SchemeName
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A subcommand: its arguments, what it finds out or does, and how that is told to a person.
+    """A subcommand: its arguments, the function that runs it, and the one that formats its result as text.
 
-    ``failed`` says whether the facts are a failure: the exit status is 1 then.
+    ``failed`` tells whether a result is a failure, which sets the exit status to 1.
     """
 
     help: str
@@ -33,12 +33,12 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; 0 if it succeeded, 1 if it could not do what was asked, 2 for wrong arguments."""
+    """Runs one subcommand; returns 0 on success, 1 on failure, and exits with 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="fp8gemm", description=__doc__.split(":")[0] if __doc__ else None)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
-        subparser.add_argument("--json", action="store_true", help="print facts for a program instead of a text")
+        subparser.add_argument("--json", action="store_true", help="print JSON instead of text")
         command.arguments(subparser)
     arguments = parser.parse_args(argv)
     command = COMMANDS[arguments.command]
@@ -62,9 +62,9 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _hub_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="of a repository on the Hub: a branch, a tag or a commit")
-    parser.add_argument("--cache-dir", help="where downloads are kept")
-    parser.add_argument("--offline", action="store_true", help="use only what was downloaded before")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository on the Hub")
+    parser.add_argument("--cache-dir", help="where downloads are stored")
+    parser.add_argument("--offline", action="store_true", help="use only files that were downloaded before")
 
 
 def _opened(arguments: argparse.Namespace, source: str | None = None) -> Checkpoint:
@@ -78,7 +78,7 @@ def _opened(arguments: argparse.Namespace, source: str | None = None) -> Checkpo
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
-    parser.add_argument("--check", action="store_true", help="read every weight too, and look for NaN")
+    parser.add_argument("--check", action="store_true", help="also read every weight and check it for NaN")
 
 
 def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def _tell_inspected(facts: Mapping[str, Any]) -> str:
         f"{len(layers)} FP8 weights, {facts['dense']} dense tensors",
     ]
     kinds = Counter(
-        f"{layer['dtype']}, {layer['scheme']}, scales {layer['scale_dtype'] or 'none, taken as 1'}"
+        f"{layer['dtype']}, {layer['scheme']}, scales {layer['scale_dtype'] or 'absent, taken as 1'}"
         for layer in layers.values()
     )
     lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
     if facts["stacked"]:
         lines.append(f"{len(facts['stacked'])} stacks of experts, such as {next(iter(facts['stacked'].items()))}")
     if facts["kv_scales"]:
-        lines.append(f"{len(facts['kv_scales'])} scales of a key-value cache")
+        lines.append(f"{len(facts['kv_scales'])} KV cache scales")
     lines += [f"unused: {key}: {reason}" for key, reason in facts["unused_keys"].items()]
     lines += [f"suspicious: {sentence}" for sentence in facts["suspicious"]]
     lines += [f"broken: {problem}" for problem in facts["problems"]]
@@ -146,7 +146,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     parser.add_argument("directory", help="where to write")
     parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors or fine-grained")
-    parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MiB")
+    parser.add_argument("--max-shard-size", default="5GB", help="for example 5GB or 500MiB")
 
 
 def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -157,9 +157,11 @@ def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _convert_arguments(parser)
-    parser.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="of weights and activations")
-    parser.add_argument("--ignore", action="append", default=[], help="a module to leave: a name, * and ?, or re:regex")
-    parser.add_argument("--device", help="where to compute, such as cuda; by default the CPU")
+    parser.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="for weights and activations")
+    parser.add_argument(
+        "--ignore", action="append", default=[], help="module to skip: a name, with * and ?, or re:regex"
+    )
+    parser.add_argument("--device", help="where to compute, for example cuda; by default the CPU")
 
 
 def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -186,26 +188,26 @@ def _tell_written(facts: Mapping[str, Any]) -> str:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--shapes", type=_listed(_shape), help="weights N x K, by default 4096x4096,28672x4096")
-    weights.add_argument("--model", help=f"with --tune: the shapes and kinds of an FP8 checkpoint, {_SOURCE}")
-    parser.add_argument("--tokens", type=_listed(int), help="values of M, such as 1,16,64")
-    parser.add_argument("--device", type=_device, help="cuda, cuda:1 or cpu; by default cuda where there is a card")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each shape and M")
-    parser.add_argument("--scheme", choices=get_args(SchemeName), help="of weights and activations, by default row")
-    parser.add_argument("--engines", type=_listed(str), help="by default those that auto tries here; auto is one too")
-    parser.add_argument("--tune", action="store_true", help="time plans of the Triton engine, and write its table")
-    parser.add_argument("--kinds", type=_listed(str), help="with --tune: of row, block, weight; by default all")
-    parser.add_argument("--overwrite", action="store_true", help="with --tune: begin the table anew")
+    weights.add_argument("--shapes", type=_listed(_shape), help="weight shapes NxK, by default 4096x4096,28672x4096")
+    weights.add_argument("--model", help=f"with --tune: the shapes and kinds in an FP8 checkpoint, {_SOURCE}")
+    parser.add_argument("--tokens", type=_listed(int), help="values of M, for example 1,16,64")
+    parser.add_argument("--device", type=_device, help="cuda, cuda:1 or cpu; by default cuda if there is a GPU")
+    parser.add_argument("--seconds", type=float, default=1.0, help="timing duration for each shape and M")
+    parser.add_argument("--scheme", choices=get_args(SchemeName), help="for weights and activations, by default row")
+    parser.add_argument("--engines", type=_listed(str), help="auto and engine names, by default those auto considers")
+    parser.add_argument("--tune", action="store_true", help="tune the Triton engine's plans, and write its table")
+    parser.add_argument("--kinds", type=_listed(str), help="with --tune: any of row, block, weight; by default all")
+    parser.add_argument("--overwrite", action="store_true", help="with --tune: start a new table")
     _hub_arguments(parser)
 
 
 def _listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of an argument that is several of ``one``, with commas between them."""
+    """An argparse type for a comma-separated list of ``one``."""
 
     def listed(text: str) -> list[Any]:
         return [one(part) for part in text.split(",")]
 
-    listed.__name__ = f"list of {one.__name__.strip('_')}"  # as argparse names it
+    listed.__name__ = f"list of {one.__name__.strip('_')}"  # the name in argparse's errors
     return listed
 
 
@@ -218,7 +220,7 @@ def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a torch device") from error
 
 
 def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -239,33 +241,33 @@ def _size(nbytes: int) -> str:
 
 COMMANDS: dict[str, Command] = {
     "bench": Command(
-        help="bfloat16 and every engine side by side; with --tune, the Triton engine's plans for this card",
+        help="time bfloat16 and every engine; with --tune, tune the Triton engine's plans for this GPU",
         arguments=_bench_arguments,
         run=_bench,
         tell=bench.tell,
         failed=bench.failed,
     ),
     "inspect": Command(
-        help="what a checkpoint holds, and everything suspicious about it",
+        help="show what a checkpoint contains, and anything suspicious",
         arguments=_inspect_arguments,
         run=_inspect,
         tell=_tell_inspected,
         failed=lambda facts: bool(facts["problems"]),
     ),
     "convert": Command(
-        help="write an FP8 checkpoint in another format, the same bytes and scales",
+        help="write an FP8 checkpoint in another format, with the same bytes and scales",
         arguments=_convert_arguments,
         run=_convert,
         tell=_tell_written,
     ),
     "doctor": Command(
-        help="what this machine can run, by which engine, and why not by others",
+        help="show what this machine can run, with which engine, and why not with the others",
         arguments=lambda parser: None,
         run=lambda arguments: doctor.examine(),
         tell=doctor.tell,
     ),
     "quantize": Command(
-        help="make an FP8 checkpoint of a bfloat16 one",
+        help="make an FP8 checkpoint from a bfloat16 one",
         arguments=_quantize_arguments,
         run=_quantize,
         tell=_tell_written,

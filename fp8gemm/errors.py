@@ -1,10 +1,10 @@
-"""The two errors of fp8gemm beside ValueError: each says what was asked, what was found and what would work."""
+"""The two exceptions of fp8gemm besides ValueError. Messages say what was asked, what was found and what would work."""
 
 from __future__ import annotations
 
 
 class UnsupportedError(RuntimeError):
-    """No engine, or not the engine that was named, can do what was asked here.
+    """No engine, or not the one that was named, supports what was asked on this machine; or a format cannot express it.
 
     Example:
         >>> from fp8gemm import FP8GemmOptions, enable_fp8_gemm
@@ -17,7 +17,7 @@ class UnsupportedError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint file is broken, ambiguous or contradicts itself; the message names the file or tensor.
+    """A checkpoint file is broken, ambiguous or inconsistent; the message names the file or tensor.
 
     Example:
         >>> import pathlib, tempfile

@@ -1,4 +1,4 @@
-"""The nouns of fp8gemm: granularity, scaled tensor, scheme, options. Imports torch and nothing else of weight."""
+"""The core data types: granularity, scaled tensor, scheme and options. Imports only torch and the standard library."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _ceil_div(a: int, b: int) -> int:
 class Granularity:
     """How many elements share one scale, along the last two dimensions; ``None`` means all of them.
 
-    ``Granularity(1, None)`` is one scale a row, ``Granularity(128, 128)`` one scale a 128 x 128 block. The last
-    block of a dimension may be ragged.
+    ``Granularity(1, None)`` is one scale per row, ``Granularity(128, 128)`` one scale per 128 x 128 block. The last
+    block of a dimension may be smaller.
 
     Example:
         >>> Granularity(128, 128).scale_shape((300, 256))
@@ -45,16 +45,16 @@ class Granularity:
 
     @property
     def by_row(self) -> bool:
-        """Whether scales change from row to row only, so that they can multiply the output columns."""
+        """Whether scales vary only from row to row, so that they can be applied to the output columns instead."""
         return self.cols is None and self.rows is not None
 
     def block(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-        """The (rows, cols) of one block of a tensor of this ``shape``; never 0, so that empty tensors divide."""
+        """The (rows, cols) of one block in a tensor of this ``shape``; at least 1, even for empty tensors."""
         n, k = shape[-2:]
         return (max(n, 1) if self.rows is None else self.rows, max(k, 1) if self.cols is None else self.cols)
 
     def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of a tensor of this ``shape``: leading dimensions, then the grid of blocks."""
+        """The shape of the scales for a tensor of this ``shape``: leading dimensions, then the grid of blocks."""
         rows, cols = self.block(shape)
         n, k = shape[-2:]
         return (*shape[:-2], _ceil_div(max(n, 1), rows), _ceil_div(max(k, 1), cols))
@@ -73,13 +73,13 @@ _GRANULARITY_NAMES = {TENSOR: "tensor", ROW: "row", GROUP_128: "1x128", BLOCK_12
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """``x[..., i, j] ≈ data[..., i, j] * scale[..., i // rows, j // cols]``: FP8 data and the scales that multiply it.
+    """``x[..., i, j] ≈ data[..., i, j] * scale[..., i // rows, j // cols]``: FP8 data and its scales.
 
     ``data`` is ``[..., N, K]`` in an FP8 dtype; ``scale`` is float32 of shape
     ``granularity.scale_shape(data.shape)`` on the same device. Leading dimensions are experts.
 
     Raises:
-        ValueError: where dtype, shape or device contradict this equation.
+        ValueError: dtype, shape or device are inconsistent with this equation.
 
     Example:
         >>> codes = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
@@ -120,7 +120,7 @@ class ScaledTensor:
         return self.data.nbytes + self.scale.nbytes
 
     def clone(self) -> ScaledTensor:
-        """The same in contiguous memory of its own."""
+        """A contiguous copy that shares no memory with this one."""
         data = self.data.view(torch.uint8).clone(memory_format=torch.contiguous_format).view(self.data.dtype)
         return ScaledTensor(data, self.scale.clone(memory_format=torch.contiguous_format), self.granularity)
 
@@ -130,11 +130,11 @@ class ScaledTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What is stored and what may be done to activations.
+    """How weights are stored and how activations may be quantized.
 
-    ``activation=None`` means weight-only. Otherwise it is the coarsest rounding of activations that is allowed:
-    an engine may round them more finely or not at all, never more coarsely. ``static`` activations are scaled by a
-    calibrated constant instead of their own largest value.
+    ``activation=None`` means weight-only. Otherwise it is the coarsest quantization of activations that is allowed:
+    an engine may quantize them more finely or not at all, never more coarsely. ``static`` activations are scaled by a
+    calibrated constant instead of their own maximum (amax).
 
     Example:
         >>> print(Scheme(weight=Granularity(1, None), activation=None))
@@ -147,7 +147,7 @@ class Scheme:
     scale_format: ScaleFormat = "float32"
 
     def weight_only(self) -> Scheme:
-        """The same weights, with activations left as they are."""
+        """The same scheme for weights, with activations left unquantized."""
         return replace(self, activation=None, static=False)
 
     def __str__(self) -> str:
@@ -171,30 +171,30 @@ class FP8GemmOptions:
     """How ``enable_fp8_gemm`` treats each layer.
 
     Attributes:
-        cast_inputs: cast an input of another floating dtype to the layer's compute dtype; if False such an input
-            raises, as it does in ``nn.Linear``.
-        cast_output_back: give the output the dtype that the input had before it was cast.
-        fp16_weight_storage: what becomes of the original weight. ``"discard"`` frees it, layer by layer, so that half
-            the memory of 16-bit weights is left; undo then gives dequantized weights. ``"keep"`` holds it beside the
-            FP8 one: undo is exact, and on a GPU it runs where FP8 would lose. ``"cpu_offload"`` holds it in CPU memory:
-            undo is exact.
-        materialize_fp8_on_wrap: quantize while wrapping, where the weight is on a real device; otherwise at the first
+        cast_inputs: cast an input of another floating-point dtype to the layer's compute dtype; if False, such an
+            input raises, as it does in ``nn.Linear``.
+        cast_output_back: cast the output to the dtype that the input had before it was cast.
+        fp16_weight_storage: what happens to the original weight. ``"discard"`` frees it, layer by layer, which leaves
+            half the memory of 16-bit weights; undo then gives dequantized weights. ``"keep"`` keeps it alongside the
+            FP8 weight: undo is exact, and on a GPU it runs where FP8 is expected to be slower. ``"cpu_offload"`` keeps
+            it in CPU memory: undo is exact.
+        materialize_fp8_on_wrap: quantize while patching, if the weight is on a real device; otherwise at the first
             call, on the device of the input.
         scheme: ``"row"``, ``"tensor"``, ``"block"`` (128 x 128) or ``"weight_only"``, or a ``Scheme``.
         engine: ``"auto"`` or the name of an engine, which then runs or raises with its reasons.
-        strict: nothing to convert, or a pattern that matches nothing, is an error (True) or a warning (False).
+        strict: whether nothing to convert, or a pattern that matches nothing, is an error (True) or a warning (False).
         weight_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         accumulate: where FP8 products on a GPU keep partial sums: ``"fast"``, in the tensor cores' own accumulator,
-            which has about 14 bits on Hopper; ``"precise"``, in float32 after every 128 products at the latest;
-            ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are passed over.
-        rounding: how values that are written into a quantized weight (merged adapters, for one) are rounded:
-            ``"nearest"``, or ``"stochastic"``, which keeps changes that are small beside the weight on average.
-        embeddings: convert embedding tables too, whose rows are then looked up in FP8. One that is tied to a head is
-            converted with it in any case.
-        generator: of the random numbers for stochastic rounding; by default torch's own.
+            which has about 14 bits on Hopper; ``"precise"``, in float32 after at most 128 products;
+            ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are skipped.
+        rounding: how values written into a quantized weight (merged adapters, for example) are rounded: ``"nearest"``,
+            or ``"stochastic"``, which on average preserves changes that are small relative to the weight.
+        embeddings: also convert embedding tables, whose rows are then looked up in FP8. A table that is tied to a head
+            is converted with it in any case.
+        generator: the random number generator for stochastic rounding; by default torch's own.
 
     Raises:
-        ValueError: for a value that is none of these, naming those that are.
+        ValueError: for an invalid value; the message lists the valid ones.
 
     Example:
         >>> FP8GemmOptions(scheme="block", fp16_weight_storage="keep").resolved_scheme.weight

@@ -40,7 +40,7 @@ def test_inspect_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "1 x float8_e4m3fn, weight row, activation row, scales float32" in text
     assert "unused: dense.weight_scale: dense.weight is not FP8" in text
     assert "suspicious: m is FP8 although the config ignores it" in text
-    assert "1 scales of a key-value cache" in text
+    assert "1 KV cache scales" in text
 
 
 def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +190,7 @@ def test_bench_cannot(more: list[str], said: str, capsys: pytest.CaptureFixture[
         (["--model", "m", "--tune"], "argument --model: not allowed with argument --shapes"),
         (["--tokens", "few"], "argument --tokens: invalid list of int value: 'few'"),
         (["--shapes", "64"], "argument --shapes: invalid list of shape value: '64'"),
-        (["--device", "abacus"], "'abacus' is no device of torch"),
+        (["--device", "abacus"], "'abacus' is not a torch device"),
     ],
 )
 def test_wrong_arguments_of_bench(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,11 @@ def test_every_storage_counts_once(quickstart: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "words"),
-    [(10.0, 15.0, "FP8 is slower here: 1.50 times"), (10.0, 5.0, "FP8 is faster here: 2.00"), (10.0, 10.4, "as fast")],
+    [
+        (10.0, 15.0, "FP8 is slower here: a batch takes 1.50 times"),
+        (10.0, 5.0, "FP8 is faster here: 2.00"),
+        (10.0, 10.4, "as fast"),
+    ],
 )
 def test_the_verdict_says_so_in_words(quickstart: ModuleType, before: float, after: float, words: str) -> None:
     assert words in quickstart.verdict(before, after)

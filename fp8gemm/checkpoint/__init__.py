@@ -1,4 +1,4 @@
-"""Checkpoints: shards <-> scaled tensors <-> modules."""
+"""Checkpoints: read, load, save, convert and quantize them."""
 
 from __future__ import annotations
 

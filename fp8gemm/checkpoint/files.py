@@ -1,4 +1,4 @@
-"""The one door to safetensors: a file, a folder or an index becomes one set of tensors; only headers are read."""
+"""Safetensors files: a file, a folder or an index as one set of tensors; only headers are read."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SHARD = re.compile(r"^(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
-# Names under which a config.json in the same folder describes the file.
+# File names that a config.json in the same folder describes.
 _STANDARD = re.compile(r"^(model|diffusion_pytorch_model|consolidated)([.-].*)?\.safetensors$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a checkpoint is: its files, the shards that an index assigns keys to, and the folder with its configs."""
+    """Where a checkpoint is: its files, the index from keys to shards, and the folder with its configs."""
 
     path: Path
     files: tuple[Path, ...]
@@ -58,7 +58,7 @@ class Source:
     folder: Path | None = None
 
     def config(self, name: str) -> Mapping[str, Any] | None:
-        """A JSON object beside the weights, None where there is no such file."""
+        """A JSON object stored next to the weights; None if there is no such file."""
         if self.folder is None or not (self.folder / name).is_file():
             return None
         return read_json(self.folder / name)
@@ -84,12 +84,12 @@ class Tensors:
         if info.numel == 0:
             return torch.empty(info.shape, dtype=info.dtype, device="cpu")
         flat = torch.frombuffer(memory, dtype=torch.uint8, offset=self._start[key], count=info.nbytes)
-        # The format does not ask writers to align tensors to their dtype.
+        # The format does not require tensors to be aligned to their dtype.
         aligned = flat if flat.data_ptr() % info.dtype.itemsize == 0 else flat.clone()
         return aligned.view(info.dtype).view(info.shape)
 
     def contents(self) -> Contents:
-        """What formats are told of the checkpoint."""
+        """What formats get to know about the checkpoint."""
         config = self.source.config("config.json")
         return Contents(
             tensors=self.infos,
@@ -107,13 +107,13 @@ class Tensors:
         header, start = read_header(path)
         self.metadata.update(header.pop("__metadata__", {}))
         self._memory[path.name] = _map(path)
-        # In the order of the file, so that reading all of them reads it from start to end.
+        # In file order, so that reading all tensors reads the file sequentially.
         for key, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             if key in self.file_of:
                 raise CheckpointError(f"{key} is in two files, {self.file_of[key]} and {path.name}")
             name = described["dtype"]
             if name not in _DTYPES:
-                raise CheckpointError(f"{path}: {key} has dtype {name}; known are {', '.join(_DTYPES)}")
+                raise CheckpointError(f"{path}: {key} has dtype {name}; supported are {', '.join(_DTYPES)}")
             self.file_of[key] = path.name
             self.infos[key] = TensorInfo(dtype=_DTYPES[name], shape=tuple(described["shape"]))
             self._start[key] = start + described["data_offsets"][0]
@@ -121,14 +121,14 @@ class Tensors:
     def _check_index(self, index: Mapping[str, str]) -> None:
         for key, file in index.items():
             if key not in self.infos:
-                raise CheckpointError(f"the index says that {key} is in {file}, which does not hold it")
+                raise CheckpointError(f"the index says that {key} is in {file}, which does not contain it")
 
 
 def locate(source: str | os.PathLike[str], hub: Hub) -> Source:
     """The files of a path or of a repository on the Hub.
 
     Raises:
-        CheckpointError: nothing is there, or not one checkpoint.
+        CheckpointError: there is no checkpoint, or more than one.
     """
     path = Path(source)
     if path.is_dir():
@@ -137,22 +137,22 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> Source:
         return _file(path)
     if isinstance(source, str) and is_id(source):
         return _folder(fetch(source, hub))
-    raise CheckpointError(f"{source} is no file, no folder and no id on the Hub (owner/name)")
+    raise CheckpointError(f"{source} is neither a file, a folder nor an id on the Hub (owner/name)")
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of one safetensors file, checked by the library, and where the tensors begin behind it.
+    """The header of one safetensors file, validated by the library, and the offset at which its tensors begin.
 
     Raises:
-        CheckpointError: it may not be read, is a pickle, or is truncated or something else.
+        CheckpointError: it cannot be read, is a pickle, is truncated or is not a safetensors file.
     """
     try:
         with path.open("rb") as file:
             start = file.read(8)
             if path.suffix in _PICKLES or start.startswith(_PICKLE_STARTS):
                 raise CheckpointError(
-                    f"{path} is a pickle, which can run any code when it is opened; only safetensors files are read. "
-                    "Convert it where you trust it, with safetensors.torch.save_file"
+                    f"{path} is a pickle, which can run arbitrary code when opened; only safetensors files are read. "
+                    "If you trust it, convert it with safetensors.torch.save_file"
                 )
             _check(path)
             size = int.from_bytes(start, "little")
@@ -160,7 +160,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; if it was downloaded "
-            "or copied, do that again"
+            "or copied, try that again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
@@ -168,21 +168,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check(path: Path) -> None:
-    """Raises SafetensorError unless the library finds the header and the size of the file right."""
+    """Raises SafetensorError unless the library accepts the header and the size of the file."""
     try:
         safe_open(path, framework="pt")
     except RuntimeError as error:
-        # It checks first and then has torch reserve memory for all of the file, which we do not need.
+        # It validates first and then has torch reserve memory for the whole file, which is not needed here.
         if os.strerror(errno.ENOMEM) not in str(error):
             raise
 
 
 def _map(path: Path) -> mmap.mmap:
-    """The file as memory: pages are read when touched, and a write to them changes a private copy."""
+    """Maps the file into memory: pages are read on first access, and writes go to a private copy."""
     with path.open("rb") as file:
         if sys.platform == "win32":
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        # Linux would count all of a writable mapping as memory, and refuse files larger than what is free.
+        # Linux would count a whole writable mapping as used memory, and refuse files larger than what is free.
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=protection)
@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CheckpointError: it may not be read or is something else.
+        CheckpointError: it cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -235,7 +235,7 @@ def _folder(path: Path) -> Source:
 
 
 def _preferred(names: list[str]) -> list[str]:
-    """Hugging Face's names before Mistral's: repositories that have both hold the same weights twice."""
+    """Hugging Face's names before Mistral's: repositories with both hold the same weights twice."""
     for start in ("model.", "diffusion_pytorch_model.", "consolidated."):
         if found := [name for name in names if name.startswith(start)]:
             whole = [name for name in found if name in (f"{start}safetensors", f"{start}safetensors.index.json")]
@@ -245,7 +245,7 @@ def _preferred(names: list[str]) -> list[str]:
 
 def _only(path: Path, names: list[str]) -> str:
     if len(names) > 1:
-        raise CheckpointError(f"{path} holds several checkpoints: {', '.join(names)}; give the path of one of them")
+        raise CheckpointError(f"{path} holds several checkpoints: {', '.join(names)}; pass the path of one of them")
     return names[0]
 
 
@@ -253,7 +253,7 @@ def _nothing(path: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (
-            f"{path} holds only pickles ({', '.join(pickles)}), which can run any code when they are opened; only "
+            f"{path} holds only pickles ({', '.join(pickles)}), which can run arbitrary code when opened; only "
             "safetensors files are read"
         )
     return f"{path} holds no .safetensors file; found {', '.join(names[:8]) or 'nothing'}"
@@ -266,16 +266,14 @@ def _indexed(path: Path) -> Source:
     names = sorted({str(name) for name in index.values()})
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{path} names {len(missing)} of {len(names)} shards that are not there: {', '.join(missing)}"
-        )
+        raise CheckpointError(f"{path} lists {len(names)} shards, {len(missing)} of them missing: {', '.join(missing)}")
     if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{path} names shards outside its folder: {', '.join(outside)}")
+        raise CheckpointError(f"{path} lists shards outside its folder: {', '.join(outside)}")
     return Source(path=path, files=tuple(path.parent / name for name in names), index=index, folder=path.parent)
 
 
 def _quantization_config(config: Mapping[str, Any] | None, exported: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quantization config of a config.json, or of the part of it that has one, or ModelOpt's own file."""
+    """The quantization config in config.json, or in a section of it, or in ModelOpt's own file."""
     if config is not None:
         for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
             for name in ("quantization_config", "compression_config"):

@@ -1,4 +1,4 @@
-"""Moving one tensor of a checkpoint into a model's memory, never through anything wider than a part of it."""
+"""Copies one checkpoint tensor into a model, widening no more than a small part of it at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..scaled import ROW, TENSOR, Granularity, ScaledTensor, Scheme
 from .read import Checkpoint
 from .targets import Target
 
-# Elements that are widened to float32 at once by a thread: what torch gives one thread. They stay in a core's cache,
-# and on one or two cores no parallel region is opened, which costs more than it gains where those are shared.
+# Elements that a thread converts to float32 at once: torch's grain size. They stay in a core's cache, and on one or two
+# cores torch then opens no parallel region, which costs more than it gains if the cores are shared.
 _PART = 1 << 15
 
 
 def take(checkpoint: Checkpoint, sources: Sequence[str]) -> torch.Tensor | ScaledTensor:
-    """What ``sources`` hold, joined by rows.
+    """The tensors ``sources``, joined along rows.
 
     Raises:
-        CheckpointError: where they cannot be joined.
+        CheckpointError: they cannot be joined.
     """
     values = [checkpoint[name] for name in sources]
     if len(values) == 1:
@@ -39,7 +39,7 @@ def scheme_of(
 ) -> tuple[Scheme, torch.Tensor | None]:
     """The scheme of a layer whose weight was taken from ``sources``, and its static activation scale.
 
-    Of joined layers the largest scale holds: with it no activation saturates that did not before.
+    Joined layers take their largest activation scale: no activation saturates with it that did not before.
     """
     if sources[0] in checkpoint.stacks:
         return _stack_scheme(checkpoint, sources[0], weight), None
@@ -72,9 +72,9 @@ def _stack_scheme(checkpoint: Checkpoint, name: str, weight: ScaledTensor) -> Sc
 
 
 def of_stack(activation: Granularity | None) -> Granularity | None:
-    """Activations of a stack of experts: by token where the file has them static or by tensor.
+    """The activation granularity for a stack of experts: per token if the file has static or per-tensor scales.
 
-    Grouped products take no scale of each expert for activations; by token is finer than what was asked.
+    Grouped products take no activation scale per expert; per token is finer than what was asked.
     """
     return ROW if activation == TENSOR else activation
 
@@ -84,7 +84,7 @@ def powers_of_two(scale: torch.Tensor) -> bool:
 
 
 def fill(same: Sequence[Target], sources: Sequence[str], checkpoint: Checkpoint, device: torch.device) -> None:
-    """Fills one tensor of a model, kept at the targets ``same``, in its own dtype on ``device``."""
+    """Fills one tensor of a model, stored at all targets ``same``, in its own dtype on ``device``."""
     old = same[0].tensor
     made = old.is_meta or old.device != device
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device) if made else old.data
@@ -104,7 +104,7 @@ def fill(same: Sequence[Target], sources: Sequence[str], checkpoint: Checkpoint,
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as a parameter like ``old``, with the attributes that were set on it."""
+    """``tensor`` as a parameter like ``old``, with its custom attributes."""
     if not isinstance(old, nn.Parameter):
         return tensor
     parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
@@ -123,7 +123,7 @@ def _fill_experts(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> No
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor | ScaledTensor) -> None:
-    """Writes ``value`` into ``target`` of the same shape, rounded once to its dtype."""
+    """Copies ``value`` into ``target`` of the same shape, rounded once to its dtype."""
     if not isinstance(value, ScaledTensor):
         target.copy_(value)
         return
@@ -135,7 +135,7 @@ def _copy(target: torch.Tensor, value: torch.Tensor | ScaledTensor) -> None:
     n, k = value.shape
     threads = torch.get_num_threads()
     wide = max(1, _PART * (threads if threads > 2 else 1) // max(k, 1))
-    # Parts of whole blocks' rows, or of one block's rows: then that block's scales are those of the whole part.
+    # If a block has several rows, each part stays within one row of blocks, whose scales apply to the whole part.
     inside = rows is not None and rows > 1
     step = math.gcd(rows, 1 << (wide.bit_length() - 1)) if rows is not None and inside else wide
     granularity = Granularity(None, cols) if inside else value.granularity

@@ -1,4 +1,4 @@
-"""The one door to the Hugging Face Hub: an id becomes a folder of downloaded files."""
+"""Downloads from the Hugging Face Hub: an id becomes a folder of downloaded files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 class Hub:
     """How to reach the Hub; the defaults are huggingface_hub's own, environment variables included.
 
-    ``offline`` uses only what was downloaded before.
+    ``offline`` uses only files that were downloaded before.
     """
 
     revision: str | None = None
@@ -28,20 +28,20 @@ class Hub:
 
 
 def is_id(source: str) -> bool:
-    """Whether ``source`` reads like ``owner/name``."""
+    """Whether ``source`` has the form ``owner/name``."""
     return _ID.match(source) is not None
 
 
 def fetch(name: str, hub: Hub) -> Path:
-    """The folder with the files of the repository ``name``; what was fetched before is not fetched again.
+    """The folder with the files of the repository ``name``; cached files are not downloaded again.
 
     Raises:
-        CheckpointError: it does not exist, is not open to the token, or could not be reached.
+        CheckpointError: it does not exist, the token has no access to it, or it could not be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    # The hub's own errors share a base with those of the HTTP library that it uses, whichever that is.
+    # huggingface_hub's errors share a base class with those of whichever HTTP library it uses.
     unreachable: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     at = f"{name} at revision {hub.revision}" if hub.revision else name
     try:
@@ -59,14 +59,14 @@ def fetch(name: str, hub: Hub) -> Path:
         raise CheckpointError(f"{name} exists on the Hub, but has no revision {hub.revision}") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{at} is neither a file or folder here nor a repository that the Hub shows to you; private ones need "
-            "token=..."
+            f"{at} is neither a local file or folder nor a repository on the Hub that you can access; private ones "
+            "need token=..."
         ) from error
     except unreachable as error:
         if hub.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise CheckpointError(f"{at} was not downloaded completely before, and offline mode is on") from error
+            raise CheckpointError(f"{at} has not been downloaded completely, and offline mode is on") from error
         raise CheckpointError(
-            f"downloading {at} failed ({type(error).__name__}: {error}); files that arrived are kept: opening it again "
-            "goes on from there"
+            f"downloading {at} failed ({type(error).__name__}: {error}); downloaded files are kept, and opening it "
+            "again resumes from there"
         ) from error
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into any model: FP8 stays FP8, the rest takes the model's dtype."""
+"""Loads a checkpoint into any model: FP8 stays FP8, everything else takes the model's dtype."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .fill import fill, of_stack, scheme_of, take
 from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
-from .targets import Target, initialise_transient, targets, transient
+from .targets import Target, initialize_transient, targets, transient
 
 
 @dataclass(frozen=True)
 class LoadReport(Report):
-    """What was loaded: the rows of every Linear, and what of the file or the model was left over.
+    """What was loaded: a row for each linear layer, and what was left over in the file or the model.
 
     Attributes:
-        format: the checkpoint's.
-        missing: names of the model that the checkpoint does not hold; they are as they were.
-        unexpected: names of the checkpoint that have no target in the model.
-        unused_keys: keys that mean nothing, with the reason.
-        dequantized: FP8 on disk and dense in the model: embeddings, or all with ``dequantize=True``.
-        suspicious: where the config says something else than the tensors.
-        kv_scales: names of the scales of a key-value cache; ``Checkpoint.kv_scales`` reads them.
+        format: the checkpoint's format.
+        missing: names in the model that the checkpoint does not contain; these tensors are unchanged.
+        unexpected: names in the checkpoint that have no target in the model.
+        unused_keys: keys that are ignored, with the reason.
+        dequantized: FP8 on disk but dense in the model: embeddings, or everything with ``dequantize=True``.
+        suspicious: where the config disagrees with the tensors.
+        kv_scales: names of KV cache scales; ``Checkpoint.kv_scales`` reads them.
 
     Example:
         >>> LoadReport((), format="comfy", missing=("head.weight",)).to_dict()["missing"]
@@ -74,26 +74,26 @@ def load_checkpoint(
     key_mapping: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> LoadReport:
-    """Fills ``model``, on meta or real, with a checkpoint: Linears whose weight is FP8 on disk become ``FP8Linear``,
-    and FP8 stacks of experts ``FP8Weight`` parameters.
+    """Loads a checkpoint into ``model``, which may be on meta: linear layers whose weight is FP8 on disk become
+    ``FP8Linear``, and FP8 stacks of experts become ``FP8Weight`` parameters.
 
-    They hold the file's bytes and scales; everything else is copied in the model's own dtype. Never saved buffers on
-    meta (rotary frequencies) are computed as transformers models can.
+    They hold the file's bytes and scales; everything else is copied in the model's own dtype. Non-persistent buffers
+    on meta (rotary frequencies) are computed if the model can, as transformers models do.
 
     Args:
-        source: what ``open_checkpoint`` takes, or its result.
-        options: for the new layers: the engine and the casts; of its scheme only whether activations are quantized
-            at all, since the file gives the rest. Nothing dense is kept.
-        dequantize: leave plain layers instead, each computed in float32 and rounded once to the model's dtype.
-        device: where to put the tensors; by default where they are, and on the CPU those that are on meta.
-        key_mapping: regex -> replacement for the checkpoint's canonical names, where the model has others. Several
-            names that become one are joined by rows, in the order of their patterns.
+        source: what ``open_checkpoint`` accepts, or its result.
+        options: for the new layers: the engine and the casts. Of the scheme, only whether activations are quantized
+            at all is used; the file determines the rest. No dense weight is kept.
+        dequantize: load plain layers instead, each weight computed in float32 and rounded once to the model's dtype.
+        device: where to put the tensors; by default they stay where they are, and those on meta go to the CPU.
+        key_mapping: regex -> replacement for the checkpoint's canonical names, if the model uses other names. Several
+            names that become the same one are joined along rows, in the order of their patterns.
         strict: names that one side lacks, and unknown keys that look like scales, are an error.
 
     Raises:
-        CheckpointError: the file is broken, or does not fit the model; then all reasons at once.
-        UnsupportedError: no engine, or not the named one, runs such a layer on the device.
-        ValueError: the model holds FP8Linears already, or buffers on meta that nobody can compute.
+        CheckpointError: the file is broken, or does not fit the model; then with all reasons at once.
+        UnsupportedError: no engine, or not the one that was named, runs such a layer on the device.
+        ValueError: the model already holds FP8 weights, or has buffers on meta that cannot be computed.
 
     Example:
         >>> import tempfile
@@ -111,7 +111,7 @@ def load_checkpoint(
     transfers, left = plan_load(model, checkpoint, key_mapping, dequantize, strict)
     chosen = options or FP8GemmOptions()
     transfers = _checked(transfers, checkpoint, chosen, where)
-    uncomputed = initialise_transient(model, where or torch.device("cpu"))
+    uncomputed = initialize_transient(model, where or torch.device("cpu"))
     if uncomputed:
         raise ValueError(
             f"the model has buffers on meta that no checkpoint holds and that it cannot compute: {some(uncomputed)}; "
@@ -144,10 +144,10 @@ def load_checkpoint(
 def _checked(
     transfers: Sequence[Transfer], checkpoint: Checkpoint, options: FP8GemmOptions, device: torch.device | None
 ) -> list[Transfer]:
-    """The transfers, of which each FP8 one has an engine; experts that ``auto`` finds none for become dense ones.
+    """The transfers, with an engine available for each FP8 one; experts without one under ``auto`` become dense.
 
     Raises:
-        UnsupportedError: no engine, or not the one that was named, runs one of the FP8 layers.
+        UnsupportedError: no engine, or not the one that was named, runs an FP8 layer.
     """
     known: dict[tuple[MatmulSpec, torch.device], str] = {}
     checked = []
@@ -170,7 +170,7 @@ def _checked(
 
 
 def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -> MatmulSpec:
-    """What is asked of an engine for a transfer, as far as the headers tell."""
+    """The problem that an engine has to solve for a transfer, as far as the headers tell."""
     target, source = transfer.targets[0], transfer.sources[0]
     stack = checkpoint.stacks.get(source)
     layer = checkpoint.layers[source if stack is None else stack.parts[0][0]]
@@ -185,7 +185,7 @@ def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -
 
 
 def home_of(target: Target, device: torch.device | None) -> torch.device:
-    """Where a tensor is to be: on ``device`` if one was asked for, else where it is, or on the CPU."""
+    """The device for a tensor: ``device`` if given, else the one it is on, or the CPU if it is on meta."""
     return device or (torch.device("cpu") if target.tensor.is_meta else target.tensor.device)
 
 
@@ -201,7 +201,7 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     if options.resolved_scheme.activation is None:
         scheme, input_scale = scheme.weight_only(), None
     own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
-    if transfer.sources[0] in checkpoint.stacks:  # stacked just now: nobody else's memory
+    if transfer.sources[0] in checkpoint.stacks:  # just stacked: shares no memory
         convert(target.module, target.attribute, own, weight=weight.to(home))
         return
     assert isinstance(target.module, nn.Linear)
@@ -212,7 +212,7 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
 
 
 def _move(target: Target, device: torch.device) -> None:
-    """Takes along to ``device`` what the checkpoint did not hold."""
+    """Moves a tensor that the checkpoint did not contain to ``device``."""
     tensor = target.tensor
     if tensor.device == device or tensor.is_meta or isinstance(tensor, FP8Weight):
         return
@@ -223,7 +223,7 @@ def _move(target: Target, device: torch.device) -> None:
 
 
 def _note_kept(model: nn.Module, transfers: Sequence[Transfer], checkpoint: Checkpoint) -> None:
-    """Writes down why each Linear and each stack of experts is dense, for the report."""
+    """Records for the report why linear layers and stacks of experts are dense."""
     filled = {
         (id(target.module), target.attribute): "FP8 in the checkpoint, dequantized"
         if holds_fp8(checkpoint, transfer)
@@ -244,5 +244,5 @@ def _refuse_fp8(model: nn.Module) -> None:
     held = [name for name, parameter in model.named_parameters() if isinstance(parameter, FP8Weight)]
     if held:
         raise ValueError(
-            f"the model holds FP8 weights already: {some(held)}; load into a plain model, or disable_fp8_gemm first"
+            f"the model already has FP8 weights: {some(held)}; load into a plain model, or use disable_fp8_gemm first"
         )

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes where in a model; everything that can be refused is refused here."""
+"""Plans which checkpoint tensors go where in a model; everything that can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .targets import Assignment, Target, assign, groups, targets, transient
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One tensor of the model, under all its names, and the checkpoint's names that fill it.
+    """One tensor of the model, under all its names, and the checkpoint names that fill it.
 
-    ``fp8`` if the tensor is the weight of a Linear, or a stack of experts, that is to hold the file's bytes.
+    ``fp8`` if the tensor is a linear layer's weight or a stack of experts, and is to hold the file's FP8 bytes.
     """
 
     targets: tuple[Target, ...]
@@ -35,7 +35,7 @@ class Left:
 def plan_load(
     model: nn.Module, checkpoint: Checkpoint, key_mapping: Mapping[str, str] | None, dequantize: bool, strict: bool
 ) -> tuple[list[Transfer], Left]:
-    """What goes where; everything that can be refused is refused here, before a tensor is touched."""
+    """The transfers and what is left over; everything that can be refused is, before any tensor changes."""
     found = targets(model)
     assignment = assign(checkpoint, found, key_mapping)
     tie = getattr(model, "tie_weights", None)
@@ -68,7 +68,7 @@ def _transfers(
         if not dequantize and len(group) == 1 and _is_fp8_stack(group[0], assignment, checkpoint):
             transfers.append(Transfer(targets=(group[0],), sources=assignment.sources[group[0].name], fp8=True))
             continue
-        # A Linear leaves the tensor that it shares, for FP8 bytes of its own, if the others are given one too.
+        # A linear layer leaves the tensor that it shares, for its own FP8 weight, if the others are filled as well.
         leaving = [
             target
             for target in given
@@ -88,7 +88,7 @@ def _transfers(
 
 
 def _is_fp8_stack(target: Target, assignment: Assignment, checkpoint: Checkpoint) -> bool:
-    """Whether a parameter ``[E, N, K]`` is filled by one stack of which every expert is FP8 in the file."""
+    """Whether a parameter ``[E, N, K]`` is filled by one stack whose experts are all FP8 in the file."""
     sources = assignment.sources[target.name]
     if not target.is_parameter or target.tensor.dim() != 3 or len(sources) != 1 or sources[0] not in checkpoint.stacks:
         return False
@@ -97,14 +97,14 @@ def _is_fp8_stack(target: Target, assignment: Assignment, checkpoint: Checkpoint
 
 
 def _distinct(leaving: Sequence[Target]) -> list[Target]:
-    """One target of each module: a module that is used under two names is filled once."""
+    """One target per module: a module registered under two names is filled once."""
     return list({id(target.module): target for target in reversed(leaving)}.values())
 
 
 def _by_source(
     staying: Sequence[Target], dense: Sequence[Target], assignment: Assignment, checkpoint: Checkpoint
 ) -> list[Transfer]:
-    """One transfer for a shared tensor; where the file has different values for its names, an error."""
+    """One transfer for a shared tensor; an error if the file has different values for its names."""
     if not dense:
         return []
     first = assignment.sources[dense[0].name]
@@ -113,7 +113,7 @@ def _by_source(
         if other != first and not torch.equal(_values(checkpoint, other), _values(checkpoint, first)):
             raise CheckpointError(
                 f"{target.name} and {dense[0].name} are one tensor in the model but differ in the checkpoint; build "
-                "the model with them apart (tie_word_embeddings=False)"
+                "the model with separate tensors (tie_word_embeddings=False)"
             )
     return [Transfer(targets=tuple(staying), sources=first, fp8=False)]
 
@@ -133,12 +133,12 @@ def _misfits(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> list[str]
         shapes = [checkpoint.shape(name) for name in transfer.sources]
         joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
         if joined != tuple(target.tensor.shape):
-            problems.append(f"{target.name}: the file has {list(joined)}, the model {list(target.tensor.shape)}")
+            problems.append(f"{target.name}: {list(joined)} in the file, {list(target.tensor.shape)} in the model")
     return problems
 
 
 def _unexpected(model: nn.Module, checkpoint: Checkpoint, assignment: Assignment) -> list[str]:
-    """Names without a target, but for those that the model ignores, computes itself, or that are another model's."""
+    """Names without a target, except those that the model ignores or computes, or that belong to another model."""
     left = _without(assignment.unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     computed = set(transient(model))
     return [name for name in left if name not in computed and not checkpoint.is_foreign(name)]
@@ -153,9 +153,9 @@ def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     if others:
         problems.append(f"not in the model: {some(others)}")
     if unknown:
-        problems.append(f"scales of no weight that is known: {some(unknown)}")
+        problems.append(f"scales that belong to no known weight: {some(unknown)}")
     if problems:
-        problems.append("key_mapping={regex: replacement} renames the checkpoint's; strict=False loads what fits")
+        problems.append("key_mapping={regex: replacement} renames checkpoint keys; strict=False loads what fits")
     return problems
 
 

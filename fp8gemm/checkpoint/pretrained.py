@@ -1,8 +1,8 @@
 """``save_pretrained`` and ``get_memory_footprint`` of a patched transformers or diffusers model.
 
-Left alone the first writes FP8 values without a word about them in ``config.json``, and ``from_pretrained`` takes those
-for weights: a model of noise, and a warning about unexpected scales. The second counts elements in the dtype that
-weights are said to be of, and so finds nothing saved.
+The libraries' own ``save_pretrained`` would write FP8 values without saying so in ``config.json``, and
+``from_pretrained`` would take them for weights: a model of noise, with only a warning about unexpected scales. Their
+own ``get_memory_footprint`` multiplies element counts by the size of the reported dtype, and so would show no savings.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from ..errors import UnsupportedError
 from ..weights import FP8Weight
 from .save import save_checkpoint
 
-# Arguments of transformers' own save_pretrained that change nothing here.
+# Arguments of transformers' own save_pretrained that have no effect here.
 _IDLE = ("token", "save_peft_format", "save_original_format")
 
 
 def redirect_saving(model: nn.Module) -> None:
-    """Lets both methods of every transformers or diffusers model in ``model`` that is FP8 now go through us."""
+    """Overrides both methods on every transformers or diffusers model within ``model`` that has FP8 weights."""
     for module in model.modules():
         if _library(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
             for name, method in _METHODS.items():
-                # A partial, not a method: copies and pickles of the model then hold one of their own.
+                # A partial, not a bound method: copies and pickles of the model then get their own.
                 module.__dict__[name] = partial(method, module)
 
 
 def give_saving_back(model: nn.Module) -> None:
-    """The models' own methods again."""
+    """Restores the models' own methods."""
     for module in model.modules():
         for name, method in _METHODS.items():
             if getattr(module.__dict__.get(name), "func", None) is method:
@@ -40,7 +40,7 @@ def give_saving_back(model: nn.Module) -> None:
 
 
 def _library(module: nn.Module) -> str:
-    """Whose model a module is, if it has that library's way of saving; told without importing either."""
+    """The library whose model class ``module`` derives from, empty if none; determined without importing it."""
     known = {("PreTrainedModel", "transformers"), ("ModelMixin", "diffusers")}
     found = {(base.__name__, base.__module__.split(".")[0]) for base in type(module).__mro__} & known
     return found.pop()[1] if found else ""
@@ -55,22 +55,23 @@ def _save_pretrained(
     safe_serialization: bool = True,
     **others: Any,
 ) -> None:
-    """``save_checkpoint(model, save_directory)``, which transformers and vLLM read; and the generation config.
+    """``save_checkpoint(model, save_directory)``, which transformers and vLLM read, and the generation config.
 
     Raises:
-        UnsupportedError: the library cannot read it back, or an argument asks for what is not written here.
+        UnsupportedError: the library cannot read the result, or an argument is not supported here.
     """
     refused = [name for name, value in others.items() if value and name not in _IDLE]
     refused += [] if safe_serialization else ["safe_serialization=False"]
     if refused:
         raise UnsupportedError(
-            f"save_pretrained of a model with FP8 layers takes no {', '.join(refused)}; fp8gemm.save_checkpoint(model, "
-            "directory) writes the checkpoint, fp8gemm.disable_fp8_gemm(model) gives the dense model back"
+            f"save_pretrained of a model with FP8 layers does not support {', '.join(refused)}; "
+            "fp8gemm.save_checkpoint(model, directory) writes the checkpoint, fp8gemm.disable_fp8_gemm(model) restores "
+            "the dense model"
         )
     if _library(model) == "diffusers":
         raise UnsupportedError(
-            "diffusers reads no FP8 checkpoint; fp8gemm.save_checkpoint(model, directory) writes one for "
-            "fp8gemm.load_checkpoint, fp8gemm.disable_fp8_gemm(model) gives the dense model back"
+            "diffusers cannot read FP8 checkpoints; fp8gemm.save_checkpoint(model, directory) writes one for "
+            "fp8gemm.load_checkpoint, fp8gemm.disable_fp8_gemm(model) restores the dense model"
         )
     if not is_main_process:
         return
@@ -81,7 +82,7 @@ def _save_pretrained(
 
 
 def _memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
-    """Bytes that the model holds: of each FP8 weight its bytes, its scales and, where it is kept, its original."""
+    """Bytes of the model's tensors; an FP8 weight counts its data, its scales and its original, if that is kept."""
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
     return sum(tensor.nbytes for tensor in tensors)
 

@@ -1,4 +1,4 @@
-"""An open checkpoint: canonical names to tensors and scaled tensors, read when they are asked for."""
+"""An open checkpoint: maps canonical names to tensors and scaled tensors, which are read on demand."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
 from .files import Source, Tensors, locate
 from .hub import Hub
 
-# Bytes that are looked through at once for NaN: what torch gives one thread, as in fill.py, and stays in its cache.
+# Bytes that are searched for NaN at once: torch's grain size, as in fill.py, which stays in a core's cache.
 _PART = 1 << 15
 
 
 class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
-    """Canonical name -> ``torch.Tensor``, or ``ScaledTensor`` where the file holds FP8 with a scale.
+    """Canonical name -> ``torch.Tensor``, or ``ScaledTensor`` if the file holds FP8 with a scale.
 
-    Names are those of a module's parameters (``model.layers.0.mlp.up_proj.weight``). Per-expert weights appear a
-    second time, stacked as ``...experts.gate_up_proj [E, 2I, H]`` and ``...experts.down_proj [E, H, I]``. Nothing is
-    read before it is asked for; tensors are views of the memory-mapped files: do not write to them.
+    Names are those of module parameters (``model.layers.0.mlp.up_proj.weight``). Per-expert weights also appear
+    stacked, as ``...experts.gate_up_proj [E, 2I, H]`` and ``...experts.down_proj [E, H, I]``. Tensors are read on
+    demand and are views of the memory-mapped files: do not write to them.
 
     Attributes:
         source: the files.
-        format: what recognised it; ``recognised_by`` says how.
-        config: the quantization config, empty where there is none; ``model_config`` the whole config.json.
-        metadata: the files' own.
+        format: the format that recognized it; ``recognised_by`` says how.
+        config: the quantization config, empty if there is none; ``model_config`` is the whole config.json.
+        metadata: from the files' headers.
 
     Example:
         >>> import tempfile
@@ -70,24 +70,24 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
 
     @property
     def unused_keys(self) -> Mapping[str, str]:
-        """Keys of the files that nothing reads, each with its reason; those that look like stray scales too."""
+        """Keys in the files that nothing reads, including stray scales, each with its reason."""
         unknown = dict.fromkeys(self.layout.unknown, "looks like a scale, but belongs to no weight")
         return {**self.layout.unused, **unknown}
 
     @property
     def layers(self) -> Mapping[str, Layer]:
-        """How each FP8 weight is stored, by canonical name; stacked names are not among them."""
+        """How each FP8 weight is stored, by canonical name; stacked names are not included."""
         return self.layout.layers
 
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        """The stacked names that per-expert weights make, where the files do not use those names themselves."""
+        """The stacked names that per-expert weights form, unless the files use those names themselves."""
         names = [*self.layout.layers, *self.layout.plain]
         return {name: stack for name, stack in stacks(names).items() if name not in self.layout.layers}
 
     @cached_property
     def kv_scales(self) -> Mapping[str, torch.Tensor]:
-        """Scales of a key-value cache, float32, by canonical name: kept as metadata, no layer uses them."""
+        """KV cache scales in float32, by canonical name: kept as metadata; no layer uses them."""
         return {name: self.read(key).to(torch.float32) for name, key in self.layout.kv_scales.items()}
 
     @property
@@ -104,7 +104,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
 
         Raises:
             KeyError: there is no such name.
-            CheckpointError: NaN in an FP8 weight, a scale that is not finite, or a quantization other than FP8.
+            CheckpointError: NaN in an FP8 weight, a non-finite scale, or a quantization other than FP8.
         """
         if (layer := self.layout.layers.get(name)) is not None:
             return layer.read(self.read)
@@ -134,7 +134,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         return f"Checkpoint({str(self.source.path)!r}, format={self.format.name}, {len(self.layers)} FP8 weights)"
 
     def is_foreign(self, name: str) -> bool:
-        """Whether ``name`` lies outside of the prefix of the model that the file is read for: another model in it."""
+        """Whether ``name`` lacks the prefix of the model being read, and so belongs to another model in the file."""
         key = self.layout.plain.get(name) or (self.layers[name].weight if name in self.layers else name)
         return self._has_prefix and self.format.canonical(key) == key
 
@@ -144,7 +144,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         return self.format.strips and any(self.format.canonical(key) != key for key in keys)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of what ``name`` holds, from the headers.
+        """The shape of ``name``, from the headers.
 
         Raises:
             KeyError: there is no such name.
@@ -163,23 +163,23 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         return dequantize(value, dtype) if isinstance(value, ScaledTensor) else value.to(dtype)
 
     def input_scale(self, name: str) -> torch.Tensor | None:
-        """The static scale of the activations of the weight ``name``, float32; None where they are dynamic."""
+        """The static activation scale of the weight ``name``, float32; None if activations are dynamic."""
         layer = self.layout.layers.get(name)
         return None if layer is None else layer.read_input_scale(self.read)
 
     def read(self, key: str) -> torch.Tensor:
-        """The tensor ``key`` of the files, a view of them.
+        """The tensor stored as ``key``, a view of the file.
 
         Raises:
             CheckpointError: it is FP8 and holds NaN.
         """
         tensor = self._tensors.read(key)
         if tensor.dtype in FP8_DTYPES and not self.format.is_marker(key) and (count := count_nan(tensor)):
-            raise CheckpointError(f"{key} holds {count} NaN bytes ({self.file_of(key)}); the file is damaged")
+            raise CheckpointError(f"{key} holds {count} NaN bytes ({self.file_of(key)}); the file is corrupted")
         return tensor
 
     def _stacked(self, stack: Stack) -> torch.Tensor | ScaledTensor:
-        """All experts in one tensor; one of them at a time beside it."""
+        """All experts in one tensor, read one at a time."""
         first = self._expert(stack, 0)
         kind = _kind(first)
         count = len(stack.parts)
@@ -206,12 +206,12 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         if len(scaled) == len(parts):
             return join_rows(scaled)
         if scaled:
-            raise CheckpointError(f"{stack.name} cannot be stacked: of {', '.join(names)} only some are FP8")
+            raise CheckpointError(f"{stack.name} cannot be stacked: only some of {', '.join(names)} are FP8")
         return torch.cat([part for part in parts if isinstance(part, torch.Tensor)], dim=0)
 
 
 def _kind(expert: torch.Tensor | ScaledTensor) -> tuple[torch.dtype, tuple[int, ...], Granularity]:
-    """What experts of one stack have in common; of a dense one the granularity says nothing."""
+    """What all experts of one stack must share; the granularity of dense ones is a placeholder."""
     if isinstance(expert, ScaledTensor):
         return expert.data.dtype, tuple(expert.shape), expert.granularity
     return expert.dtype, tuple(expert.shape), TENSOR
@@ -230,16 +230,16 @@ def open_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
 ) -> Checkpoint:
-    """Opens a folder, one ``.safetensors`` file, an index of shards, or a repository on the Hub; reads headers only.
+    """Opens a folder, a ``.safetensors`` file, a shard index, or a repository on the Hub; reads only headers.
 
     Args:
-        revision: of a repository: a branch, a tag or a commit.
-        token: for private and gated repositories; True takes the one stored on this machine.
-        cache_dir: where downloads are kept.
-        offline: use only what was downloaded before.
+        revision: a branch, tag or commit of a repository.
+        token: for private and gated repositories; True uses the one stored on this machine.
+        cache_dir: where downloads are stored.
+        offline: use only files that were downloaded before.
 
     Raises:
-        CheckpointError: nothing is there, or a file is broken, ambiguous or contradicts itself.
+        CheckpointError: nothing is there, or a file is broken, ambiguous or inconsistent.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Checkpoint to checkpoint without a model, one layer at a time: into another format, or from bfloat16 to FP8."""
+"""Rewrites checkpoints without a model, one layer at a time: into another format, or from bfloat16 to FP8."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse
 from .write import Piece, write_checkpoint
 
-# What lies beside weights and is copied with them, but for configs that describe the old format.
+# Files next to the weights that are copied with them, except configs that describe the old format.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 _REPLACED = ("config.json", "hf_quant_config.json", "params.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteReport:
-    """What was written: the files, bytes of all tensors before and after, the FP8 layers, and why others are dense.
+    """What was written: the files, the size of all tensors before and after, the FP8 layers, and why others are dense.
 
     Example:
         >>> WriteReport(files=(), format="comfy", bytes_before=4, bytes_after=2, layers=("0",)).to_dict()["bytes_after"]
@@ -58,10 +58,10 @@ def convert_checkpoint(
     format: str = "compressed-tensors",
     max_shard_size: int | str = "5GB",
 ) -> WriteReport:
-    """Writes a checkpoint in another format, under canonical names: the same bytes and the same scales.
+    """Writes a checkpoint in another format, under canonical names, with the same bytes and scales.
 
-    Streams: at no time is more than one layer in memory. Other files of a folder (tokenizer, generation config) are
-    copied.
+    Streams: there is never more than one layer in memory. Other files in the folder (tokenizer, generation config)
+    are copied.
 
     Raises:
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
@@ -83,7 +83,7 @@ def convert_checkpoint(
     refuse_same(checkpoint, directory)
     written = {module_of(name): _as_written(checkpoint, layer) for name, layer in checkpoint.layers.items()}
     if not written:
-        raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weight; quantize_checkpoint makes some")
+        raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weights; quantize_checkpoint creates them")
     refuse(target, written, "convert")
     if unsupported := checkpoint.layout.unsupported:
         raise CheckpointError("\n".join(f"{name}: {reason}" for name, reason in unsupported.items()))
@@ -104,7 +104,7 @@ def finish(
     max_shard_size: int | str,
     what: str,
 ) -> WriteReport:
-    """Writes the pieces, the config with the names of dense matrices, and what else lies beside the source."""
+    """Writes the pieces and the config with the names of dense matrices, and copies the source's other files."""
     dense = sorted(
         module_of(name)
         for piece in pieces
@@ -127,10 +127,10 @@ def finish(
 
 
 def refuse_same(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
-    """Raises ValueError where the source would be written over."""
+    """Raises ValueError if the source would be overwritten."""
     folder = checkpoint.source.files[0].parent
     if Path(directory).resolve() == folder.resolve():
-        raise ValueError(f"{directory} holds the source; give another directory")
+        raise ValueError(f"{directory} holds the source; choose another directory")
 
 
 def module_of(name: str) -> str:
@@ -139,7 +139,7 @@ def module_of(name: str) -> str:
 
 
 def plain_piece(checkpoint: Checkpoint, name: str, key: str) -> Piece:
-    """A tensor as it is; FP8 without a scale, which only raw casts have, as the bfloat16 that holds it exactly."""
+    """A tensor unchanged; FP8 without a scale (only in raw casts) becomes bfloat16, which represents it exactly."""
     info = checkpoint.contents.tensors[key]
     dtype = torch.bfloat16 if info.dtype in FP8_DTYPES else info.dtype
     stored = {name: TensorInfo(dtype=dtype, shape=info.shape)}
@@ -156,7 +156,7 @@ def _kv_name(name: str) -> str:
 
 def _as_written(checkpoint: Checkpoint, layer: Layer) -> Written:
     scheme = layer.scheme
-    # A config may call float32 scales powers of two that are not.
+    # A config may declare float32 scales to be powers of two when they are not.
     if scheme.scale_format == "ue8m0" and layer.scale_dtype not in UE8M0_DTYPES:
         exact = powers_of_two(layer.read_scale(checkpoint.read))
         scheme = scheme if exact else type(scheme)(**{**scheme.__dict__, "scale_format": "float32"})
@@ -192,7 +192,7 @@ def _copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
                 raise CheckpointError(f"cannot copy {path} to {directory}: {error.strerror or error}") from error
 
 
-# Modules with a matrix for a weight that are no Linear, or a Linear that published FP8 checkpoints leave alone:
+# Modules whose weight is a matrix but which are not linear layers, or which published FP8 checkpoints leave dense:
 # embeddings, output heads and routers.
 IGNORE = (
     "*embed*",
@@ -220,19 +220,19 @@ def quantize_checkpoint(
     max_shard_size: int | str = "5GB",
     device: torch.device | str | None = None,
 ) -> WriteReport:
-    """Makes an FP8 checkpoint of a bfloat16, float16 or float32 one; streams, and needs no model.
+    """Makes an FP8 checkpoint from a bfloat16, float16 or float32 one; streams, and needs no model.
 
-    Quantized is every matrix called ``X.weight``, and every expert of stacked ones, unless ignored: embeddings, output
+    Every matrix named ``X.weight`` and every expert of a stack is quantized, unless it is ignored. Embeddings, output
     heads and routers (``IGNORE``) always are.
 
     Args:
-        scheme: of weights and activations.
-        ignore: more modules to leave: names, with ``*`` and ``?``, or regexes that begin with ``re:``.
+        scheme: for weights and activations.
+        ignore: more modules to leave dense: names, optionally with ``*`` and ``?``, or regexes prefixed with ``re:``.
         device: where to compute; by default the CPU.
 
     Raises:
         UnsupportedError: the format cannot express the scheme.
-        CheckpointError: the source is FP8 already or broken, a matrix is not finite, or writing failed.
+        CheckpointError: the source is already FP8 or is broken, a matrix has non-finite values, or writing failed.
         ValueError: a static scheme, a pattern that matches nothing, or source and directory are the same.
 
     Example:
@@ -246,17 +246,17 @@ def quantize_checkpoint(
     """
     resolved = FP8GemmOptions(scheme=scheme).resolved_scheme
     if resolved.static:
-        raise ValueError("static activation scales come from calibration; choose a scheme that is not static")
+        raise ValueError("static activation scales require calibration; choose a dynamic scheme")
     target = writer(format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     refuse_same(checkpoint, directory)
     if checkpoint.layers:
-        raise CheckpointError(f"{checkpoint.source.path} is FP8 already; convert_checkpoint changes its format")
+        raise CheckpointError(f"{checkpoint.source.path} is already FP8; convert_checkpoint changes its format")
     matrices, taken = _matrices(checkpoint)
     kept = _ignored(matrices, ignore)
     chosen = {name: matrix for name, matrix in matrices.items() if module_of(name) not in kept}
     if not chosen:
-        raise CheckpointError(f"{checkpoint.source.path} has no matrix to quantize: {len(kept)} are ignored")
+        raise CheckpointError(f"{checkpoint.source.path} has no matrices to quantize: {len(kept)} are ignored")
     written = {module_of(name): Written(scheme=resolved, shape=shape) for name, (shape, _) in chosen.items()}
     refuse(target, written, "quantize")
     kind = _kind(checkpoint)
@@ -282,12 +282,12 @@ def _quantized(
         make(), written.scheme.weight, scale_format=written.scheme.scale_format, device=torch.device(device or "cpu")
     )
     if count := count_nan(weight.data):
-        raise CheckpointError(f"{name} holds {count} values that are not finite; nothing was written")
+        raise CheckpointError(f"{name} holds {count} non-finite values; nothing was written")
     return target.write(module_of(name), written, weight, None)
 
 
 def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, tuple[tuple[int, ...], Make]], set[str]]:
-    """Name -> shape and how to read it, for all that could be quantized; and the stacked names that were split."""
+    """Name -> shape and read function of every matrix that could be quantized; and the names of split stacks."""
     found: dict[str, tuple[tuple[int, ...], Make]] = {}
     infos = {name: checkpoint.contents.tensors[key] for name, key in checkpoint.layout.plain.items()}
     wide = {name: info for name, info in infos.items() if info.dtype.is_floating_point and info.dtype.itemsize > 1}

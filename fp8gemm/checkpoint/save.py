@@ -1,4 +1,4 @@
-"""Saving a model with FP8 layers as a checkpoint that others read, bit for bit."""
+"""Saves a model with FP8 layers, bit for bit, as a checkpoint that other libraries can read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
 from .write import Piece, write_checkpoint
 
-# An FP8 weight, and how to get one matrix of it.
+# An FP8 weight, and a function that returns one matrix of it.
 _Held = tuple[FP8Weight, Callable[[], ScaledTensor]]
 
 
@@ -33,22 +33,22 @@ def save_checkpoint(
     max_shard_size: int | str = "5GB",
     fp8_heads: bool = False,
 ) -> list[Path]:
-    """Writes ``model`` with its FP8 layers' bytes and scales as they are; returns the files.
+    """Writes ``model`` with the bytes and scales of its FP8 layers unchanged; returns the files.
 
-    Tensors that the model shares are written once, stacked experts under per-expert names, and ``config.json`` is the
-    model's own with a ``quantization_config``. What readers of the format take in FP8 nowhere is written dense: output
-    heads and embeddings, and the weights of what is no nn.Linear and no stack of experts.
+    Shared tensors are written once, stacked experts under per-expert names, and ``config.json`` is the model's own
+    with a ``quantization_config``. Weights that no reader of the format takes in FP8 are written dense: output heads,
+    embeddings, and what belongs neither to an nn.Linear nor to a stack of experts.
 
     Args:
-        format: ``"compressed-tensors"`` (one scale a tensor, row, block or group) or ``"fine-grained"`` (blocks, or
-            one scale a tensor).
-        max_shard_size: bytes, or text such as ``"5GB"``.
+        format: ``"compressed-tensors"`` (scales per tensor, row, block or group) or ``"fine-grained"`` (scales per
+            block or tensor).
+        max_shard_size: bytes, or a string such as ``"5GB"``.
         fp8_heads: write the output head in FP8 too, unless it is tied to the embeddings. ``load_checkpoint`` and
             transformers read that, serving engines do not.
 
     Raises:
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
-        ValueError: the model holds tensors on meta.
+        ValueError: the model has tensors on meta.
         CheckpointError: writing failed; nothing incomplete is left.
 
     Example:
@@ -107,7 +107,7 @@ def _linear_weights(model: nn.Module, *, heads: bool) -> set[str]:
 
 
 def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
-    """Raises UnsupportedError with all reasons for which ``target`` cannot hold these layers."""
+    """Raises UnsupportedError with all reasons why ``target`` cannot express these layers."""
     reasons = target.refuses(written) if written else []
     if reasons:
         more = f"\nand {len(reasons) - 20} more" if len(reasons) > 20 else ""
@@ -117,7 +117,7 @@ def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
 def merged_config(
     own: Mapping[str, Any] | None, target: Format, written: Mapping[str, Written], plain: list[str]
 ) -> dict[str, Any] | None:
-    """A model's config with the description of its FP8 layers; None where there is nothing to say."""
+    """A model's config with the description of its FP8 layers; None if there is neither."""
     config = {
         key: value for key, value in (own or {}).items() if key not in ("quantization_config", "compression_config")
     }
@@ -127,7 +127,7 @@ def merged_config(
 
 
 def model_config(model: nn.Module) -> dict[str, Any] | None:
-    """The model's own config as it would be in config.json: transformers' and diffusers' models have one."""
+    """The model's own config as it would be in config.json; models of transformers and diffusers have one."""
     config = getattr(model, "config", None)
     for owner in (config, model):
         if callable(as_text := getattr(owner, "to_json_string", None)):
@@ -139,7 +139,7 @@ def model_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def plain_piece(name: str, tensor: torch.Tensor) -> Piece:
-    """A tensor that is written as it is."""
+    """A tensor that is written unchanged."""
     info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
     return Piece(tensors={name: info}, make=lambda: {name: tensor})
 
@@ -157,7 +157,7 @@ def _dequantized_piece(name: str, weight: FP8Weight) -> Piece:
 
 
 def narrowest_exact(scale: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """``dtype`` where it holds float32 ``scale`` exactly, else float32: llm-compressor's scales have the model's."""
+    """``dtype`` if it holds float32 ``scale`` exactly, else float32: llm-compressor's scales have the model's dtype."""
     exact = dtype in (torch.bfloat16, torch.float16) and torch.equal(scale.to(dtype).to(torch.float32), scale)
     return dtype if exact else torch.float32
 
@@ -166,7 +166,8 @@ def _refuse_stacks(stacks: Mapping[str, FP8Weight], slices: Mapping[str, Slice],
     """Raises UnsupportedError for FP8 stacks that have no per-expert names."""
     known = {part.name for part in slices.values()}
     reasons = [
-        f"{name}: experts {list(stack.shape)}{', transposed,' if stack._home.layout.turned else ''} have no names apart"
+        f"{name}: no per-expert names for "
+        f"{'transposed ' if stack._home.layout.turned else ''}experts {list(stack.shape)}"
         for name, stack in stacks.items()
         if stack._home.layout.turned or name not in known
     ]
@@ -182,7 +183,7 @@ def _expert(stack: FP8Weight, part: Slice) -> ScaledTensor:
 
 def _written(layer: FP8Weight, weight: ScaledTensor) -> Written:
     if weight.device.type == "meta":
-        raise ValueError("the model holds FP8 weights on meta; load or materialize them before saving")
+        raise ValueError("the model has FP8 weights on meta; load or materialize them before saving")
     home = layer._home
     input_scale = home.input_scale
     static = home.scheme.static and input_scale is not None
@@ -205,7 +206,7 @@ def _layer_piece(
 
 
 def _dense(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is not an FP8 weight: each tensor once, under its first name."""
+    """The tensors other than FP8 weights: each once, under its first name."""
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     weights = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, FP8Weight)]

@@ -1,4 +1,4 @@
-"""Where tensors go in a model: the targets that it keeps them in, and which names of a checkpoint go to which."""
+"""Where tensors go in a model: its parameters and buffers as targets, and the checkpoint names assigned to each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXPERTS = re.compile(r"^(?P<stem>.*)\.(?P<block>\w+)\.experts\.(gate_up_proj|do
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One name of one parameter or buffer: ``module`` keeps it as ``attribute``."""
+    """One name of one parameter or buffer: ``module`` stores it as ``attribute``."""
 
     name: str
     module: nn.Module
@@ -33,7 +33,7 @@ class Target:
         return isinstance(self.module, nn.Linear) and self.attribute == "weight"
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Makes ``tensor`` what the module keeps here, as it was kept: a Parameter stays one."""
+        """Replaces the module's tensor with ``tensor``, as a parameter or buffer like before."""
         if self.is_parameter:
             self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
         else:
@@ -52,7 +52,7 @@ def targets(model: nn.Module) -> dict[str, Target]:
 
 
 def transient(model: nn.Module) -> dict[str, Target]:
-    """The buffers that are never saved, by name."""
+    """The non-persistent buffers, by name."""
     found = {}
     for prefix, module in model.named_modules():
         for attribute, tensor in _own_tensors(module):
@@ -63,21 +63,21 @@ def transient(model: nn.Module) -> dict[str, Target]:
 
 
 def groups(found: Iterable[Target]) -> list[list[Target]]:
-    """The targets that are one and the same tensor, together."""
+    """The targets grouped by tensor: those of one group are the same tensor."""
     by_tensor: dict[int, list[Target]] = {}
     for target in found:
         by_tensor.setdefault(id(target.tensor), []).append(target)
     return list(by_tensor.values())
 
 
-def initialise_transient(model: nn.Module, device: torch.device) -> list[str]:
-    """Computes the never saved buffers that are on meta, as transformers models can; returns the names of the rest.
+def initialize_transient(model: nn.Module, device: torch.device) -> list[str]:
+    """Computes non-persistent buffers that are on meta, as transformers models can; returns the names of the rest.
 
-    A buffer counts as computed when what it held before does not matter: it comes out the same from two fills.
+    A buffer counts as computed if the result does not depend on what it held before: two fills give the same values.
     """
     waiting = [target for target in transient(model).values() if target.tensor.is_meta]
-    initialise = getattr(model, "_init_weights", None)
-    if not waiting or not callable(initialise):
+    initialize = getattr(model, "_init_weights", None)
+    if not waiting or not callable(initialize):
         return [target.name for target in waiting]
     owners = {id(target.module): target.module for target in waiting}
     results: list[list[torch.Tensor]] = []
@@ -86,7 +86,7 @@ def initialise_transient(model: nn.Module, device: torch.device) -> list[str]:
             for target in waiting:
                 target.put(torch.full(target.tensor.shape, fill, dtype=target.tensor.dtype, device=device))
             for module in owners.values():
-                initialise(module)
+                initialize(module)
             results.append([target.module._buffers[target.attribute].clone() for target in waiting])  # type: ignore[union-attr]
     left = [target for target, first, second in zip(waiting, *results, strict=True) if not _same(first, second)]
     for target in left:
@@ -109,9 +109,9 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass
 class Assignment:
-    """``sources[name of the model]``: the checkpoint's names whose rows follow each other there.
+    """``sources[model name]``: the checkpoint names whose rows are joined there, in order.
 
-    ``unexpected`` names of the checkpoint have no target in the model.
+    ``unexpected`` are names in the checkpoint without a target in the model.
     """
 
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -119,13 +119,13 @@ class Assignment:
 
 
 def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[str, str] | None) -> Assignment:
-    """Finds for every name of the checkpoint its target among the model's ``names``.
+    """Finds the target of every checkpoint name among the model's ``names``.
 
-    ``key_mapping`` (regex -> replacement) is applied in its order to canonical names. Several names may become one:
-    their rows are joined in the order of the patterns that renamed them.
+    ``key_mapping`` (regex -> replacement) is applied in order to canonical names. Several names may become the same
+    one: their rows are joined in the order of the patterns that renamed them.
 
     Raises:
-        CheckpointError: two names become one without an order between them.
+        CheckpointError: two names become the same one without a defined order.
     """
     wanted = set(names)
     rules = [(re.compile(pattern), replacement) for pattern, replacement in (key_mapping or {}).items()]
@@ -155,7 +155,7 @@ def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[st
 
 
 def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, int]:
-    """The new name, and the target of the first rule that changed it (-1 for none)."""
+    """The new name, and the index of the first rule that changed it (-1 for none)."""
     first = -1
     for order, (pattern, replacement) in enumerate(rules):
         new = pattern.sub(replacement, name)
@@ -166,7 +166,7 @@ def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, 
 
 
 def _blocks(names: set[str], wanted: set[str]) -> dict[str, str]:
-    """Prefixes of expert blocks that the model calls otherwise: ``...block_sparse_moe.`` -> ``...mlp.``."""
+    """Prefixes of expert blocks that have another name in the model: ``...block_sparse_moe.`` -> ``...mlp.``."""
     theirs = {match["stem"]: match["block"] for name in names if (match := _EXPERTS.match(name))}
     ours = {match["stem"]: match["block"] for name in wanted if (match := _EXPERTS.match(name))}
     return {
@@ -177,7 +177,7 @@ def _blocks(names: set[str], wanted: set[str]) -> dict[str, str]:
 
 
 def _moved(name: str, blocks: Mapping[str, str]) -> str:
-    """``name`` with the prefix of its expert block exchanged, if it is in one."""
+    """``name`` with the prefix of its expert block replaced, if it is in one."""
     start = 0
     while blocks and (end := name.find(".", start)) >= 0:
         prefix = name[: end + 1]
@@ -191,7 +191,7 @@ def _ordered(target: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
     orders = [order for order, _ in found]
     if len(set(orders)) < len(orders):
         raise CheckpointError(
-            f"{', '.join(name for _, name in found)} all become {target}, in no order; give key_mapping one pattern "
-            "for each, in the order in which their rows follow each other"
+            f"{', '.join(name for _, name in found)} all become {target}, in no defined order; give key_mapping one "
+            "pattern for each, in the order in which their rows are joined"
         )
     return tuple(name for _, name in sorted(found))

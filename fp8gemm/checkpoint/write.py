@@ -1,4 +1,4 @@
-"""Writing safetensors: shards planned before a byte is written, filled one tensor at a time, renamed when complete."""
+"""Writes safetensors: shards are planned first, filled one tensor at a time, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ _OURS = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tensors that are made and stored together: what they will be, and the function that makes them.
-
-    ``cost`` is what the progress bar counts, in bytes.
-    """
+    """Tensors that are made and stored together: their dtypes and shapes, and the function that makes them."""
 
     tensors: Mapping[str, TensorInfo]
     make: Callable[[], Mapping[str, torch.Tensor]]
@@ -39,15 +36,15 @@ class Piece:
 
 
 def parse_size(size: int | str) -> int:
-    """``"5GB"`` in bytes; GB are 10**9, GiB 2**30.
+    """``"5GB"`` in bytes; a GB is 10**9, a GiB 2**30.
 
     Raises:
-        ValueError: where it is not a positive number with one of these units.
+        ValueError: it is not a positive number of bytes or a string with such a unit.
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size.upper())
         if match is None:
-            raise ValueError(f"a size is a number of bytes or text such as '5GB' or '500MiB', found {size!r}")
+            raise ValueError(f"a size must be a number of bytes or a string such as '5GB' or '500MiB', found {size!r}")
         size = int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
         raise ValueError(f"a shard must hold at least one byte, found {size}")
@@ -64,11 +61,11 @@ def write_checkpoint(
 ) -> list[Path]:
     """Writes shards, their index and ``config.json``; returns the files, weights first.
 
-    All are written under temporary names and renamed at the end. Shards that an earlier save left in the directory
-    and that are not written again go.
+    All are written under temporary names and renamed at the end. Shards of an earlier save that are not overwritten
+    are deleted from the directory.
 
     Raises:
-        CheckpointError: writing failed; then nothing has changed but for temporary files, which are removed.
+        CheckpointError: writing failed; the directory is unchanged, and temporary files have been removed.
     """
     folder = Path(directory)
     shards = _shards(list(pieces), parse_size(max_shard_size))
@@ -114,7 +111,7 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
 
 
 def _shards(pieces: list[Piece], limit: int) -> list[list[Piece]]:
-    """The pieces in their order, as many in a shard as fit; one that is larger than a shard has its own."""
+    """The pieces in order, as many per shard as fit; a piece larger than a shard gets its own."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -142,9 +139,9 @@ def _write_shard(path: Path, pieces: list[Piece], count: Callable[[float], objec
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file, its length included, and where each tensor begins behind it.
+    """The header of a safetensors file, including its length, and each tensor's offset after it.
 
-    Wider dtypes come first, as the reference writer has them: every tensor is then aligned to its own dtype.
+    Wider dtypes come first, as in the reference writer, so that every tensor is aligned to its own dtype.
     """
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets = {}
@@ -165,5 +162,5 @@ def _write_tensor(file: BinaryIO, offset: int, key: str, tensor: torch.Tensor, i
         return
     plain = tensor.detach().to("cpu").contiguous()
     file.seek(offset)
-    # The tensor's own memory, neither copied nor through NumPy, which has no FP8 and may not be installed.
+    # Straight from the tensor's memory: no copy, and no NumPy, which has no FP8 and may not be installed.
     file.write((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))

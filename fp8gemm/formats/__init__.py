@@ -1,4 +1,4 @@
-"""The table of checkpoint formats: one file a family, one row a format."""
+"""The table of checkpoint formats: one file per family, one row per format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Unquantized(Format):
         return "" if contents.holds_fp8 else "no tensor is FP8"
 
 
-# The first that recognises a checkpoint reads it: those told by their config before those told by names of tensors.
+# The first that recognizes a checkpoint reads it: formats identified by config come before those by tensor names.
 FORMATS: list[Format] = [
     CompressedTensors(),
     ModelOpt(),
@@ -36,13 +36,13 @@ FORMATS: list[Format] = [
 
 
 def register_format(format: Format) -> Format:
-    """Adds a checkpoint format of your own, which is asked before all others whether a checkpoint is its own.
+    """Adds a custom checkpoint format, which is tried before all others; ``examples/own_format.py`` shows one.
 
     Returns:
         ``format`` itself.
 
     Raises:
-        ValueError: there is a format of that name. ``examples/own_format.py`` shows one.
+        ValueError: the name is empty or taken.
 
     Example:
         >>> class Mine(Format):
@@ -56,38 +56,38 @@ def register_format(format: Format) -> Format:
     """
     known = [other.name for other in FORMATS]
     if not format.name or format.name in known:
-        raise ValueError(f"a format needs a name that is not taken: {', '.join(known)} are; found {format.name!r}")
+        raise ValueError(f"a format needs a name that is not taken, found {format.name!r}; taken: {', '.join(known)}")
     FORMATS.insert(0, format)
     return format
 
 
 def detect(contents: Contents) -> tuple[Format, str]:
-    """The format of a checkpoint, and by what it was recognised.
+    """The format of a checkpoint, and how it was recognized.
 
     Raises:
-        CheckpointError: FP8 tensors that no format explains.
+        CheckpointError: there are FP8 tensors, but no format recognizes them.
     """
     for format in FORMATS:
         if reason := format.recognises(contents):
             return format, reason
     key = next(key for key, info in contents.tensors.items() if str(info.dtype).startswith("torch.float8"))
     raise CheckpointError(
-        f"{key} is FP8 but has no scale, and nothing in the config or the names of tensors says what it is; formats "
-        f"that can be read: {', '.join(format.name for format in FORMATS)}"
+        f"{key} is FP8 but has no scale, and neither the config nor the tensor names identify its format; formats that "
+        f"can be read: {', '.join(format.name for format in FORMATS)}"
     )
 
 
 def writer(name: str) -> Format:
-    """The format called ``name``, which can be written.
+    """The writable format called ``name``.
 
     Raises:
-        UnsupportedError: where there is none, naming those there are.
+        UnsupportedError: there is none; the message lists the writable formats.
     """
     names = [format.name for format in FORMATS if format.writable]
     for format in FORMATS:
         if format.name == name and format.writable:
             return format
-    raise UnsupportedError(f"checkpoints are written as {' or '.join(names)}, asked for {name!r}")
+    raise UnsupportedError(f"checkpoints can be written as {' or '.join(names)}, found {name!r}")
 
 
 __all__ = [

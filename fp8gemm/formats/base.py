@@ -1,4 +1,4 @@
-"""What a checkpoint format is: key names, shapes of scales, and a config; no files and no models."""
+"""What a checkpoint format consists of: key names, scale shapes and a config; no files and no models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *UE
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a file's header says of one tensor."""
+    """What a file's header says about one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All that can be known of a checkpoint without reading a tensor.
+    """Everything known about a checkpoint without reading its tensors.
 
-    ``tensors`` by key, ``metadata`` the files' own, ``config`` the quantization config (empty where there is none),
-    ``model_config`` the whole config.json (None where there is none). ``read`` fetches a tensor, for formats that
-    describe themselves in small ones.
+    ``tensors`` by key, ``metadata`` from the files' headers, ``config`` the quantization config (empty if there is
+    none), ``model_config`` the whole config.json (None if there is none). ``read`` reads one tensor, for formats that
+    store their description in small ones.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -60,7 +60,7 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """How the tensors of one layer are called: suffixes that follow the layer's own name."""
+    """How the tensors of one layer are named: suffixes of the layer's own name."""
 
     weight: str
     scales: tuple[str, ...]
@@ -74,7 +74,7 @@ LINEAR = Names(
     input_scales=(".input_scale", ".activation_scale", ".scale_input", ".qscale_act"),
     zero_points=(".weight_zero_point", ".input_zero_point"),
 )
-# A stacked parameter of experts has no ".weight": its scales are parameters of the same module.
+# Stacked experts are a bare parameter without ".weight"; its scales are parameters of the same module.
 STACKED = Names(
     weight="",
     scales=("_scale", "_scale_inv", "_weight_scale", "_weight_scale_inv", ".weight_scale", ".weight_scale_inv"),
@@ -84,7 +84,7 @@ STACKED = Names(
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """What a format asks of activations; ``static`` None where only the tensors say."""
+    """How a format quantizes activations; ``static`` is None if only the tensors tell."""
 
     granularity: Granularity | None
     static: bool | None = None
@@ -92,10 +92,10 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One FP8 weight on disk: the keys that hold it and how they make a ``ScaledTensor``.
+    """One FP8 weight on disk: the keys that hold it and how to build a ``ScaledTensor`` from them.
 
-    ``scale`` is None for a raw cast, whose scale is 1. ``part`` takes this weight's share of a scale that holds
-    several experts'.
+    ``scale`` is None for a raw cast, whose scale is 1. ``part`` extracts this weight's share of a scale tensor that
+    covers several experts.
     """
 
     name: str
@@ -118,21 +118,21 @@ class Layer:
         return torch.Size(self.shape).numel() + 4 * torch.Size(self.granularity.scale_shape(self.shape)).numel()
 
     def read(self, read: Read) -> ScaledTensor:
-        """The bytes as they are and the scales widened to float32, exactly.
+        """The bytes unchanged and the scales converted exactly to float32.
 
         Raises:
-            CheckpointError: a scale that is not finite, or a zero point that is not zero.
+            CheckpointError: a scale is not finite, or a zero point is not zero.
         """
         data = read(self.weight)
         if data.dtype != self.dtype:
             data = data.view(self.dtype)
         for key in self.zero_points:
             if bool(read(key).to(torch.float32).ne(0).any()):
-                raise CheckpointError(f"{key} is not zero; only symmetric FP8, whose zero points are 0, can be read")
+                raise CheckpointError(f"{key} is not zero; only symmetric FP8 (zero points of 0) can be read")
         return ScaledTensor(data, self.read_scale(read), self.granularity)
 
     def read_scale(self, read: Read) -> torch.Tensor:
-        """The float32 scales in the shape that ``granularity`` gives them."""
+        """The float32 scales, in the shape that ``granularity`` requires."""
         grid = self.granularity.scale_shape(self.shape)
         if self.scale is None:
             return torch.ones(grid, dtype=torch.float32, device="cpu")
@@ -141,11 +141,11 @@ class Layer:
             scale = self.part(scale)
         scale = scale.expand(grid) if scale.numel() == 1 and len(grid) > 2 else scale.reshape(grid)
         if not bool(torch.isfinite(scale).all()):
-            raise CheckpointError(f"{self.scale}, the scale of {self.weight}, holds values that are not finite")
+            raise CheckpointError(f"{self.scale}, the scale of {self.weight}, holds non-finite values")
         return scale.contiguous()
 
     def read_input_scale(self, read: Read) -> torch.Tensor | None:
-        """The static scale of the activations, float32 of no dimension (``[E]`` for stacked experts)."""
+        """The static activation scale, a float32 scalar (``[E]`` for stacked experts)."""
         if self.input_scale is None or not self.scheme.static:
             return None
         scale = widen(read(self.input_scale))
@@ -155,7 +155,7 @@ class Layer:
 
 
 def widen(scale: torch.Tensor) -> torch.Tensor:
-    """A scale of any stored dtype as float32; exact for all but float64."""
+    """A scale stored in any dtype as float32; exact for all but float64."""
     return decode_ue8m0(scale) if scale.dtype in UE8M0_DTYPES else scale.to(torch.float32)
 
 
@@ -164,8 +164,8 @@ class Layout:
     """What each key of a checkpoint is.
 
     ``plain`` and ``layers`` by canonical name; ``kv_scales`` name -> key; ``unused`` key -> why nothing reads it;
-    ``unknown`` keys that look like scales and belong to no weight; ``unsupported`` name -> reason;
-    ``suspicious`` sentences for a person.
+    ``unknown`` keys that look like scales but belong to no weight; ``unsupported`` name -> reason;
+    ``suspicious`` messages for the user.
     """
 
     plain: dict[str, str] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A layer that is to be written; ``scale_dtype`` is a dtype that holds its scales exactly."""
+    """A layer to be written; ``scale_dtype`` is a dtype that represents its scales exactly."""
 
     scheme: Scheme
     shape: tuple[int, ...]
@@ -188,19 +188,19 @@ class Written:
 
 
 class Format:
-    """A way to name and describe FP8 layers. The base class reads what tensors alone can say."""
+    """A way to name and describe FP8 layers. The base class uses only what the tensors themselves tell."""
 
     name: ClassVar[str] = ""
     names: ClassVar[tuple[Names, ...]] = (LINEAR, STACKED)
     writable: ClassVar[bool] = False
-    strips: ClassVar[bool] = False  # whether canonical names are keys without a prefix
+    strips: ClassVar[bool] = False  # whether canonical names drop a prefix of the keys
 
     def recognises(self, contents: Contents) -> str:
         """Why this format claims the checkpoint; empty if it does not."""
         raise NotImplementedError
 
     def canonical(self, key: str) -> str:
-        """The name of the module's parameter that ``key`` holds."""
+        """The name of the module parameter that ``key`` stores."""
         return key
 
     def is_marker(self, key: str) -> bool:
@@ -212,55 +212,55 @@ class Format:
         return info.dtype if info.dtype in FP8_DTYPES else None
 
     def allows_raw(self, contents: Contents) -> bool:
-        """Whether FP8 tensors may stand without any scale, meaning a scale of 1."""
+        """Whether FP8 tensors may come without any scale, which means a scale of 1."""
         return False
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
-        """What the config says of the scales of ``module``, likeliest first; shapes decide between them."""
+        """What the config says about the scales of ``module``, most likely first; shapes decide between them."""
         return ()
 
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
-        """What is asked of the activations of ``module``, whose weight has this granularity."""
+        """How to quantize the activations of ``module``, whose weight has this granularity."""
         return Activation(granularity=natural_activation(weight))
 
     def ue8m0(self, contents: Contents, scale: TensorInfo) -> bool:
-        """Whether scales are powers of two by declaration."""
+        """Whether scales are declared to be powers of two."""
         return scale.dtype in UE8M0_DTYPES
 
     def check(self, contents: Contents, layout: Layout) -> None:
-        """Adds to ``layout.suspicious`` where the config says something else than the tensors."""
+        """Adds to ``layout.suspicious`` where the config disagrees with the tensors."""
 
     def refuses(self, layers: Mapping[str, Written]) -> list[str]:
         """All reasons why these layers cannot be written in this format; empty if they can."""
         raise NotImplementedError
 
     def stored(self, name: str, layer: Written) -> dict[str, TensorInfo]:
-        """Which tensors ``write`` makes of the layer ``name``."""
+        """The tensors that ``write`` makes from the layer ``name``."""
         raise NotImplementedError
 
     def write(
         self, name: str, layer: Written, weight: ScaledTensor, input_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """The tensors of the layer ``name`` as the format has them, bit for bit."""
+        """The tensors of the layer ``name`` as the format stores them, bit for bit."""
         raise NotImplementedError
 
     def write_config(self, layers: Mapping[str, Written], unquantized: Sequence[str]) -> dict[str, Any]:
-        """The ``quantization_config``; ``unquantized`` are the modules whose weights stay as they are."""
+        """The ``quantization_config``; ``unquantized`` are the modules whose weights are not quantized."""
         raise NotImplementedError
 
 
 def natural_activation(weight: Granularity) -> Granularity:
-    """The rounding of activations that goes with a weight's scales where a file does not say."""
+    """The activation granularity that matches a weight's, for files that do not specify one."""
     if weight.rows is None:
         return Granularity(None, None)
     return Granularity(1, weight.cols)
 
 
 def block_granularity(block: object) -> Granularity:
-    """``[128, 128]`` of a config as a granularity.
+    """A config's block size, such as ``[128, 128]``, as a granularity.
 
     Raises:
-        CheckpointError: where it is not two positive integers.
+        CheckpointError: it is not two positive integers.
     """
     if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
         return Granularity(block[0], block[1])
@@ -268,7 +268,7 @@ def block_granularity(block: object) -> Granularity:
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The ``names`` that are one of ``patterns``, or match one that begins with ``re:`` from its start."""
+    """The ``names`` that equal one of ``patterns``, or match, from their start, one that begins with ``re:``."""
     given = set(patterns)
     expressions = [re.compile(pattern[3:]) for pattern in given if pattern.startswith("re:")]
     return [name for name in names if name in given or any(expression.match(name) for expression in expressions)]

@@ -1,4 +1,4 @@
-"""ComfyUI's single files: legacy ``scaled_fp8``, ``_quantization_metadata``, ``comfy_quant``, and raw casts."""
+"""ComfyUI's single-file checkpoints: legacy ``scaled_fp8``, ``_quantization_metadata``, ``comfy_quant``, raw casts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Comfy(Format):
             return f"metadata {_METADATA}"
         for key in contents.tensors:
             if self.is_marker(key) or key.endswith(".scale_weight"):
-                return f"a tensor called {key.rpartition('.')[2]}"
+                return f"a tensor named {key.rpartition('.')[2]}"
         if self.allows_raw(contents):
-            return "FP8 tensors, no config and not one scale: a raw cast"
+            return "FP8 tensors without a config or any scale: a raw cast"
         return ""
 
     def canonical(self, key: str) -> str:
@@ -73,7 +73,7 @@ class Comfy(Format):
 
     def check(self, contents: Contents, layout: Layout) -> None:
         if layout.layers and self.allows_raw(contents):
-            layout.suspicious.append("no scale anywhere: read as a raw cast, every scale 1")
+            layout.suspicious.append("no scales: read as a raw cast, with every scale 1")
         for module in _header(contents.metadata.get(_METADATA, "")):
             name = self.canonical(f"{module}.weight")
             if name not in layout.layers and f"{_PREFIX}{module}.weight" not in contents.tensors:
@@ -81,7 +81,7 @@ class Comfy(Format):
 
 
 def _described(contents: Contents, module: str) -> Mapping[str, Any]:
-    """What the file says of a module: in its header, or in a small tensor of JSON beside the weight."""
+    """What the file says about a module: in its header, or in a small JSON tensor next to the weight."""
     header = _header(contents.metadata.get(_METADATA, ""))
     for name in (module, module.removeprefix(_PREFIX)):
         if isinstance(described := header.get(name), Mapping):
@@ -111,23 +111,23 @@ def _parsed(text: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _kind(described: Mapping[str, Any], module: str) -> str:
-    """The dtype that a description names, without what follows it (``_rowwise``, ``_blockwise``).
+    """The dtype that a description names, without a suffix such as ``_rowwise`` or ``_blockwise``.
 
     Raises:
-        CheckpointError: for a format that is not FP8.
+        CheckpointError: the format is not FP8.
     """
     named = str(described.get("format", ""))
     kind = next((dtype for dtype in _DTYPES if named.startswith(dtype)), None)
     if kind is None:
-        raise CheckpointError(f"{module} is stored as {named!r}; of ComfyUI's formats those of {list(_DTYPES)} are FP8")
+        raise CheckpointError(f"{module} is stored as {named!r}; ComfyUI's FP8 formats are {' and '.join(_DTYPES)}")
     return kind
 
 
 def _full_precision(contents: Contents, module: str) -> bool:
-    """Whether the file asks for weights to be widened before the product."""
+    """Whether the file asks for weights to be dequantized before the product."""
     if _described(contents, module).get("full_precision_matrix_mult"):
         return True
-    # The legacy marker, at the root of the model, says it by its size: 0 elements allow FP8 products, 2 do not.
+    # The legacy marker at the root of the model encodes it in its size: 0 elements allow FP8 products, 2 do not.
     while module:
         module = module.rpartition(".")[0]
         marker = contents.tensors.get(f"{module}.scaled_fp8" if module else "scaled_fp8")

@@ -53,9 +53,9 @@ class CompressedTensors(Format):
         reasons = []
         for name, layer in layers.items():
             if layer.dtype != torch.float8_e4m3fn:
-                reasons.append(f"{name}: compressed-tensors holds float8_e4m3fn, found {layer.dtype}")
+                reasons.append(f"{name}: compressed-tensors stores float8_e4m3fn, found {layer.dtype}")
             if len(layer.shape) != 2:
-                reasons.append(f"{name}: compressed-tensors holds matrices [N, K], found shape {list(layer.shape)}")
+                reasons.append(f"{name}: compressed-tensors stores matrices [N, K], found shape {list(layer.shape)}")
             elif _strategy(layer.scheme) is None:
                 reasons.append(f"{name}: compressed-tensors has no weight scales of granularity {layer.scheme.weight}")
             elif (
@@ -63,7 +63,7 @@ class CompressedTensors(Format):
             ):
                 reasons.append(f"{name}: groups of {layer.scheme.weight.cols} do not divide K = {layer.shape[1]}")
             if layer.scheme.static and layer.scheme.activation != TENSOR:
-                reasons.append(f"{name}: static activations have one scale, found {layer.scheme.activation}")
+                reasons.append(f"{name}: static activation scales must be per tensor, found {layer.scheme.activation}")
         return reasons
 
     def stored(self, name: str, layer: Written) -> dict[str, TensorInfo]:
@@ -116,7 +116,7 @@ def _all_groups(contents: Contents) -> Iterator[Mapping[str, Any]]:
 
 
 def _groups(contents: Contents, module: str) -> list[Mapping[str, Any]]:
-    """The config groups, those that name ``module`` before those that name a class of modules."""
+    """The config groups; those that name ``module`` come before those that name a class of modules."""
     return sorted(_all_groups(contents), key=lambda group: not matching([module], group.get("targets") or ()))
 
 
@@ -159,7 +159,7 @@ def _scale_dtype(layer: Written) -> torch.dtype:
 
 
 def _group(scheme: Scheme) -> dict[str, Any]:
-    """One group of the config, but for its targets."""
+    """One group of the config, without its targets."""
     weight, activation = scheme.weight, scheme.activation
     strategy = _strategy(scheme)
     weights = {

@@ -1,4 +1,4 @@
-"""Experts on disk: scales that several matrices share, and the stacked names of per-expert tensors."""
+"""Experts on disk: scales shared by several matrices, and the stacked names of per-expert tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import STACKED, Contents, Layer
 _EXPERT = re.compile(
     r"^(?P<block>.*\bexperts)\.(?P<index>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
-# Mixtral's names: w1 gates, w3 goes up, w2 comes down.
+# Mixtral's names: w1 is gate, w3 is up, w2 is down.
 _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _STACKED_NAMES = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 _FUSED_SCALE = re.compile(r"^(?P<block>.*\bexperts)\.(?P<part>gate_up_proj|down_proj)(?P<suffix>[._]\w*)$")
@@ -27,14 +27,14 @@ GranularityOf = Callable[[tuple[int, ...], tuple[int, ...], Sequence[Granularity
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A stacked weight ``[E, N, K]``: ``parts[e]`` are the canonical names whose rows follow each other in expert e."""
+    """A stacked weight ``[E, N, K]``: the rows of expert e are those of the canonical names ``parts[e]``, in order."""
 
     name: str
     parts: tuple[tuple[str, ...], ...]
 
 
 def stacks(names: Iterable[str]) -> dict[str, Stack]:
-    """The stacked weights that per-expert names make: gate rows first, then up; only where no expert is missing."""
+    """The stacked weights that per-expert names form: gate rows first, then up; only if no expert is missing."""
     found: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name in names:
         if match := _EXPERT.match(name):
@@ -50,20 +50,20 @@ def stacks(names: Iterable[str]) -> dict[str, Stack]:
 
 
 def join_rows(parts: Sequence[ScaledTensor]) -> ScaledTensor:
-    """Weights ``[N1, K], [N2, K], ...`` as one ``[N1 + N2 + ..., K]``: the same bytes, no value changed.
+    """Weights ``[N1, K], [N2, K], ...`` as one ``[N1 + N2 + ..., K]``: the same bytes and values.
 
-    One scale a tensor becomes one for the rows of each part, or one a row where the parts are not of one height;
-    blocks of rows that do not end where a part ends become one scale a row and block of columns.
+    Per-tensor scales become one scale for the rows of each part, or one per row if the parts differ in height; row
+    blocks that do not end where a part ends become one scale per row and block of columns.
 
     Raises:
-        CheckpointError: where widths, dtypes or block widths differ.
+        CheckpointError: widths, dtypes or block widths differ.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     if len({(part.data.dtype, part.shape[-1], part.granularity.cols) for part in parts}) > 1:
         found = ", ".join(f"{part.data.dtype} {list(part.shape)} {part.granularity}" for part in parts)
-        raise CheckpointError(f"weights of different kinds cannot be joined: {found}")
+        raise CheckpointError(f"weights that differ in dtype, width or block width cannot be joined: {found}")
     granularity = first.granularity
     heights = {part.shape[-2] for part in parts}
     if len(heights) == 1 and all(part.granularity == TENSOR for part in parts):
@@ -78,7 +78,7 @@ def join_rows(parts: Sequence[ScaledTensor]) -> ScaledTensor:
 
 
 def slice_rows(weight: ScaledTensor, start: int, stop: int) -> ScaledTensor:
-    """Rows ``start`` to ``stop`` of a weight ``[N, K]``: what ``join_rows`` joined, or a coarser form of it."""
+    """Rows ``start`` to ``stop`` of a weight ``[N, K]``: undoes ``join_rows``, possibly with coarser scales."""
     rows, cols = weight.granularity.rows, weight.granularity.cols
     data = weight.data[start:stop]
     if rows is None:
@@ -92,7 +92,7 @@ def slice_rows(weight: ScaledTensor, start: int, stop: int) -> ScaledTensor:
 
 
 def coarsened(weight: ScaledTensor) -> ScaledTensor:
-    """A weight ``[N, K]`` with scales a row and 128 columns as 128x128 blocks, where the scales are those of blocks."""
+    """A weight ``[N, K]`` with 1x128 scales as 128x128 blocks, if the scales are constant within each block."""
     if weight.granularity != GROUP_128:
         return weight
     blocks = weight.scale[::128]
@@ -101,17 +101,17 @@ def coarsened(weight: ScaledTensor) -> ScaledTensor:
 
 
 def row_scale(scale: torch.Tensor, granularity: Granularity, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    """Scales repeated so that every row has its own, ``Granularity(1, cols)``; columns stay in their blocks."""
+    """Scales repeated so that every row has its own, ``Granularity(1, cols)``; column blocks are unchanged."""
     n = shape[-2]
     rows, _ = granularity.block(shape)
     return scale.repeat_interleave(rows, dim=-2)[..., :n, :] if rows > 1 else scale
 
 
 def fused_scale_owner(contents: Contents, key: str, *, reverse: bool = False) -> str | None:
-    """The fused scale of the per-expert weight ``key``; with ``reverse``, an expert's weight that is not FP8.
+    """The fused scale of the per-expert weight ``key``; with ``reverse``, the non-FP8 expert weight of a fused scale.
 
-    transformers saves per-expert weights beside the stacked scales of its own experts, also for experts that it
-    left in bfloat16.
+    transformers saves per-expert weights together with the stacked scales of its own experts, also for experts that
+    it left in bfloat16.
     """
     if reverse:
         match = _FUSED_SCALE.match(key)
@@ -141,10 +141,10 @@ def fused_layer(
     hints: Sequence[Granularity],
     granularity_of: GranularityOf,
 ) -> Layer:
-    """The layer of one expert whose scale is a part of the stacked scale ``fused``.
+    """The layer of one expert whose scale is part of the stacked scale ``fused``.
 
     Raises:
-        CheckpointError: where the shapes do not fit.
+        CheckpointError: the shapes do not fit.
     """
     match = _EXPERT.match(key)
     assert match is not None
@@ -154,7 +154,7 @@ def fused_layer(
     found = _share(shape, grid, half, hints, granularity_of) if grid and index < grid[0] else None
     if found is None:
         raise CheckpointError(
-            f"{fused} has shape {list(grid)}, which does not hold the scale of {key} of shape {list(shape)}"
+            f"{fused} has shape {list(grid)}, which cannot contain the scale of {key} of shape {list(shape)}"
         )
     granularity, take = found
     return Layer(
@@ -180,7 +180,7 @@ def _share(
     hints: Sequence[Granularity],
     granularity_of: GranularityOf,
 ) -> tuple[Granularity, Callable[[torch.Tensor], torch.Tensor]] | None:
-    """The granularity of one expert's matrix and how to take its scales out of the expert's part ``grid[1:]``."""
+    """The granularity of one expert's matrix, and how to extract its scales from the expert's part ``grid[1:]``."""
     own = grid[1:]
     n = shape[0]
     if half is None or torch.Size(own).numel() == 1:
@@ -191,7 +191,7 @@ def _share(
     if granularity is not None:
         return granularity, partial(_rows, start=half * rows, stop=(half + 1) * rows)
     for hint in hints:
-        # Blocks over gate and up together: up begins inside a block, so that each of its rows gets its own scale.
+        # Blocks over gate and up together: up begins inside a block, so each of its rows gets its own scale.
         if hint.scale_shape((2 * n, shape[1])) == own and hint.cols is not None:
             spread = partial(_spread_rows, granularity=hint, shape=(2 * n, shape[1]), start=half * n, stop=half * n + n)
             return Granularity(1, hint.cols), spread
@@ -213,9 +213,9 @@ def _spread_rows(
 
 
 def halves(layer: Layer, grid: tuple[int, ...], hints: Sequence[Granularity]) -> Layer | None:
-    """A stacked ``gate_up_proj [E, 2I, K]`` whose gate and up were scaled apart; None where ``grid`` is no such thing.
+    """A stacked ``gate_up_proj [E, 2I, K]`` whose gate and up have separate scales; None if ``grid`` does not fit that.
 
-    One scale a half becomes one a row; blocks that start anew in the middle become rows of blocks.
+    One scale per half becomes one per row; blocks that restart at the middle become one scale per row and column block.
     """
     experts, n, k = layer.shape
     if n % 2:

@@ -1,4 +1,4 @@
-"""The ``fp8`` of Hugging Face configs: blocks as DeepSeek publishes them, and vLLM's plain per-tensor form of it."""
+"""``fp8`` in Hugging Face configs: blocks as DeepSeek publishes them, and vLLM's plain per-tensor variant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import UE8M0_DTYPES, Activation, Contents, Format, Layout, TensorInfo
 
 
 class FineGrained(Format):
-    """``weight_scale_inv``: a multiplier, whatever its name says."""
+    """``weight_scale_inv``: a multiplier, despite its name."""
 
     name = "fine-grained"
     writable = True
@@ -22,9 +22,9 @@ class FineGrained(Format):
         if contents.method in ("fp8", "mxfp8"):
             return "" if _is_plain(contents) else f"quant_method {contents.method}"
         if not contents.config and contents.holds_fp8 and _ends(contents, "weight_scale_inv"):
-            return "tensors called weight_scale_inv"
+            return "tensors named weight_scale_inv"
         if not contents.config and contents.holds_fp8 and _ends(contents, "qscale_weight"):
-            return "tensors called qscale_weight"
+            return "tensors named qscale_weight"
         return ""
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
@@ -51,29 +51,29 @@ class FineGrained(Format):
         block = contents.config.get("weight_block_size")
         for name, layer in layout.layers.items():
             if block and layer.granularity in (TENSOR, ROW):
-                layout.suspicious.append(f"{name} has one scale a {layer.granularity}; the config says blocks {block}")
+                layout.suspicious.append(f"{name} has {layer.granularity} scales; the config says blocks {block}")
             if contents.config.get("activation_scheme") == "static" and not layer.scheme.static:
-                layout.suspicious.append(f"{name} has no activation scale; the config says they are static")
+                layout.suspicious.append(f"{name} has no activation scale; the config says activations are static")
 
     def refuses(self, layers: Mapping[str, Written]) -> list[str]:
         reasons = []
         for name, layer in layers.items():
             scheme = layer.scheme
             if layer.dtype != torch.float8_e4m3fn:
-                reasons.append(f"{name}: fine-grained holds float8_e4m3fn, found {layer.dtype}")
+                reasons.append(f"{name}: fine-grained stores float8_e4m3fn, found {layer.dtype}")
             if len(layer.shape) != 2:
-                reasons.append(f"{name}: fine-grained holds matrices [N, K], found shape {list(layer.shape)}")
+                reasons.append(f"{name}: fine-grained stores matrices [N, K], found shape {list(layer.shape)}")
             blocks = scheme.weight.rows is not None and scheme.weight.cols is not None
             if not blocks and scheme.weight != TENSOR:
-                reasons.append(f"{name}: fine-grained has blocks or one scale a tensor, found {scheme.weight}")
+                reasons.append(f"{name}: fine-grained supports blocks or one scale per tensor, found {scheme.weight}")
             elif scheme.activation is None:
-                reasons.append(f"{name}: fine-grained quantizes activations, found weight-only")
+                reasons.append(f"{name}: fine-grained requires quantized activations, found weight-only")
             elif blocks and (scheme.static or scheme.activation != Granularity(1, scheme.weight.cols)):
-                reasons.append(f"{name}: blocks go with dynamic activations 1x{scheme.weight.cols}, found {scheme}")
+                reasons.append(f"{name}: blocks require dynamic activations 1x{scheme.weight.cols}, found {scheme}")
         kinds = {(layer.scheme.weight, layer.scheme.static, layer.scheme.scale_format) for layer in layers.values()}
         if len(kinds) > 1:
             found = ", ".join(sorted({str(layer.scheme) for layer in layers.values()}))
-            reasons.append(f"fine-grained has one scheme for all layers, found {len(kinds)}: {found}")
+            reasons.append(f"fine-grained requires the same scheme for all layers, found {len(kinds)}: {found}")
         return reasons
 
     def stored(self, name: str, layer: Written) -> dict[str, TensorInfo]:
@@ -113,13 +113,13 @@ class FineGrained(Format):
 
 
 class Plain(Format):
-    """AutoFP8's and vLLM's ``fp8``, and any scaled FP8 whose tool is not known: ``weight_scale`` beside the weight."""
+    """``fp8`` of AutoFP8 and vLLM, and scaled FP8 of unknown origin: ``weight_scale`` next to the weight."""
 
     name = "plain"
 
     def recognises(self, contents: Contents) -> str:
         if contents.method == "fp8" and _is_plain(contents):
-            return "quant_method fp8 with tensors called weight_scale"
+            return "quant_method fp8 with tensors named weight_scale"
         if contents.holds_fp8 and (contents.method or _ends(contents, "weight_scale")):
             return f"FP8 weights with scales, quant_method {contents.method or 'not given'}"
         return ""
@@ -137,16 +137,16 @@ class Plain(Format):
 
     def check(self, contents: Contents, layout: Layout) -> None:
         if contents.method not in ("fp8", ""):
-            layout.suspicious.append(f"quant_method {contents.method} is not known; its tensors were read by name")
+            layout.suspicious.append(f"quant_method {contents.method} is unknown; its tensors were read by name")
         if not contents.config and layout.layers:
             layout.suspicious.append("FP8 weights but no quantization_config")
         for name, layer in layout.layers.items():
             if contents.config.get("activation_scheme") == "static" and not layer.scheme.static:
-                layout.suspicious.append(f"{name} has no input scale; the config says they are static")
+                layout.suspicious.append(f"{name} has no input scale; the config says activations are static")
 
 
 class Fbgemm(Format):
-    """FBGEMM's rows, as Llama 3.1 and 4 were published; stacked experts are transposed, ``[E, K, N]``."""
+    """FBGEMM's per-row scales, as published with Llama 3.1 and 4; stacked experts are transposed, ``[E, K, N]``."""
 
     name = "fbgemm"
 
@@ -154,7 +154,7 @@ class Fbgemm(Format):
         return "quant_method fbgemm_fp8" if contents.method == "fbgemm_fp8" else ""
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
-        # For three dimensions only: (E, N, 1) and (E, 1, N) both hold a scale for each column of [E, K, N].
+        # In three dimensions only: (E, N, 1) and (E, 1, N) both hold one scale per column of [E, K, N].
         return (Granularity(None, 1),) if ".experts." in f"{module}." else (ROW,)
 
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:

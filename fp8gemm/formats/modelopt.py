@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt's exports, with their config in config.json or only in hf_quant_config.json."""
+"""NVIDIA ModelOpt exports, with their config in config.json or only in hf_quant_config.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelOpt(Format):
 
 
 def _settings(contents: Contents) -> Mapping[str, Any]:
-    """The config itself, or what hf_quant_config.json keeps under ``quantization``."""
+    """The config itself, or the ``quantization`` section of hf_quant_config.json."""
     inner = contents.config.get("quantization")
     return inner if isinstance(inner, Mapping) else contents.config
 

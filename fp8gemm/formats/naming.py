@@ -1,4 +1,4 @@
-"""Stacked experts under the names that files have for them: one matrix an expert."""
+"""Stacked experts under the names that checkpoint files use: one matrix per expert."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 _EXPERTS = re.compile(r"^(?P<block>.*\bexperts)\.gate_up_proj$")
-# Models whose files have Mixtral's names: w1 gates, w3 goes up, w2 comes down.
+# Models whose files use Mixtral's names: w1 is gate, w3 is up, w2 is down.
 _MIXTRAL = ("mixtral", "minimax", "minimax_m2")
 
 
@@ -27,10 +27,10 @@ class Slice:
 
 
 def expert_slices(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Slice]:
-    """Name in a file -> its slice, for the blocks ``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]`` in ``shapes``.
+    """File name -> slice, for the blocks ``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]`` in ``shapes``.
 
-    Transposed ones, ``[E, H, 2I]`` and ``[E, I, H]``, are stored stacked by their makers and stay so. ``kind`` is the
-    config's ``model_type``.
+    Transposed stacks, ``[E, H, 2I]`` and ``[E, I, H]``, are published stacked and stay so. ``kind`` is the config's
+    ``model_type``.
     """
     found = {}
     for name, shape in shapes.items():
@@ -49,7 +49,7 @@ def expert_slices(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str,
 
 
 def file_name(name: str, kind: str) -> str:
-    """The name in a file of a tensor of a model; only the blocks of Mixtral's kin are called otherwise there."""
+    """A model tensor's name in checkpoint files; only the blocks of Mixtral-like models have another name there."""
     if kind not in _MIXTRAL:
         return name
     match = re.match(r"^((?:.*\.)?)\w+(\.(experts|gate|e_score_correction_bias)\b.*)$", name)

@@ -1,4 +1,4 @@
-"""Which key of a checkpoint is what: the tensors decide, the config confirms."""
+"""Classifies the keys of a checkpoint: the tensors decide, the config confirms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKED = (".weight_packed", ".qweight")
 
 
 def scan(contents: Contents, format: Format) -> Layout:
-    """What each key is.
+    """Finds out what each key is.
 
     Raises:
         CheckpointError: FP8 without a scale, a scale of the wrong shape or dtype, or two scales for one weight.
@@ -47,9 +47,9 @@ def scan(contents: Contents, format: Format) -> Layout:
 def granularity_of(
     shape: tuple[int, ...], grid: tuple[int, ...], hints: Sequence[Granularity] = ()
 ) -> Granularity | None:
-    """What scales of shape ``grid`` mean for a weight of ``shape [..., N, K]``; None where they fit no reading.
+    """The granularity of scales of shape ``grid`` for a weight of ``shape [..., N, K]``; None if none fits.
 
-    Blocks are never guessed from the two shapes: only ``hints``, from a config, give their size.
+    Block sizes are never guessed from the two shapes: they come only from ``hints``, which a config gives.
     """
     lead, (n, k) = shape[:-2], shape[-2:]
     if len(shape) == 2 and len(grid) == 4 and grid[1] == grid[3] == 1:
@@ -57,20 +57,20 @@ def granularity_of(
     for hint in hints:
         if hint.scale_shape(shape) == grid:
             return hint
-        # Transposed experts [E, K, N] may carry their scales as (E, N, 1) too.
+        # Transposed experts [E, K, N] may also store their scales as (E, N, 1).
         if hint == Granularity(None, 1) and lead and grid == (*lead, k, 1):
             return hint
     if all(size == 1 for size in grid) or grid in (lead, (*lead, 1), (*lead, 1, 1)):
         return TENSOR
     if grid in ((*lead, n), (*lead, n, 1)):
         return ROW
-    if lead and grid == (*lead, 1, k):  # transposed experts [E, K, N] with one scale an output
+    if lead and grid == (*lead, 1, k):  # transposed experts [E, K, N] with one scale per output
         return Granularity(None, 1)
     return None
 
 
 def _layer(contents: Contents, format: Format, key: str, raw: bool) -> Layer | None:
-    """The FP8 layer whose weight is ``key``; None for a raw cast that is no matrix."""
+    """The FP8 layer whose weight is ``key``; None for a raw cast that is not a matrix."""
     info = contents.tensors[key]
     dtype = format.fp8_dtype(key, info, contents)
     assert dtype is not None
@@ -78,7 +78,7 @@ def _layer(contents: Contents, format: Format, key: str, raw: bool) -> Layer | N
     name = format.canonical(key)
     found = [module + suffix for suffix in names.scales if module + suffix in contents.tensors]
     if len(found) > 1:
-        raise CheckpointError(f"{key} has {len(found)} scales, {' and '.join(found)}; one of them must go")
+        raise CheckpointError(f"{key} has {len(found)} scales, {' and '.join(found)}; only one is allowed")
     if raw and not found:
         if len(info.shape) != 2:
             return None
@@ -115,7 +115,7 @@ def _layer(contents: Contents, format: Format, key: str, raw: bool) -> Layer | N
 
 
 def _with_scheme(contents: Contents, format: Format, module: str, layer: Layer, names: Names) -> Layer:
-    """The layer with what the format asks of its activations, and its other keys."""
+    """The layer with its activation scheme from the format, and its remaining keys."""
     inputs = [module + suffix for suffix in names.input_scales if module + suffix in contents.tensors]
     asked = format.activation(contents, module, layer.granularity)
     static = bool(inputs) and asked.granularity is not None and asked.static is not False
@@ -132,7 +132,7 @@ def _with_scheme(contents: Contents, format: Format, module: str, layer: Layer, 
 
 
 def _names_of(key: str, format: Format) -> tuple[Names, str]:
-    """The naming that ``key`` follows, and the module it names."""
+    """The naming that ``key`` follows, and its module."""
     for names in format.names:
         if names.weight and key.endswith(names.weight):
             return names, key[: -len(names.weight)]
@@ -142,19 +142,19 @@ def _names_of(key: str, format: Format) -> tuple[Names, str]:
 
 def _hints(contents: Contents, format: Format, module: str, scale: TensorInfo) -> list[Granularity]:
     hints = list(format.granularities(contents, module))
-    # OCP MX: an E8M0 byte for 32 elements, the one meaning that such a grid has without a config.
+    # OCP MX: one E8M0 byte per 32 elements, the only meaning of such a grid without a config.
     return [*hints, MX] if scale.dtype in UE8M0_DTYPES else hints
 
 
 def _sort_the_rest(contents: Contents, format: Format, layout: Layout, used: set[str]) -> None:
-    """Says of each key that no FP8 layer took what it is."""
+    """Classifies the keys that no FP8 layer uses."""
     taken_suffixes = {_suffix(layer) for layer in layout.layers.values()}
     for key, info in contents.tensors.items():
         if key in used or format.is_marker(key):
             continue
         owner = _owner(contents, format, key, taken_suffixes)
         if owner is not None:
-            layout.unused[key] = f"{owner} is not FP8 ({contents.tensors[owner].dtype}): its scale means nothing"
+            layout.unused[key] = f"{owner} is not FP8 ({contents.tensors[owner].dtype}): its scale is ignored"
         elif _KV_SCALE.search(key):
             layout.kv_scales[format.canonical(key)] = key
         elif _is_other_quantization(contents, format, key, info):
@@ -173,7 +173,7 @@ def _suffix(layer: Layer) -> str:
 
 
 def _is_part(contents: Contents, format: Format, key: str) -> bool:
-    """Whether ``key`` is a scale or a zero point of another tensor: those may be stored in FP8 too."""
+    """Whether ``key`` is a scale or zero point of another tensor; those may be stored in FP8 too."""
     for names in format.names:
         for suffix in (*names.scales, *names.input_scales, *names.zero_points):
             if key.endswith(suffix):
@@ -184,10 +184,10 @@ def _is_part(contents: Contents, format: Format, key: str) -> bool:
 
 
 def _owner(contents: Contents, format: Format, key: str, taken: set[str]) -> str | None:
-    """The weight that is not FP8 beside which the scale ``key`` stands."""
+    """The weight that the scale ``key`` belongs to, if that weight is not FP8."""
     for names in format.names:
         for suffix in (*names.scales, *names.input_scales, *names.zero_points):
-            # ".scale" is also what norms call their weight; it is a scale only in files that use it as one.
+            # Some norms name their weight ".scale"; it is a scale only in files that use it as one.
             if not key.endswith(suffix) or (suffix == ".scale" and "scale" not in taken):
                 continue
             weight = key[: -len(suffix)] + names.weight
@@ -198,7 +198,7 @@ def _owner(contents: Contents, format: Format, key: str, taken: set[str]) -> str
 
 
 def _is_other_quantization(contents: Contents, format: Format, key: str, info: TensorInfo) -> bool:
-    """Whether ``key`` is a weight quantized to something else: INT8, FP4, packed INT4."""
+    """Whether ``key`` is a weight quantized to another type: INT8, FP4, packed INT4."""
     if key.endswith(_PACKED):
         return True
     names, module = _names_of(key, format)
@@ -213,15 +213,15 @@ def _check_dtype(contents: Contents, scale: str) -> None:
     found = contents.tensors[scale].dtype
     if found not in SCALE_DTYPES:
         raise CheckpointError(
-            f"{scale} is {found}; a scale is one of {', '.join(str(dtype) for dtype in SCALE_DTYPES)}"
+            f"{scale} is {found}; a scale must be one of {', '.join(str(dtype) for dtype in SCALE_DTYPES)}"
         )
 
 
 def _no_scale(key: str, info: TensorInfo, module: str, names: Names) -> str:
     looked = ", ".join(module + suffix for suffix in names.scales)
     return (
-        f"{key} is {info.dtype} {list(info.shape)} and has no scale: looked for {looked}. Without it the values are "
-        "unknown; only single files without a config and without any scale are read as raw casts"
+        f"{key} is {info.dtype} {list(info.shape)} and has no scale: looked for {looked}. Without one, its values are "
+        "unknown; only single files with neither a config nor any scale are read as raw casts"
     )
 
 
@@ -231,5 +231,5 @@ def _wrong_shape(contents: Contents, key: str, scale: str, hints: Sequence[Granu
     fits = ", ".join(f"{name} has {grid}" for name, grid in said.items())
     return (
         f"{scale} has shape {list(contents.tensors[scale].shape)}, which fits no scale of {key} of shape "
-        f"{list(shape)}: {fits}" + ("" if hints else "; a config with a block size (weight_block_size) would say more")
+        f"{list(shape)}: {fits}" + ("" if hints else "; a config with a block size (weight_block_size) would help")
     )

@@ -1,4 +1,4 @@
-"""torchao's Float8Tensor in safetensors: parts of a tensor subclass, described in the file's metadata."""
+"""torchao's Float8Tensor in safetensors: the inner tensors of a subclass, described in the file's metadata."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TorchAO(Format):
         if contents.method == "torchao":
             return "quant_method torchao"
         if any(key.endswith("._weight_qdata") for key in contents.tensors):
-            return "tensors called _weight_qdata"
+            return "tensors named _weight_qdata"
         return ""
 
     def canonical(self, key: str) -> str:
@@ -35,7 +35,7 @@ class TorchAO(Format):
         if not block:
             return ()
         shape = contents.tensors[f"{module}._weight_qdata"].shape
-        # block_size is in elements, with a dimension's full size where it is not divided.
+        # block_size is in elements; an undivided dimension has its full size.
         rows, cols = (None if size >= full > 1 else size for size, full in zip(block[-2:], shape[-2:], strict=True))
         return (Granularity(rows, cols),)
 
@@ -57,10 +57,10 @@ def _natural(weight: Granularity) -> Granularity:
 
 
 def _described(contents: Contents, module: str) -> Mapping[str, Any]:
-    """What the metadata says of a module's weight.
+    """What the metadata says about a module's weight.
 
     Raises:
-        CheckpointError: a description that is no JSON, or of a tensor that is not FP8.
+        CheckpointError: the description is not JSON, or the tensor is not FP8.
     """
     text = contents.metadata.get(f"{module}.weight")
     if text is None:
@@ -70,6 +70,6 @@ def _described(contents: Contents, module: str) -> Mapping[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"the metadata of {module}.weight is not JSON: {error}") from error
     if described.get("_type") not in ("Float8Tensor", "Tensor"):
-        raise CheckpointError(f"{module}.weight is torchao's {described.get('_type')}; only Float8Tensor can be read")
+        raise CheckpointError(f"{module}.weight is a torchao {described.get('_type')}; only Float8Tensor can be read")
     data = described.get("_data")
     return data if isinstance(data, Mapping) else {}

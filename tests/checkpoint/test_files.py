@@ -72,7 +72,7 @@ def test_truncated(keep: int, tmp_path: Path) -> None:
     path.write_bytes(content)
     text = refused(tmp_path)
     assert f"model.safetensors ({len(content)} bytes) is not a complete safetensors file" in text
-    assert "downloaded or copied, do that again" in text
+    assert "downloaded or copied, try that again" in text
 
 
 def test_something_else(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, zipped)
     for path in (plain, renamed, zipped):
         text = refused(path)
-        assert f"{path} is a pickle, which can run any code when it is opened" in text
+        assert f"{path} is a pickle, which can run arbitrary code when opened" in text
         assert "safetensors.torch.save_file" in text
     assert not (tmp_path / "sprung").exists()
 
@@ -104,23 +104,23 @@ def test_a_folder_of_pickles(tmp_path: Path) -> None:
 
 def test_empty_and_absent(tmp_path: Path) -> None:
     assert "holds no .safetensors file; found nothing" in refused(tmp_path)
-    assert "is no file, no folder and no id on the Hub" in refused(tmp_path / "absent")
+    assert "is neither a file, a folder nor an id on the Hub" in refused(tmp_path / "absent")
 
 
 def test_an_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     folder = sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, {"x.safetensors": A})
-    assert "names 1 of 2 shards that are not there: y.safetensors" in refused(folder)
+    assert "lists 2 shards, 1 of them missing: y.safetensors" in refused(folder)
 
 
 def test_an_index_that_names_a_tensor_that_is_not_there(tmp_path: Path) -> None:
     folder = sharded(tmp_path, {"a": "x.safetensors", "b": "x.safetensors"}, {"x.safetensors": A})
-    assert "the index says that b is in x.safetensors, which does not hold it" in refused(folder)
+    assert "the index says that b is in x.safetensors, which does not contain it" in refused(folder)
 
 
 def test_an_index_that_leaves_its_folder(tmp_path: Path) -> None:
     save_file(A, tmp_path / "x.safetensors")
     folder = sharded(tmp_path / "in", {"a": "../x.safetensors"}, {})
-    assert "names shards outside its folder: ../x.safetensors" in refused(folder)
+    assert "lists shards outside its folder: ../x.safetensors" in refused(folder)
 
 
 def test_an_index_without_a_map(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
 def test_several_checkpoints_in_a_folder(tmp_path: Path) -> None:
     save_file(A, tmp_path / "one.safetensors")
     save_file(B, tmp_path / "two.safetensors")
-    assert "holds several checkpoints: one.safetensors, two.safetensors; give the path of one" in refused(tmp_path)
+    assert "holds several checkpoints: one.safetensors, two.safetensors; pass the path of one" in refused(tmp_path)
     save_file(A, tmp_path / "consolidated.safetensors")
     save_file(B, tmp_path / "model.safetensors")
     assert set(open_checkpoint(tmp_path)) == {"b"}, "the Hugging Face names come first"

@@ -211,7 +211,7 @@ def test_an_interrupted_download_goes_on_with_the_files_that_lack(hub: Hub, tmp_
     hub.dropped = "model.safetensors"
     error = str(opened(hub, tmp_path)["error"])
     assert "downloading owner/name failed" in error
-    assert "opening it again goes on from there" in error
+    assert "opening it again resumes from there" in error
     assert any((tmp_path / "cache").rglob("padding.safetensors"))
     assert not any((tmp_path / "cache").rglob("model.safetensors")), "half a file has no name"
     hub.drops = 0
@@ -223,7 +223,7 @@ def test_an_interrupted_download_goes_on_with_the_files_that_lack(hub: Hub, tmp_
 def test_tokens(hub: Hub, tmp_path: Path) -> None:
     hub.token = "secret"
     error = str(opened(hub, tmp_path, token=False)["error"])
-    assert "neither a file or folder here nor a repository that the Hub shows to you" in error
+    assert "neither a local file or folder nor a repository on the Hub that you can access" in error
     assert "token=" in error
     assert opened(hub, tmp_path, token="secret") == {"sum": SUM}
     assert "secret" not in error
@@ -231,7 +231,7 @@ def test_tokens(hub: Hub, tmp_path: Path) -> None:
 
 def test_offline(hub: Hub, tmp_path: Path) -> None:
     error = str(opened(hub, tmp_path, offline=True)["error"])
-    assert "owner/name was not downloaded completely before, and offline mode is on" in error
+    assert "owner/name has not been downloaded completely, and offline mode is on" in error
     assert hub.asked == []
     opened(hub, tmp_path)
     hub.asked.clear()
@@ -240,7 +240,7 @@ def test_offline(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
-    assert "nobody/nothing is neither a file or folder here" in str(opened(hub, tmp_path, "nobody/nothing")["error"])
+    assert "nobody/nothing is neither a local file or folder" in str(opened(hub, tmp_path, "nobody/nothing")["error"])
 
 
 def test_nobody_answers(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_model_inside_a_model_and_one_that_was_loaded(tmp_path: Path) -> None:
 def test_what_is_not_written_is_refused(tmp_path: Path) -> None:
     model = enable_fp8_gemm(llama())
     for refused in ({"push_to_hub": True}, {"state_dict": {"a": 1}}, {"variant": "fp8"}, {"safe_serialization": False}):
-        with pytest.raises(UnsupportedError, match=r"takes no .*fp8gemm.save_checkpoint"):
+        with pytest.raises(UnsupportedError, match=r"does not support .*fp8gemm.save_checkpoint"):
             model.save_pretrained(tmp_path, **refused)
     model.save_pretrained(tmp_path, is_main_process=False)
     assert list(tmp_path.iterdir()) == []
@@ -168,7 +168,7 @@ def test_models_of_diffusers_are_told_what_would_work(tmp_path: Path) -> None:
             self.proj = nn.Linear(8, 8)
 
     model = enable_fp8_gemm(Transformer())
-    with pytest.raises(UnsupportedError, match="diffusers reads no FP8 checkpoint"):
+    with pytest.raises(UnsupportedError, match="diffusers cannot read FP8 checkpoints"):
         model.save_pretrained(tmp_path)
 
 

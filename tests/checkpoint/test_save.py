@@ -232,7 +232,7 @@ def test_fp8_experts_are_written_one_by_one(scheme: Any, tmp_path: Path) -> None
     model = enable_fp8_gemm(Mlp(), options=FP8GemmOptions(scheme=scheme, engine="reference"))
     answers = {name: getattr(model.experts, name).dequantize() for name in ("gate_up_proj", "down_proj")}
     if scheme == "block":
-        with pytest.raises(UnsupportedError, match="one scheme for all layers, found 2"):
+        with pytest.raises(UnsupportedError, match="the same scheme for all layers, found 2"):
             save_checkpoint(model, tmp_path, format="fine-grained")
     save_checkpoint(model, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -244,10 +244,10 @@ def test_fp8_experts_are_written_one_by_one(scheme: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "format", "reason"),
     [
-        ("rows", "fine-grained", "up: fine-grained has blocks or one scale a tensor, found row"),
+        ("rows", "fine-grained", "up: fine-grained supports blocks or one scale per tensor, found row"),
         ("weight-only", "fine-grained", "found row"),
-        ("weight-only-blocks", "fine-grained", "up: fine-grained quantizes activations, found weight-only"),
-        ("rows", "gguf", "checkpoints are written as compressed-tensors or fine-grained, asked for 'gguf'"),
+        ("weight-only-blocks", "fine-grained", "up: fine-grained requires quantized activations, found weight-only"),
+        ("rows", "gguf", "checkpoints can be written as compressed-tensors or fine-grained, found 'gguf'"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused_before_a_byte(
@@ -265,7 +265,9 @@ def test_what_a_format_cannot_express_is_refused_before_a_byte(
 def test_e5m2_is_refused(tmp_path: Path) -> None:
     model = Net()
     enable_fp8_gemm(model, options=FP8GemmOptions(weight_dtype=torch.float8_e5m2, scheme="weight_only"))
-    with pytest.raises(UnsupportedError, match=r"up: compressed-tensors holds float8_e4m3fn, found torch\.float8_e5m2"):
+    with pytest.raises(
+        UnsupportedError, match=r"up: compressed-tensors stores float8_e4m3fn, found torch\.float8_e5m2"
+    ):
         save_checkpoint(model, tmp_path / "out")
 
 
@@ -335,13 +337,13 @@ def test_kv_scales_and_companions_go_along(tmp_path: Path) -> None:
 def test_source_and_target_must_differ(tmp_path: Path) -> None:
     folder = source(tmp_path / "in", "rows")
     for function in (convert_checkpoint, quantize_checkpoint):
-        with pytest.raises(ValueError, match="holds the source; give another directory"):
+        with pytest.raises(ValueError, match="holds the source; choose another directory"):
             function(folder, folder)
 
 
 def test_converting_needs_fp8(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {"w.weight": torch.ones(4, 4)})
-    with pytest.raises(CheckpointError, match="holds no FP8 weight; quantize_checkpoint makes some"):
+    with pytest.raises(CheckpointError, match="holds no FP8 weights; quantize_checkpoint creates them"):
         convert_checkpoint(folder, tmp_path / "out")
 
 
@@ -417,7 +419,7 @@ def test_stacked_experts_are_quantized_one_by_one(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     w = torch.randn(32, 32)
     w[3, 4] = torch.inf
-    with pytest.raises(CheckpointError, match=r"m\.weight holds 1 values that are not finite"):
+    with pytest.raises(CheckpointError, match=r"m\.weight holds 1 non-finite values"):
         quantize_checkpoint(write(tmp_path / "in", {"m.weight": w}), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -425,13 +427,13 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_quantizing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     folder = dense(tmp_path / "in")
     static = Scheme(weight=BLOCK_128, activation=BLOCK_128, static=True)
-    with pytest.raises(ValueError, match="static activation scales come from calibration"):
+    with pytest.raises(ValueError, match="static activation scales require calibration"):
         quantize_checkpoint(folder, tmp_path / "out", scheme=static)
-    with pytest.raises(UnsupportedError, match="fine-grained has blocks or one scale a tensor, found row"):
+    with pytest.raises(UnsupportedError, match="fine-grained supports blocks or one scale per tensor, found row"):
         quantize_checkpoint(folder, tmp_path / "out", format="fine-grained")
-    with pytest.raises(CheckpointError, match="is FP8 already; convert_checkpoint changes its format"):
+    with pytest.raises(CheckpointError, match="is already FP8; convert_checkpoint changes its format"):
         quantize_checkpoint(source(tmp_path / "fp8", "rows"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="has no matrix to quantize: 1 are ignored"):
+    with pytest.raises(CheckpointError, match="has no matrices to quantize: 1 are ignored"):
         quantize_checkpoint(write(tmp_path / "one", {"lm_head.weight": torch.ones(2, 2)}), tmp_path / "out")
 
 

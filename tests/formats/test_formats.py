@@ -320,7 +320,7 @@ def test_comfy_raw_cast(dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(comfy(tmp_path, {"m.weight": w, "m.bias": bias}))
     assert torch.equal(checkpoint.dequantize("m.weight"), w.float())
     assert torch.equal(checkpoint.dequantize("m.bias"), torch.tensor([1.5, -2.0]))
-    assert checkpoint.layout.suspicious == ["no scale anywhere: read as a raw cast, every scale 1"]
+    assert checkpoint.layout.suspicious == ["no scales: read as a raw cast, with every scale 1"]
 
 
 def test_a_raw_cast_beside_a_config_is_refused(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_two_scales_for_one_weight(tmp_path: Path) -> None:
 
 def test_a_scale_of_a_dtype_that_is_none(tmp_path: Path) -> None:
     tensors = {"m.weight": W, "m.weight_scale": torch.ones(N, 1, dtype=torch.int32)}
-    with pytest.raises(CheckpointError, match=r"m\.weight_scale is torch\.int32; a scale is one of"):
+    with pytest.raises(CheckpointError, match=r"m\.weight_scale is torch\.int32; a scale must be one of"):
         open_checkpoint(write(tmp_path, tensors, compressed("channel", "token")))
 
 
@@ -415,7 +415,7 @@ def test_scales_that_are_not_finite(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(
         write(tmp_path, {"m.weight": W, "m.weight_scale": broken}, compressed("channel", "token"))
     )
-    with pytest.raises(CheckpointError, match=r"m\.weight_scale, the scale of m\.weight, holds values that are not"):
+    with pytest.raises(CheckpointError, match=r"m\.weight_scale, the scale of m\.weight, holds non-finite"):
         checkpoint["m.weight"]
 
 

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import sys
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,11 +17,13 @@ from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
 from ..weights import Change, FP8Weight, leave, own_weights, revert
-from ..weights.report import KEPT, Report, Row
+from ..weights.report import COVERAGE, KEPT, Report, Row
 from ..weights.sharding import is_distributed
+from .first_forward import FirstForward, Then, remove
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
-from .selection import Conversion, ModuleFilter, plan
+from .observation import Observer, watch
+from .selection import Conversion, ModuleFilter, complain, planned
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,8 +34,14 @@ def enable_fp8_gemm(
     options: FP8GemmOptions | None = None,
     module_filter: ModuleFilter | None = None,
     inplace: bool = True,
+    example_inputs: object = None,
 ) -> Model:
-    """Makes every Linear of ``model``, and every stack of experts, run on FP8 weights.
+    """Makes every matrix that ``model`` multiplies by run as an FP8 weight.
+
+    Those are the weights of Linears and what multiplies like them, attention's packed projections, stacks of experts,
+    heads with the embeddings they are tied to, and convolutions whose windows do not overlap. What a parameter is for
+    is told by its module's structure and code, never by running the model, unless ``example_inputs`` are given: then
+    one forward pass is watched, and bare parameters that turn out to be factors of products are converted as well.
 
     Each layer stays the same object under the same name, so hooks, shared modules and references of any kind
     survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
@@ -48,6 +57,9 @@ def enable_fp8_gemm(
         module_filter: which layers: a callable ``(name, module) -> bool``, or one or more glob patterns over the
             full names (``"*.mlp.*"``); a pattern that begins with ``!`` excludes.
         inplace: False leaves ``model`` as it is and returns a converted copy that shares nothing with it.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords for ``model``, which is run
+            on them once before anything is converted; or ``"first call"``, to watch the first call instead and convert
+            what that has shown right after it.
 
     Returns:
         ``model`` itself, or the copy.
@@ -64,13 +76,56 @@ def enable_fp8_gemm(
         ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
     options = options or FP8GemmOptions()
-    steps = plan(model, options=options, module_filter=module_filter)
-    if not inplace:
-        return _converted_copy(model, steps, options)
-    undisturbed(lambda interrupts: _convert_all(model, steps, options, interrupts))
-    if options.fp16_weight_storage == "discard":
-        _return_freed_memory()
+    waits = isinstance(example_inputs, str) and example_inputs == FIRST_CALL
+    seen = {} if example_inputs is None or waits else watch(model, example_inputs).roles()
+    steps, wanted = planned(model, options, module_filter, seen)
+    if not waits:
+        complain(wanted, steps, model, options)
+    first = FirstForward(_ConvertSeen(options, module_filter) if waits else _note_coverage)
+    if inplace:
+
+        def convert(interrupts: Interrupts) -> None:
+            _convert_all(model, steps, options, interrupts)
+            first.install(model)
+
+        undisturbed(convert)
+        if options.fp16_weight_storage == "discard":
+            _return_freed_memory()
+    else:
+        model = _converted_copy(model, steps, options)
+        first.install(model)
     return model
+
+
+FIRST_CALL = "first call"
+
+
+def _note_coverage(model: nn.Module, observer: Observer) -> None:
+    model.__dict__[COVERAGE] = observer.coverage()
+
+
+@dataclass(frozen=True)
+class _ConvertSeen:
+    """Converts what the first forward pass has shown, and has the next one counted."""
+
+    options: FP8GemmOptions
+    module_filter: ModuleFilter | None
+
+    def __call__(self, model: nn.Module, observer: Observer) -> None:
+        _note_coverage(model, observer)
+        steps, wanted = planned(model, self.options, self.module_filter, observer.roles())
+        undisturbed(lambda interrupts: _convert_all(model, steps, self.options, interrupts))
+        if not any(isinstance(parameter, FP8Weight) for parameter in model.parameters()):
+            complain(wanted, steps, model, replace(self.options, strict=False))
+        FirstForward(_note_coverage).install(model)
+
+    def __reduce__(self) -> Any:
+        """A filter that cannot be pickled is not: a pickled model notes its coverage and converts nothing more."""
+        return (_coverage_only, ())
+
+
+def _coverage_only() -> Then:
+    return _note_coverage
 
 
 def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
@@ -98,6 +153,8 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
 
 def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     rows = []
+    remove(model)
+    model.__dict__.pop(COVERAGE, None)
     give_saving_back(model)
     split_gated(model)
     modules = list(model.named_modules())

@@ -118,7 +118,7 @@ def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options:
         return
     if options.strict:
         raise ValueError("; ".join(problems) + ". FP8GemmOptions(strict=False) makes this a warning")
-    warnings.warn("; ".join(problems), stacklevel=4)
+    warnings.warn("; ".join(problems), stacklevel=3)
 
 
 def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Place]]:
@@ -129,7 +129,9 @@ def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Place]]
             if tensor is None or isinstance(tensor, FP8Weight):
                 continue
             name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
-            role = seen.get(f"{prefix}.{parameter}".strip(".")) or role_of(module, parameter)
+            role = role_of(module, parameter)
+            if role is None or role.layout is None or role.reason:
+                role = seen.get(f"{prefix}.{parameter}".strip("."), role)
             if role is not None:
                 found.setdefault(id(tensor), []).append(Place(name, module, parameter, role))
     yield from found.values()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..scaled import ScaledTensor
+from ..scaled import Granularity, ScaledTensor
 
 
 def swapped(size: Sequence[int], flipped: bool) -> tuple[int, ...]:
@@ -125,6 +126,15 @@ class Part:
             return None
         by_row, by_col = _blocks(grid.rows, r, rows), _blocks(grid.cols, c, cols)
         return ScaledTensor(self.cut(weight.data), self._of_experts(weight.scale)[..., by_row, by_col], grid)
+
+    def take_finer(self, weight: ScaledTensor) -> ScaledTensor | None:
+        """``take``, with the scales of a block repeated for smaller ones where its rows begin inside of a block."""
+        rows, first = weight.granularity.rows, self.rows[0]
+        if rows is None or first % rows == 0:
+            return self.take(weight)
+        finer = math.gcd(first, rows)
+        scale = weight.scale.repeat_interleave(rows // finer, dim=-2)[..., : -(-weight.shape[-2] // finer), :]
+        return self.take(ScaledTensor(weight.data, scale, Granularity(finer, weight.granularity.cols)))
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
         """Its values, as a view of those of the whole weight ``[(E,) N, K]``."""

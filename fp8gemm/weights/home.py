@@ -226,16 +226,21 @@ class Home:
         with lock():
             if (found := stored.forms.get(key)) is not None:
                 return found
-            weight: ScaledTensor | None = stored.scaled()
-            assert weight is not None
+            weight, scheme = stored.scaled(), self.scheme
             if part is not None:
-                weight = part.take(weight) if part.all_columns(self.layout) else None
-                if weight is None:
+                taken = part.take_finer(weight) if part.all_columns(self.layout) else None
+                if taken is None:
                     return None
+                weight, scheme = taken, replace(scheme, weight=taken.granularity)
             scale = self.input_scale
-            form = prepare_for(
-                weight.to(device), self.options, dtype, None if scale is None else scale.to(device), self.scheme
-            )
+            try:
+                form = prepare_for(
+                    weight.to(device), self.options, dtype, None if scale is None else scale.to(device), scheme
+                )
+            except UnsupportedError:
+                if scheme == self.scheme:
+                    raise
+                return None  # no engine takes blocks of so few rows
             if not native.plain(weight.data):  # inside a trace
                 form = replace(form, extra=(), bare=True)
                 stored.forms = {**stored.forms, key: form}

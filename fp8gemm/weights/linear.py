@@ -171,8 +171,10 @@ class FP8Linear(nn.Linear):
         weight = self._parameters.get("weight")
         if torch.compiler.is_compiling():
             return self._traced(input, weight)
-        if not isinstance(weight, FP8Weight) or not native.plain(input) or in_forward_mode():
+        if not isinstance(weight, FP8Weight):
             return F.linear(input, self.weight, self.bias)
+        if not native.plain(input) or in_forward_mode():
+            return self._as_operation(input, weight)
         if not jit_tracing() and not profiling():
             key = (input.shape, input.dtype, input.device)
             bound = self.__dict__.get("_bound", _NONE).get(key)
@@ -184,6 +186,13 @@ class FP8Linear(nn.Linear):
             elif bound is not UNBOUND:
                 notice(self, weight, key, input)
         return FP8Linear._run(input, weight, self.bias)
+
+    def _as_operation(self, x: torch.Tensor, weight: FP8Weight) -> torch.Tensor:
+        """Where a mode or a transform has a say: what torch sees is its own linear, with the casts that are due."""
+        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, self.bias)
+        out_dtype, given = _dtypes(x, weight.dtype, weight._home.options)
+        return F.linear(x.to(out_dtype), weight, self.bias).to(given)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,45 @@ from .sharding import held
 from .structure import STACK_NAMES, stacks
 from .weight import FP8Weight
 
+COVERAGE = "_fp8gemm_coverage"  # attribute of a model: what its first forward pass was seen to do
 KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the parameter that was left as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """How many multiply-adds with parameters one forward pass made: on FP8, on dense weights, and on FP8 weights that
+    had to be dequantized for it; each by the name of the parameter. Attention scores, which have no parameter, do not
+    count.
+
+    Example:
+        >>> str(Coverage(fp8={"a.weight": 990}, dense={"b.weight": 10}, dequantized={}))
+        '99.00 % of 1000 multiply-adds on FP8, 1.00 % dense'
+    """
+
+    fp8: Mapping[str, int]
+    dense: Mapping[str, int]
+    dequantized: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(sum(table.values()) for table in (self.fp8, self.dense, self.dequantized))
+
+    @property
+    def share(self) -> float:
+        """The share on FP8, 0 to 1; 1 where nothing was multiplied."""
+        return sum(self.fp8.values()) / self.total if self.total else 1.0
+
+    def of(self, parameter: str) -> float:
+        """The share of the products with one parameter, however they ran."""
+        count = sum(table.get(parameter, 0) for table in (self.fp8, self.dense, self.dequantized))
+        return count / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.share:.2%} of {self.total} multiply-adds on FP8".replace("%", " %")]
+        for what, table in (("dense", self.dense), ("dequantized", self.dequantized)):
+            if count := sum(table.values()):
+                parts.append(f"{count / self.total:.2%} {what}".replace("%", " %"))
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +62,8 @@ class Row:
 
     ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` are
     counted since patching, outside torch.compile. ``ties`` are the other names of the same weight, such as that of the
-    embeddings of a tied head.
+    embeddings of a tied head. ``share`` is that of all multiply-adds with parameters in the first forward pass after
+    patching, 0 to 1; None before there was one.
     """
 
     name: str
@@ -39,6 +78,7 @@ class Row:
     kernels: tuple[tuple[str, int], ...] = ()
     dequantizations: int = 0
     ties: tuple[str, ...] = ()
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +93,27 @@ class Report:
     """
 
     rows: tuple[Row, ...]
+    coverage: Coverage | None = None
+
+    def check(self, *, coverage: float = 0.99) -> None:
+        """Raises where less than this share of the multiply-adds of the first forward pass ran on FP8.
+
+        Raises:
+            ValueError: naming what ran on dense or dequantized weights, the largest first, with the reason; or that
+                there was no forward pass of the whole model yet.
+        """
+        found = self.coverage
+        if found is None:
+            raise ValueError("no forward pass was seen yet: run the patched model itself once, not compiled, then ask")
+        if found.share >= coverage:
+            return
+        reasons = {key: row.reason for row in self.rows for key in (row.name, f"{row.name}.weight") if row.reason}
+        slow = sorted([*found.dense.items(), *found.dequantized.items()], key=lambda item: -item[1])
+        lines = [f"{found}; asked for {coverage:.2%}".replace("%", " %")]
+        for name, count in slow[:20]:
+            what = "dequantized at each call" if name in found.dequantized else reasons.get(name, "dense")
+            lines.append(f"  {name}: {count / found.total:.2%}".replace("%", " %") + f", {what}")
+        raise ValueError("\n".join(lines))
 
     @property
     def converted(self) -> tuple[Row, ...]:
@@ -74,14 +135,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain types."""
         rows = [{**asdict(row), "kernels": dict(row.kernels)} for row in self.rows]
-        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "rows": rows}
+        found = None if self.coverage is None else {**asdict(self.coverage), "share": self.coverage.share}
+        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": found, "rows": rows}
 
     def __str__(self) -> str:
         header = ("layer", "weight", "runs on", "MB before", "after", "calls", "kernels", "dequantized")
         table = [header, *(_cells(row) for row in self.rows), self._total()]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join([*(line.rstrip() for line in lines), *([] if self.coverage is None else [str(self.coverage)])])
 
     def _total(self) -> tuple[str, ...]:
         name = f"{len(self.converted)} converted, {len(self.kept)} kept"
@@ -99,7 +161,11 @@ def report(model: nn.Module) -> Report:
         >>> report(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))).rows[0].shape
         (32, 64)
     """
-    return Report(tuple(_rows(model)))
+    coverage: Coverage | None = model.__dict__.get(COVERAGE)
+    rows = tuple(_rows(model))
+    if coverage is not None:
+        rows = tuple(replace(row, share=coverage.of(row.name) + coverage.of(f"{row.name}.weight")) for row in rows)
+    return Report(rows, coverage)
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:

@@ -188,7 +188,7 @@ def test_joined_gate_and_up(engine: Gating) -> None:
     x = torch.randn(8, 32)
     for _ in range(3):
         torch.testing.assert_close(model(x.clone()), plain(x), rtol=2e-2, atol=2e-2)
-    assert engine.fused == 3
+    assert engine.fused == 2  # the first pass is watched, product by product
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_report_counts_bytes_calls_and_kernels() -> None:
         "kernels",
         "dequantized",
     ]
-    assert text[-1].split()[:4] == ["2", "converted,", "0", "kept"]
+    assert text[-2].split()[:4] == ["2", "converted,", "0", "kept"]
 
 
 def test_disable_reports_per_layer() -> None:

@@ -1,0 +1,110 @@
+"""What happens at a model's first forward pass: it is watched, once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+from .. import native
+from .observation import Observer
+
+Then = Callable[[nn.Module, Observer], None]
+
+
+class FirstForward:
+    """Watches the first forward pass of a model, and then is gone: two hooks on the model itself.
+
+    What is compiled, traced, captured or watched already is left alone, and the next pass is waited for.
+    """
+
+    def __init__(self, then: Then) -> None:
+        self.then = then
+        self.thread: dict[str, int] = {}  # the one whose pass it is: set once, atomically
+        self.observer: Observer | None = None
+        self.depth = 0
+        self.cancelled = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FirstForward:
+        return FirstForward(self.then)
+
+    def __reduce__(self) -> Any:
+        return (FirstForward, (self.then,))
+
+    def install(self, model: nn.Module) -> None:
+        """Puts the hooks on a model, in the place of earlier ones; interrupted, it leaves none that begins only."""
+        remove(model)
+        model.register_forward_hook(self.after, always_call=True)
+        model.register_forward_pre_hook(self.before, prepend=True)
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.observer is not None and self.thread["it"] == threading.get_ident():
+            if _running(model) > 1:  # it calls itself
+                self.depth += 1
+                return
+            self.end()  # torch calls no hook when a pass is left by Ctrl-C
+        if not _undisturbed(args) or self.thread.setdefault("it", threading.get_ident()) != threading.get_ident():
+            return
+        self.observer, self.depth = Observer(model), 1
+        self.observer.__enter__()  # type: ignore[no-untyped-call]
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or self.observer is None or self.thread["it"] != threading.get_ident():
+            return
+        self.depth -= 1
+        if self.depth == 0:
+            observer = self.end()
+            remove(model)
+            if not self.cancelled:
+                self.then(model, observer)
+
+    def end(self) -> Observer:
+        """Takes the mode away, if no other lies on it."""
+        observer = self.observer
+        assert observer is not None
+        self.observer, observer.over = None, True
+        if _get_current_dispatch_mode() is observer:
+            observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return observer
+
+
+def remove(model: nn.Module) -> None:
+    """Takes the hooks of a FirstForward away; one that watches at this moment, in another thread, does so itself."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            first = getattr(hook, "__self__", None)
+            if not isinstance(first, FirstForward):
+                continue
+            if first.observer is not None:
+                first.cancelled = True
+                continue
+            hooks.pop(key, None)
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def _running(model: nn.Module) -> int:
+    """How many calls of a module are under way in this thread."""
+    code, count = nn.Module._call_impl.__code__, 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        count += frame.f_code is code and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return count
+
+
+def _undisturbed(args: Any) -> bool:
+    """Whether nobody else watches, traces, captures or distributes the pass."""
+    tensors: Iterator[torch.Tensor] = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    tracing = torch._C._get_tracing_state() is not None
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return native.plain(*tensors) and not (capturing or tracing or several)

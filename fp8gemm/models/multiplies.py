@@ -1,0 +1,77 @@
+"""Which of torch's operations are products of matrices, their factors, and how many multiply-adds they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+# Which arguments of a product are its factors: the first is summed over its last dimension, the second over its last
+# but one.
+FACTORS: Mapping[Any, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.matmul.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+    aten.mv.default: (0, 1),
+    aten.addmv.default: (1, 2),
+    aten.dot.default: (0, 1),
+    aten._grouped_mm.default: (0, 1),
+    aten.linear.default: (0, 1),
+}
+_CONVOLUTIONS = (aten.convolution.default, aten._convolution.default, aten.mkldnn_convolution.default)
+# Operations that run whole layers: each 2-D weight is multiplied by once for each token of the first operand.
+_LAYERS = (
+    *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.mkldnn_rnn_layer.default),
+    *(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
+    *(aten._native_multi_head_attention.default, aten._transformer_encoder_layer_fwd.default),
+)
+
+
+def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The operands of an operation that are multiplied as matrices, or no tensors."""
+    if func in FACTORS:
+        return [args[place] for place in FACTORS[func] if place < len(args)]
+    if func in _CONVOLUTIONS:
+        return [args[1]]
+    if func is aten._trilinear.default:
+        return [args[1]]
+    if func in _LAYERS:
+        return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() == 2]
+    return []
+
+
+def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
+    """How many multiply-adds an operation is, as far as it is a product of matrices or a convolution; else 0."""
+    if func in FACTORS:
+        a = args[FACTORS[func][0]]
+        return int(y.numel() * a.shape[-1]) if isinstance(y, torch.Tensor) else 0
+    if func in _CONVOLUTIONS:
+        x, weight = args[0], args[1]
+        turned = func is not aten.mkldnn_convolution.default and len(args) > 6 and bool(args[6])
+        return int((x if turned else y).numel() * math.prod(weight.shape[1:]))
+    if func is aten._trilinear.default:
+        return int(args[0].numel() // max(args[0].shape[-1], 1) * args[1].numel())
+    return 0
+
+
+def is_layer(func: Any) -> bool:
+    """Whether an operation multiplies by each of its factors once for every token of its first argument."""
+    return func in _LAYERS
+
+
+def tokens(x: torch.Tensor) -> int:
+    return int(x.numel() // max(x.shape[-1], 1))
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operation only looks at the same memory in another way."""
+    arguments = func._schema.arguments
+    alias = arguments[0].alias_info if arguments else None
+    return alias is not None and not alias.is_write

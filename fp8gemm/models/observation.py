@@ -1,0 +1,217 @@
+"""One forward pass, watched: which multiply-adds ran on FP8, which on dense weights, and what each weight was used for.
+
+A dispatch mode sees every operation below autograd. Operands are recognized by their storage, so views, and values that
+were computed from parameters alone (a cast, a norm), count as those parameters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..scaled import FP8_DTYPES
+from ..weights import FP8Weight
+from ..weights.geometry import Layout, swapped
+from ..weights.report import Coverage
+from .multiplies import factors_of, is_layer, is_view, multiply_adds, tokens
+from .owners import Role
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Uses:
+    """What one parameter was used for: along which of its dimensions products contracted it, and what else."""
+
+    contracted: set[tuple[int, int]] = field(default_factory=set)  # dimension, extent
+    looked_up: bool = False
+    others: list[str] = field(default_factory=list)
+
+
+class Observer(TorchDispatchMode):
+    """Counts multiply-adds with the parameters of a model while it is the innermost mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.over = False  # whether the pass that was to be watched has ended
+        self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # of a storage: begin, end, parameter
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
+        self.homes: dict[int, str] = {}
+        self.uses: dict[str, Uses] = defaultdict(Uses)
+        self.fp8: dict[str, int] = defaultdict(int)
+        self.dequantized: dict[str, int] = defaultdict(int)
+        self.dense: dict[str, int] = defaultdict(int)
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, FP8Weight):
+                self.homes[id(parameter._home)] = self.homes[parameter.data_ptr()] = name
+            elif type(parameter) is nn.Parameter:
+                self.parameters[name] = parameter
+                begin = int(parameter.storage_offset())
+                entry = (begin, begin + parameter.numel(), name)
+                self.names[parameter.untyped_storage()._cdata].append(entry)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Otherwise what torch.compile meets for the first time under a mode is never compiled."""
+        return True
+
+    def coverage(self) -> Coverage:
+        """What was counted."""
+        return Coverage(fp8=dict(self.fp8), dense=dict(self.dense), dequantized=dict(self.dequantized))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.over:
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        weights = [tensor for tensor in tensors if isinstance(tensor, FP8Weight)]
+        if weights:
+            return self.of_fp8(func, args, kwargs, weights)
+        y = func(*args, **kwargs)
+        if func in (torch.ops.fp8gemm.linear.default, torch.ops.fp8gemm.grouped.default):  # in a compiled region
+            data = next(tensor for tensor in tensors if tensor.dtype in FP8_DTYPES)
+            self.fp8[self.homes.get(data.data_ptr(), "another weight")] += y.numel() * args[0].shape[-1]
+            return y
+        sources = [self.source(tensor) for tensor in tensors]
+        named = [name for name in sources if name is not None]
+        if named:
+            self.of_dense(func, args, kwargs, y, tensors, sources)
+            if len(named) == len(sources):
+                for made in tree_leaves(y):
+                    self.derive(made, named[0])
+        return y
+
+    def source(self, tensor: torch.Tensor) -> str | None:
+        """The parameter that a tensor is, is a view of, or was computed from alone."""
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return None
+        storage = tensor.untyped_storage()._cdata
+        for begin, end, name in self.names.get(storage, ()):
+            if begin <= tensor.storage_offset() < end:
+                return name
+        found = self.derived.get(storage)
+        return found[1] if found is not None and not found[0].expired() else None  # type: ignore[no-untyped-call]
+
+    def derive(self, made: Any, name: str) -> None:
+        if type(made) is torch.Tensor and made.layout is torch.strided and self.source(made) is None:
+            storage = made.untyped_storage()
+            self.derived[storage._cdata] = (StorageWeakRef(storage), name)  # type: ignore[no-untyped-call]
+
+    def of_fp8(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[FP8Weight]) -> Any:
+        home = weights[0]._home
+        home = getattr(home, "source", None) or home
+        before = home.activity.dequantizations
+        y = func(*args, **kwargs)
+        count = multiply_adds(func, args, y)
+        if count:
+            table = self.fp8 if home.activity.dequantizations == before else self.dequantized
+            table[self.homes.get(id(home), "another weight")] += count
+        return y
+
+    def of_dense(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Any,
+        tensors: Sequence[torch.Tensor],
+        sources: Sequence[str | None],
+    ) -> None:
+        factors = factors_of(func, args)
+        matrices = [name for factor in factors if (name := self.source(factor)) is not None]
+        if is_layer(func):
+            for name in matrices:
+                self.dense[name] += tokens(args[0]) * self.parameters[name].numel()
+        elif matrices:
+            self.dense[matrices[0]] += multiply_adds(func, args, y)
+        for tensor, name in zip(tensors, sources, strict=True):
+            if name is not None and tensor.untyped_storage()._cdata in self.names:
+                self.note(func, args, tensor, name, factors)
+
+    def note(self, func: Any, args: tuple[Any, ...], tensor: torch.Tensor, name: str, factors: list[Any]) -> None:
+        """Writes down what an operation did with a parameter itself."""
+        seen, parameter = self.uses[name], self.parameters[name]
+        for place, factor in enumerate(factors):
+            if factor is tensor:
+                axis = _contracted(func, place, tensor, parameter)
+                if axis is None:
+                    seen.others.append(str(func))
+                else:
+                    seen.contracted.add(axis)
+                return
+        if func is aten.embedding.default and args[0] is tensor:
+            seen.looked_up = True
+        elif not is_view(func):
+            seen.others.append(str(func))
+
+    def roles(self) -> dict[str, Role]:
+        """The parameters that turned out to be factors of products, and of nothing else, by name."""
+        found = {}
+        for name, seen in self.uses.items():
+            layout = _layout(self.parameters[name], seen)
+            if layout is not None:
+                found[name] = Role(layout, multiplied=True, looked_up=seen.looked_up)
+        return found
+
+
+def _layout(parameter: nn.Parameter, seen: Uses) -> Layout | None:
+    """How a parameter's memory is a matrix, or a stack of them, for the products that it was seen in."""
+    if seen.others or len(seen.contracted) != 1 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
+        return None
+    ((axis, extent),) = seen.contracted
+    size = tuple(parameter.shape)
+    turned = axis == parameter.dim() - 2
+    if extent == size[axis]:
+        return Layout(swapped(size, turned), turned)
+    if parameter.dim() == 2 and turned and size[0] % extent == 0:  # experts one below the other
+        return Layout((size[0] // extent, size[1], extent), turned, size)
+    return None
+
+
+def _contracted(func: Any, place: int, factor: torch.Tensor, parameter: nn.Parameter) -> tuple[int, int] | None:
+    """Which dimension of a parameter a product sums over, and how much of it; None where that cannot be told."""
+    if factor.dim() < 2 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
+        return None
+    # The first factor of a product is summed over its last dimension, the second over its last but one.
+    axis = factor.dim() - 1 - (0 if func in (aten.linear.default, aten.mv.default) else place)
+    step, extent = factor.stride(axis), factor.shape[axis]
+    across = factor.stride(2 * factor.dim() - 3 - axis)
+    inner = parameter.shape[-1]
+    if step == 1 and extent == inner and (across % inner == 0):
+        return parameter.dim() - 1, extent
+    if step == inner and across == 1:
+        return parameter.dim() - 2, extent
+    return None
+
+
+def watch(model: nn.Module, inputs: object) -> Observer:
+    """Runs ``model`` on example inputs, without gradients and in evaluation mode, and watches it.
+
+    ``inputs`` is a tensor, a tuple of positional arguments, or a mapping of keywords. Random numbers are drawn as if
+    nothing had run.
+    """
+    args: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    if not isinstance(inputs, (tuple, list, Mapping)):
+        args = (inputs,)
+    observer, trains = Observer(model), [module for module in model.modules() if module.training]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), observer:
+            model(*args, **kwargs)
+    finally:
+        for module in trains:
+            module.training = True
+    return observer

@@ -1,0 +1,525 @@
+"""Every kind of owner of a matrix: what the planner makes of it, and that the products are right and on FP8."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from fp8gemm import FP8GemmOptions, FP8Weight, disable_fp8_gemm, enable_fp8_gemm, plan, report
+from fp8gemm.models.owners import UNSEEN, role_of
+from fp8gemm.models.reading import uses
+
+
+def seeded(*size: int) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+class Turned(nn.Module):
+    """Conv1D, as GPT-2 has it."""
+
+    def __init__(self, k: int = 32, n: int = 48) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(seeded(k, n)), nn.Parameter(seeded(n))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return y.view(*x.size()[:-1], self.weight.shape[1])
+
+
+class Transposing(nn.Linear):
+    """A Linear with a forward of its own, as Falcon's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Packed(nn.Module):
+    """Rows of one weight for queries, keys and values, by an alias and through a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(seeded(96, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv.chunk(3)
+        return self.mix(x) + F.linear(x, q) * torch.matmul(x, k.t()) + torch.einsum("btk,nk->btn", x, v)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.qkv[:32].mT
+
+
+class Experts(nn.Module):
+    """A stack of which the forward takes one matrix after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(seeded(3, 16, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.linear(x, self.weight[i]) for i in range(3)], dim=-1)
+
+
+class Flat(nn.Module):
+    """Experts one below the other in matrices, as DBRX has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.width = 4, 24
+        self.w1, self.w2 = nn.Parameter(seeded(96, 32)), nn.Parameter(seeded(96, 32) * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for expert in range(4):
+            up, down = (w.view(4, 24, 32)[expert] for w in (self.w1, self.w2))
+            x = x + F.silu(x @ up.T) @ down / 8
+        return x
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 8
+
+
+class TiedScaled(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Scaled(40, 32)
+        self.head.weight = self.embed.weight
+
+
+class Bare(nn.Module):
+    """Parameters of which no code of this module's says what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = {
+            "up": seeded(64, 32),
+            "down": seeded(64, 32),
+            "grouped": seeded(3, 32, 32) / 4,
+            "added": seeded(5, 32),
+        }
+        self.weights = nn.ParameterDict(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.weights
+        x = F.gelu(x @ p["up"].T) @ p["down"] + p["added"]
+        return torch.bmm(x.expand(3, *x.shape), p["grouped"]).sum(0)
+
+
+X = seeded(2, 5, 32)
+IDS = torch.arange(7).view(1, 7) * 5
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
+    "turned": (Turned, (X,)),
+    "transposing": (lambda: Transposing(32, 24), (X,)),
+    "doubling": (lambda: Doubling(32, 24), (X,)),
+    "packed": (Packed, (X,)),
+    "experts": (Experts, (X,)),
+    "flat experts": (Flat, (X[0],)),
+    "attention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), (X, X, X)),
+    "cross attention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), (X, X.flip(1), X.flip(1))),
+    "three inputs": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), (X, X.flip(1), X.flip(0))),
+    "other widths": (
+        lambda: nn.MultiheadAttention(32, 4, kdim=16, vdim=48, batch_first=True),
+        (X, seeded(2, 6, 16), seeded(2, 6, 48)),
+    ),
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), (X,)),
+    "bilinear": (lambda: nn.Bilinear(20, 32, 12), (seeded(2, 5, 20), X)),
+    "1x1": (lambda: nn.Conv2d(32, 24, 1), (seeded(2, 32, 6, 5),)),
+    "patches": (lambda: nn.Conv2d(3, 24, 4, stride=4), (seeded(2, 3, 13, 8),)),
+    "patches in time": (lambda: nn.Conv3d(2, 24, (1, 4, 2), stride=(1, 4, 2), bias=False), (seeded(2, 2, 3, 8, 6),)),
+    "one dimension": (lambda: nn.Conv1d(32, 24, 1), (seeded(2, 32, 9),)),
+    "tied": (Tied, (IDS,)),
+    "tied and scaled": (TiedScaled, (IDS,)),
+}
+
+
+def first(y: Any) -> torch.Tensor:
+    return y[0] if isinstance(y, tuple) else y
+
+
+def against_its_own_weights(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """What the model gives is what its weights, dequantized, give."""
+    dense, _ = disable_fp8_gemm(copy.deepcopy(model))
+    assert not any(isinstance(parameter, FP8Weight) for parameter in dense.parameters())
+    found, expected = first(model(*inputs)), first(dense(*inputs))
+    assert found.shape == expected.shape
+    if isinstance(model, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        assert found.is_contiguous() == expected.is_contiguous()
+    # Both sum in float32, in different orders: K = 96 terms at most in a row, and up to eight products after another.
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", ["row", "block", "tensor"])
+@pytest.mark.parametrize("name", CASES)
+def test_all_products_run_on_fp8(name: str, scheme: str) -> None:
+    make, inputs = CASES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        before = first(model(*inputs))
+        enable_fp8_gemm(model, options=FP8GemmOptions(scheme=scheme))  # type: ignore[arg-type]
+        after = first(model(*inputs))
+        assert 0 < (after - before).norm() / before.norm() < 0.1
+        against_its_own_weights(model, inputs)
+    found = report(model)
+    assert not found.kept
+    assert found.coverage is not None
+    assert found.coverage.share == 1
+    assert not found.coverage.dequantized
+    assert all(row.dequantizations == 0 for row in found.rows)
+    found.check(coverage=1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_the_inputs(name: str) -> None:
+    make, inputs = CASES[name]
+    if not inputs[0].is_floating_point():
+        return  # token ids
+    torch.manual_seed(0)
+    model = enable_fp8_gemm(make().eval())
+    dense, _ = disable_fp8_gemm(copy.deepcopy(model))
+    grads = []
+    for one in (model, dense):
+        x = inputs[0].clone().requires_grad_()
+        y = first(one(x, *inputs[1:]))
+        (y * seeded(*y.shape)).sum().backward()
+        grads.append(x.grad)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-3, atol=1e-3 * float(grads[1].abs().max()))
+
+
+@pytest.mark.parametrize("storage", ["keep", "discard"])
+@pytest.mark.parametrize("name", CASES)
+def test_state_dicts_copies_and_undo(name: str, storage: str) -> None:
+    make, inputs = CASES[name]
+    torch.manual_seed(0)
+    plain = make().eval()
+    options = FP8GemmOptions(fp16_weight_storage=storage)  # type: ignore[arg-type]
+    model = enable_fp8_gemm(plain, options=options, inplace=False)
+    other = enable_fp8_gemm(make().eval(), options=options)
+    with torch.no_grad():
+        expected = first(model(*inputs))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(first(other(*inputs)), expected)
+        assert torch.equal(first(copy.deepcopy(model)(*inputs)), expected)
+        assert torch.equal(first(pickle.loads(pickle.dumps(model))(*inputs)), expected)
+        dense = make().eval()
+        dense.load_state_dict(plain.state_dict())
+        other.load_state_dict(dense.state_dict())  # dense values are quantized
+        assert torch.equal(first(other(*inputs)), expected)
+    undone, _ = disable_fp8_gemm(model)
+    assert [type(module) for module in undone.modules()] == [type(module) for module in plain.modules()]
+    for (key, value), (wanted, there) in zip(undone.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert key == wanted
+        assert value.shape == there.shape
+        if storage == "keep":
+            assert torch.equal(value, there)
+    assert len({id(parameter) for parameter in undone.parameters()}) == len(list(plain.parameters()))
+
+
+def test_what_does_more_than_multiply_stays_dense_with_its_reason() -> None:
+    class Equalized(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return F.linear(input, self.weight * 0.5, self.bias)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(seeded(32, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight @ self.weight.T
+
+    model = nn.ModuleDict(
+        {
+            "equalized": Equalized(32, 32),
+            "both": Both(),
+            "overlapping": nn.Conv2d(4, 8, 3),
+            "padded": nn.Conv2d(4, 8, 1, padding=1),
+            "groups": nn.Conv2d(4, 8, 1, groups=2),
+            "recurrent": nn.LSTM(8, 8),
+            "plain": nn.Linear(8, 8),
+            "positions": nn.Embedding(9, 32),
+        }
+    )
+    enable_fp8_gemm(model)
+    reasons = {row.name: row.reason for row in report(model).kept}
+    assert reasons.pop("equalized") == "Equalized does more than multiply by it: self.weight * 0.5"
+    assert "by its transpose" in reasons.pop("both")
+    for name in ("overlapping", "padded", "groups"):
+        assert "convolution, whose windows overlap or which has groups, padding or dilation" in reasons.pop(name)
+    assert reasons.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0"}
+    assert [row.name for row in report(model).converted] == ["plain"]
+
+
+def test_the_source_is_read_not_guessed() -> None:
+    """Aliases, conditions, methods and unknown calls."""
+
+    class Many(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.a is not None and x.dtype == self.a.dtype:
+                w = self.a.to(x.dtype)
+                x = F.linear(input=x, weight=w, bias=None)
+            y = torch.addmm(self.bias, x, self.b)
+            self.helper(self.c)
+            z = [self.d[i] for i in range(3)]
+            e = getattr(self, "e")  # noqa: B009
+            return torch.einsum("bk,kn->bn", y, e) @ z[0] + self.f @ self.b
+
+        def helper(self, w: torch.Tensor) -> None:
+            self.g.add_(1)
+
+    assert uses(Many, "a").straight == 1
+    assert uses(Many, "b").turned == 2
+    assert uses(Many, "b").others == []
+    assert uses(Many, "c").others == ["self.helper(self.c)"]
+    assert uses(Many, "d").others
+    assert uses(Many, "e").turned == 1
+    assert uses(Many, "f").straight == 1
+    assert uses(Many, "g").others == ["self.g.add_(1)"]
+    assert uses(Many, "absent").products == 0
+    scope: dict[str, Any] = {"nn": nn}
+    exec("class Unread(nn.Module):\n    def forward(self, x):\n        return x @ self.weight", scope)
+    assert uses(scope["Unread"], "weight") is None
+    unread = scope["Unread"]()
+    unread.weight = nn.Parameter(seeded(16, 16))
+    assert "cannot be read" in role_of(unread, "weight").reason
+
+
+def test_bare_parameters_are_watched_not_guessed() -> None:
+    model = Bare().eval()
+    with pytest.raises(ValueError, match=r"nothing to convert.*example_inputs"):
+        enable_fp8_gemm(model)
+    assert {step.name: step.reason for step in plan_of(model)}["weights.up"] == UNSEEN
+    plain = copy.deepcopy(model)
+    enable_fp8_gemm(model, example_inputs=X[0])
+    names = {name for name, parameter in model.named_parameters() if isinstance(parameter, FP8Weight)}
+    assert names == {"weights.up", "weights.down", "weights.grouped"}
+    with torch.no_grad():
+        before, after = plain(X[0]), model(X[0])
+        assert 0 < (after - before).norm() / before.norm() < 0.1
+        against_its_own_weights(model, (X[0],))
+    report(model).check(coverage=1.0)
+
+
+def plan_of(model: nn.Module) -> list[Any]:
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        return plan(model, options=FP8GemmOptions(strict=False))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_first_call_can_be_what_is_watched(copied: bool) -> None:
+    model = enable_fp8_gemm(
+        Bare().eval(), example_inputs="first call", module_filter=lambda name, module: "grouped" not in name
+    )
+    if copied:
+        model = copy.deepcopy(model)
+    assert not any(isinstance(parameter, FP8Weight) for parameter in model.parameters())
+    with torch.no_grad():
+        expected = Bare()(X[0])
+        assert torch.equal(model(X[0]), expected)  # not converted yet
+        assert sum(isinstance(parameter, FP8Weight) for parameter in model.parameters()) == 2
+        report(model).check(coverage=0.0)
+        assert 0 < (model(X[0]) - expected).norm() / expected.norm() < 0.1
+    coverage = report(model).coverage
+    assert coverage is not None
+    assert coverage.dense.keys() == {"weights.grouped"}
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_watching_leaves_no_trace() -> None:
+    class Noisy(Bare):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise AssertionError("batch statistics would have changed")
+            return super().forward(F.dropout(x)) + torch.rand(())
+
+    model = Noisy().train()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    enable_fp8_gemm(model, example_inputs={"x": X[0]})
+    assert torch.equal(torch.rand(4), expected)
+    assert all(module.training for module in model.modules())
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        enable_fp8_gemm(Bare(), example_inputs=())
+
+
+def test_the_report_says_what_ran_dense() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Conv1d(2, 2, 3, padding=1), nn.LSTM(32, 16))
+    enable_fp8_gemm(model, module_filter="!1").eval()
+    with pytest.raises(ValueError, match="no forward pass was seen yet"):
+        report(model).check()
+    assert report(model).rows[0].share is None
+    model(seeded(4, 2, 32))
+    found = report(model)
+    counts = {"0.weight": 8 * 32 * 32, "1.weight": 8 * 32 * 32, "2.weight": 4 * 2 * 32 * 6}
+    counts |= {"3.weight_ih_l0": 8 * 64 * 32, "3.weight_hh_l0": 8 * 64 * 16}
+    assert found.coverage is not None
+    assert found.coverage.fp8 == {"0.weight": counts.pop("0.weight")}
+    assert found.coverage.total == found.coverage.fp8["0.weight"] + sum(counts.values())
+    with pytest.raises(ValueError, match=r"asked for 99.00 %") as caught:
+        found.check()
+    assert "1.weight" in str(caught.value)
+    assert "module_filter: !1" in str(caught.value)
+    assert "recurrent kernels" in str(caught.value)
+    assert str(found).endswith(str(found.coverage))
+    assert abs(sum(row.share or 0 for row in found.rows) - 1) < 1e-6
+    found.check(coverage=0.1)
+
+
+def test_products_that_are_dequantized_count_as_such() -> None:
+    class Sideways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) @ self.linear.weight  # contracts N, along which the scales are
+
+    model = enable_fp8_gemm(Sideways())
+    model(X)
+    coverage = report(model).coverage
+    assert coverage is not None
+    assert coverage.share == 0.5
+    assert coverage.dequantized == {"linear.weight": 10 * 32 * 32}
+    with pytest.raises(ValueError, match="dequantized at each call"):
+        report(model).check()
+
+
+def test_compiled_models_are_compiled_though_their_first_pass_is_watched() -> None:
+    counter = CompileCounter()
+    inner = torch.compile(lambda x: x.sin() + 1, backend=counter)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return inner(self.linear(x))
+
+    model = enable_fp8_gemm(Model().eval())
+    with torch.no_grad():
+        model(X)
+        assert report(model).coverage is not None
+        model(X)
+    assert counter.frame_count == 1
+    whole = enable_fp8_gemm(nn.Sequential(nn.Linear(32, 32)).eval())
+    compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(X)
+        assert report(whole).coverage is None  # nobody has seen inside
+        whole(X)
+    assert report(whole).coverage is not None
+
+
+def test_an_error_in_the_first_pass_leaves_no_mode_behind() -> None:
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(32, 32)))
+    with pytest.raises(RuntimeError):
+        model(seeded(3, 31))
+    assert torch._C._len_torch_dispatch_stack() == 0
+    model(X)
+
+
+def test_a_first_pass_left_by_ctrl_c_is_tidied_up_at_the_next() -> None:
+    """torch runs no hook for what is no Exception."""
+
+    class Interrupted(nn.Linear):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(32, 32), Interrupted(32, 32)))
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    with torch.no_grad():
+        model(X)
+    assert torch._C._len_torch_dispatch_stack() == 0
+    report(model).check(coverage=1.0)
+    assert not model._forward_hooks
+
+
+def test_only_one_of_several_threads_is_watched() -> None:
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
+    left: list[int] = []
+
+    def run() -> None:
+        model(X)
+        left.append(torch._C._len_torch_dispatch_stack())
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert left == [0] * 8
+    coverage = report(model).coverage
+    assert coverage is not None
+    assert coverage.fp8 == {"0.weight": 10 * 32 * 32, "1.weight": 10 * 32 * 32}
+
+
+@pytest.mark.parametrize("scheme", ["row", "block", "tensor"])
+def test_embeddings_are_converted_where_that_is_asked(scheme: str) -> None:
+    class Untied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids))
+
+    model = enable_fp8_gemm(Untied(), options=FP8GemmOptions(scheme=scheme))  # type: ignore[arg-type]
+    assert type(model.embed.weight) is nn.Parameter
+    options = FP8GemmOptions(scheme=scheme, embeddings=True)  # type: ignore[arg-type]
+    model = enable_fp8_gemm(Untied(), options=options)
+    assert isinstance(model.embed.weight, FP8Weight)
+    assert tuple(model.embed.weight.scaled().scale.shape) == (40, 1)  # a scale for each row, whatever the scheme
+    expected = model.embed.weight.dequantize()
+    before = report(model).rows[0].dequantizations
+    assert torch.equal(model.embed(IDS), expected[IDS])
+    assert report(model).rows[0].dequantizations == before
+
+
+def test_ties_stay() -> None:
+    model = Tied()
+    with pytest.raises(ValueError, match="module_filter"):
+        enable_fp8_gemm(model, module_filter="!embed")  # what is excluded anywhere stays
+    enable_fp8_gemm(model, module_filter="head")
+    assert model.head.weight is model.embed.weight
+    assert [(row.name, row.ties) for row in report(model).converted] == [("head", ("embed",))]
+    with torch.no_grad():
+        model.embed.weight[3] = 0.5
+        assert torch.equal(model.embed(torch.tensor(3)), torch.full((32,), 0.5))
+        assert torch.allclose(model.head(torch.ones(1, 32))[0, 3], torch.tensor(16.0))
+    model, _ = disable_fp8_gemm(model)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight[3], torch.full((32,), 0.5))

@@ -165,9 +165,19 @@ struct Quantization {
     const uint8_t* x_row(int64_t row) const { return x + row * x_stride * size_of(x_type); }
 };
 
+// out [m, k] of any type: rows ids[0], ids[1], ... of data * scale, or all rows in their order where ids is null.
+struct Lookup {
+    const int64_t* ids;
+    const uint8_t* data;
+    const float* scale;
+    uint8_t* out;
+    int64_t out_type, data_stride, m, n, k, rows, cols;
+};
+
 struct Quantizer {
     void (*amax)(const Quantization&, int64_t first, int64_t last, float* amax);
     void (*cast)(const Quantization&, int64_t first, int64_t last);
+    void (*look_up)(const Lookup&, int64_t first, int64_t last);
 };
 
 }  // namespace
@@ -668,6 +678,14 @@ bool quantize(const Quantization& q, const Quantizer& quantizer, int threads) {
     return true;
 }
 
+void look_up(const Lookup& l, const Quantizer& quantizer, int threads) {
+    constexpr int64_t SHARE = 1 << 16;  // elements: some tens of microseconds
+    int64_t tokens = larger<int64_t>(1, SHARE / larger<int64_t>(l.k, 1));
+    parallel(l.m <= tokens ? 1 : threads, ceil_div(l.m, tokens), [&](int64_t i, int64_t, int64_t) {
+        quantizer.look_up(l, i * tokens, smaller(l.m, (i + 1) * tokens));
+    });
+}
+
 // The level of this CPU and operating system. Linux lets a process use the AMX tiles, 8 KB of context for each thread,
 // only once it has asked; that this CPU's tiles multiply bf16 is bit 22 of CPUID 7's EDX (Intel's SDM, volume 2).
 int detect() {
@@ -697,7 +715,7 @@ int detect() {
 }  // namespace
 
 // ---- 5  C interface: levels as in Level; 0 is success, -1 is out of memory, -2 is ends that do not ascend to m, -3 is
-// a null pointer where there are elements
+// a null pointer where there are elements, -4 is an id that is none of a row
 
 extern "C" {
 
@@ -743,6 +761,15 @@ int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_str
 int fp8gemm_quantize(int level, int threads, const Quantization* q) {
     if (q->n && q->k && (!q->x || !q->data || !q->scale)) return -3;
     return quantize(*q, choose_quantizer(smaller(level, fp8gemm_level())), threads) ? 0 : -1;
+}
+
+int fp8gemm_lookup(int level, int threads, const Lookup* l) {
+    if (l->m && l->k && (!l->data || !l->scale || !l->out)) return -3;
+    if (l->ids)
+        for (int64_t i = 0; i < l->m; ++i)
+            if (l->ids[i] < 0 || l->ids[i] >= l->n) return -4;
+    look_up(*l, choose_quantizer(smaller(level, fp8gemm_level())), threads);
+    return 0;
 }
 
 }  // extern "C"
@@ -1033,7 +1060,34 @@ void cast_rows(const Quantization& q, int64_t first, int64_t last) {
         }
 }
 
-const Quantizer quantizer = {amax_rows, cast_rows};
+void look_up_rows(const Lookup& l, int64_t first, int64_t last) {
+    int64_t blocks = ceil_div(larger<int64_t>(l.k, 1), l.cols);
+    for (int64_t i = first; i < last; ++i) {
+        int64_t row = l.ids ? l.ids[i] : i;
+        const uint8_t* codes = l.data + row * l.data_stride;
+        uint8_t* out = l.out + i * l.k * size_of(l.out_type);
+        for (int64_t k = 0; k < l.k;) {
+            int64_t end = smaller(l.k, (k / l.cols + 1) * l.cols);
+            float scale = l.scale[row / l.rows * blocks + k / l.cols];
+            for (; k < end; k += CODES) {
+                Operand w[CODES / STEP];
+                float values[CODES];
+                int64_t count = smaller<int64_t>(end - k, CODES);
+                decode_some(codes + k, count, w);
+                for (int j = 0; j < CODES / STEP; ++j) w[j] *= scale;
+                memcpy(values, w, sizeof values);
+                if (l.out_type == FP32) memcpy(out + k * 4, values, size_t(count) * 4);
+                else if (l.out_type == BF16 && count == CODES)
+                    for (int64_t j = 0; j < CODES; ++j) reinterpret_cast<uint16_t*>(out)[k + j] = to_bf16(values[j]);
+                else
+                    for (int64_t j = 0; j < count; ++j) store_number(out, k + j, l.out_type, values[j]);
+            }
+            k = end;
+        }
+    }
+}
+
+const Quantizer quantizer = {amax_rows, cast_rows, look_up_rows};
 #endif
 
 }  // namespace FP8GEMM_SECTION

@@ -21,7 +21,7 @@ Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Instructions, ...] = get_args(Instructions)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCALE_FLOOR = 2.0**-126
-NULL = -3  # status: a null pointer where there are elements
+NULL, INDEX = -3, -4  # statuses: a null pointer where there are elements; an id that is none of a row
 
 
 class _Problem(ctypes.Structure):
@@ -45,6 +45,15 @@ class _Quantization(ctypes.Structure):
     ]
 
 
+class _Lookup(ctypes.Structure):
+    """``Lookup`` of fp8gemm.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("ids", "data", "scale", "out")),
+        *((name, c_int64) for name in ("out_type", "data_stride", "m", "n", "k", "rows", "cols")),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_level": (c_int, ()),
     "fp8gemm_has_threads": (c_int, ()),
@@ -52,6 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
     "fp8gemm_grouped": (c_int, (c_int, c_int, POINTER(_Problem), c_int64, c_void_p, c_int64)),
     "fp8gemm_quantize": (c_int, (c_int, c_int, POINTER(_Quantization))),
+    "fp8gemm_lookup": (c_int, (c_int, c_int, POINTER(_Lookup))),
 }
 
 
@@ -210,6 +220,35 @@ class Library:
             *(*x.shape, rows, cols, math.inf if upper_bound is None else upper_bound, ue8m0),
         )
         _check(self.functions.fp8gemm_quantize(self.level, torch.get_num_threads(), byref(problem)))
+
+    def lookup(
+        self,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        rows: int,
+        cols: int,
+        ids: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Rows ``ids [M]`` (int64) of ``data [N, K] * scale``, or all, as ``[M, K]`` of ``dtype``, rounded once.
+
+        ``data`` is float8_e4m3fn with unit stride along K, ``scale`` contiguous float32
+        ``[ceil(N / rows), ceil(K / cols)]``, ``ids`` contiguous; all on the CPU, which the caller has seen to.
+
+        Raises:
+            IndexError: an id is not that of a row.
+        """
+        n, k = data.shape
+        out = torch.empty(n if ids is None else ids.numel(), k, dtype=dtype, device="cpu")
+        problem = _Lookup(
+            *(None if ids is None else ids.data_ptr(), data.data_ptr(), scale.data_ptr(), out.data_ptr()),
+            *(TYPES[dtype], data.stride(0), out.shape[0], n, k, rows, cols),
+        )
+        status = self.functions.fp8gemm_lookup(self.level, torch.get_num_threads(), byref(problem))
+        if status == INDEX:
+            raise IndexError(f"an index is outside of the {n} rows of the weight")
+        _check(status)
+        return out
 
 
 def _check(status: int) -> None:

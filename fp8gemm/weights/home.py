@@ -13,10 +13,10 @@ from torch import nn
 from .. import native
 from ..engines import Prepared
 from ..errors import UnsupportedError
-from ..numerics import dequantize
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part
+from .lookup import dequantized
 from .prepared import prepare_for, quantized
 from .rounding import rounded_again, warn_of_loss
 from .stored import Stored, lock
@@ -106,7 +106,7 @@ class Home:
             return values.contiguous()
         self.activity.dequantizations += 1
         assert self.stored is not None
-        w = dequantize(self.stored.scaled(), dtype)
+        w = dequantized(self.stored.scaled(), dtype)
         return self.layout.shaped(w)
 
     def settle(self) -> Stored | None:

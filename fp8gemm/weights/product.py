@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 
 from .. import native
 from ..engines import ENGINES, Prepared, restore
-from ..numerics import dequantize, quantize
+from ..numerics import quantize
 from ..scaled import Granularity, ScaledTensor, Scheme
+from .lookup import dequantized
 
 MOST_CALLS = 32  # that a weight keeps decided; one more and it starts again
 ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
@@ -53,7 +54,7 @@ def in_forward_mode() -> bool:
 
 def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:
     """The weight ``[N, K]``, or stack, dequantized in float32 and rounded once to ``dtype``."""
-    return dequantize(restore(weight), dtype)
+    return dequantized(restore(weight), dtype)
 
 
 class _Product(torch.autograd.Function):

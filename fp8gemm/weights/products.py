@@ -9,13 +9,12 @@ import torch.nn.functional as F
 
 from .. import native
 from ..engines import ENGINES
-from ..numerics import dequantize
-from ..scaled import Granularity, ScaledTensor
 from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import batched_operands
 from .geometry import Part
 from .home import Home
+from .lookup import rows_of
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, jit_tracing, wants_derivative
 from .weight import FP8Weight
@@ -215,6 +214,19 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     return plan.output(torch.bmm(tokens, stack if part.flipped else stack.transpose(1, 2)))
 
 
+@implements(FUNCTIONS, F.embedding)
+def _embedding_directly(
+    input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **more: Any
+) -> Any:
+    """Past the dispatcher, where nobody else has a say."""
+    alone = isinstance(input, torch.Tensor) and not torch.compiler.is_compiling() and native.plain(input)
+    if not isinstance(weight, FP8Weight) or not alone or max_norm is not None or jit_tracing() or in_forward_mode():
+        return NotImplemented
+    if input.dtype not in (torch.int64, torch.int32) or input.device != weight.device:
+        return NotImplemented
+    return _embedding(weight, input)
+
+
 @implements(OPERATIONS, aten.embedding.default)
 def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
     """Gathers rows and dequantizes those only."""
@@ -240,6 +252,8 @@ def _index(weight: Any, indices: Any) -> Any:
         return NotImplemented
     if weight.dim() == 2:
         straight = part.all_columns(weight._home.layout) and not part.flipped
+        if straight and not ids.is_meta and not torch.compiler.is_compiling():
+            ids = torch.where(ids < 0, ids + weight.shape[0], ids)
         return _rows_of(weight, part, ids) if straight else NotImplemented
     if ids.dim() != 1 or not _every_expert(weight, part):
         return NotImplemented
@@ -260,11 +274,4 @@ def _rows_of(weight: FP8Weight, part: Part, indices: torch.Tensor) -> Any:
     taken = None if stored is None else part.take(stored.scaled())
     if taken is None:
         return NotImplemented
-    ids = indices.reshape(-1)
-    if not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
-        ids = torch.where(ids < 0, ids + weight.shape[0], ids)
-    block = taken.granularity.block(taken.shape)[0]
-    data = taken.data.view(torch.uint8).index_select(0, ids).view(taken.data.dtype)
-    scale = taken.scale.index_select(0, torch.div(ids, block, rounding_mode="floor"))
-    gathered = ScaledTensor(data, scale, Granularity(1, taken.granularity.cols))
-    return dequantize(gathered, weight.dtype).view(*indices.shape, weight.shape[1])
+    return rows_of(taken, indices, weight.dtype)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .geometry import Part, part_of
 from .home import Home
+from .lookup import dequantized
 from .stored import lock
 
 
@@ -27,7 +27,7 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
     layout = home.layout
     part = part_of(layout, size, stride, offset)
     if part is not None and (taken := part.take(weight)) is not None:
-        w = dequantize(taken, dtype)
+        w = dequantized(taken, dtype)
         if part.flipped:
             w = w.transpose(-1, -2)
         if size == layout.folded:
@@ -46,7 +46,7 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
         assert taken is not None
         weight = taken
         offset -= first * layout.shape[-1]
-    w = dequantize(weight, dtype)
+    w = dequantized(weight, dtype)
     w = w.transpose(-1, -2).contiguous() if layout.turned else w
     return w.as_strided(size, stride, offset).clone()
 

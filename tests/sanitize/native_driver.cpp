@@ -51,6 +51,28 @@ void cast(int level, int64_t type, int64_t n, int64_t k, int64_t rows, int64_t c
     fp8gemm_quantize(level, 3, &q);
 }
 
+// Rows that are looked up: of each code of a row, with its scale, in any order.
+bool looked_up(int level, int64_t type, int64_t n, int64_t k, int64_t rows, int64_t cols) {
+    std::vector<uint8_t> data(size_t(n * k)), out(size_t(3 * k * size_of(type)));
+    std::vector<float> scale(size_t(ceil_div(n, rows) * ceil_div(k, cols)));
+    for (auto& code : data) code = uint8_t(rand() % 256);
+    for (auto& factor : scale) factor = std::ldexp(1.25f, rand() % 40 - 20);
+    int64_t ids[3] = {n - 1, 0, n / 2};
+    Lookup l = {ids, data.data(), scale.data(), out.data(), type, k, 3, n, k, rows, cols};
+    if (fp8gemm_lookup(level, 3, &l) != 0) return false;
+    for (int64_t i = 0; i < 3; ++i)
+        for (int64_t j = 0; j < k; ++j) {
+            float value = tables.fp32[data[size_t(ids[i] * k + j)]];
+            value *= scale[size_t(ids[i] / rows * ceil_div(k, cols) + j / cols)];
+            uint8_t rounded[4] = {};
+            store_number(rounded, 0, type, value);
+            if (value == value && memcmp(rounded, &out[size_t((i * k + j) * size_of(type))], size_t(size_of(type))))
+                return false;
+        }
+    ids[1] = n;
+    return fp8gemm_lookup(level, 3, &l) == -4;
+}
+
 }  // namespace
 
 int main() {
@@ -63,6 +85,10 @@ int main() {
                 for (auto& block : blocks) {
                     int64_t n = shape[0], k = shape[1], rows = smaller(block[0], n), cols = smaller(block[1], k);
                     cast(level, type, n, k, rows, cols);
+                    if (!looked_up(level, type, n, k, rows, cols)) {
+                        printf("level %d type %d: rows of %d x %d are wrong\n", level, int(type), int(n), int(k));
+                        wrong = 1;
+                    }
                     for (int64_t m : {0, 1, 2, 5, 18, 70, k == 33 ? 530 : 3})
                         if (!exact(level, type, m, n, k, rows, cols)) {
                             printf("level %d type %d: %d x %d x %d is wrong\n", level, int(type), int(m), int(n), int(k));

@@ -1,0 +1,49 @@
+"""Dense values of FP8 rows: all of a matrix, or those that are looked up; by the compiled kernel where there is one."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..numerics import dequantize
+from ..scaled import Granularity, ScaledTensor
+
+
+def dequantized(weight: ScaledTensor, dtype: torch.dtype) -> torch.Tensor:
+    """``dequantize(weight [..., N, K])``, bit for bit."""
+    library = _compiled(weight, dtype)
+    if library is None or weight.data.dim() != 2:
+        return dequantize(weight, dtype)
+    return library.lookup(weight.data, weight.scale, *weight.granularity.block(weight.shape), None, dtype)
+
+
+def rows_of(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``ids`` (of any shape) of ``weight [N, K]``, dequantized: ``[*ids.shape, K]``. Only those are read.
+
+    Raises:
+        IndexError: an id is not that of a row.
+    """
+    library = _compiled(weight, dtype, ids)
+    if library is not None:
+        flat = ids.reshape(-1).to(torch.int64).contiguous()
+        found = library.lookup(weight.data, weight.scale, *weight.granularity.block(weight.shape), flat, dtype)
+    else:
+        block = weight.granularity.block(weight.shape)[0]
+        flat = ids.reshape(-1)
+        data = weight.data.view(torch.uint8).index_select(0, flat).view(weight.data.dtype)
+        scale = weight.scale.index_select(0, torch.div(flat, block, rounding_mode="floor"))
+        found = dequantize(ScaledTensor(data, scale, Granularity(1, weight.granularity.cols)), dtype)
+    return found.view(*ids.shape, weight.shape[1])
+
+
+def _compiled(weight: ScaledTensor, dtype: torch.dtype, *others: torch.Tensor) -> native.Library | None:
+    """The compiled kernels, where there are any and they take these tensors."""
+    data, scale = weight.data, weight.scale
+    takes = data.dtype == torch.float8_e4m3fn and dtype in native.TYPES and data.device.type == "cpu"
+    lies = (data.stride(-1) == 1 or data.shape[-1] <= 1) and scale.is_contiguous() and scale.dtype == torch.float32
+    if not takes or not lies or torch.compiler.is_compiling() or not native.plain(data, scale, *others):
+        return None
+    if any(other.device.type != "cpu" for other in others) or data.numel() == 0:
+        return None
+    library = native.find()
+    return library if isinstance(library, native.Library) else None

@@ -48,12 +48,16 @@ def _convolution(
     y = linear(rows, weight.like(((n, k), (k, 1), 0)), bias)
     if y is NotImplemented:
         return y
-    y = y.view(x.shape[0], *places, n).movedim(-1, 1)
-    return y.contiguous() if x.is_contiguous() else y  # as torch's own: a channels-last input gives such an output
+    y = y.view(x.shape[0], -1, n).transpose(1, 2)  # in three dimensions, in which torch transposes fastest
+    if x.is_contiguous():  # as torch's own: a channels-last input gives a channels-last output
+        y = y.contiguous()
+    return y.unflatten(2, places)
 
 
 def patches(x: torch.Tensor, window: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
     """``x [B, C, *spatial]`` as rows ``[B * patches, C * window]``, and how many patches there are along each axis."""
+    if set(window) == {1}:
+        return x.flatten(2).transpose(1, 2).contiguous().view(-1, x.shape[1]), tuple(x.shape[2:])
     batch, channels = x.shape[:2]
     places = tuple(size // extent for size, extent in zip(x.shape[2:], window, strict=True))
     for axis, (place, extent) in enumerate(zip(places, window, strict=True), start=2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -160,7 +161,8 @@ def _blocks(block: int | None, first: int, count: int) -> slice:
     return slice(None) if block is None else slice(first // block, -(-(first + count) // block))
 
 
-def part_of(layout: Layout, size: Sequence[int], stride: Sequence[int], offset: int) -> Part | None:
+@lru_cache(maxsize=4096)
+def part_of(layout: Layout, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Part | None:
     """The part that a view of this size, stride and offset is; None if it is no such rectangle."""
     n, k = layout.matrix
     stack = len(layout.shape) == 3

@@ -73,6 +73,12 @@ def _transpose(weight: FP8Weight) -> Any:
     return weight.turned_around()
 
 
+@implements(OPERATIONS, aten.t.default)
+def _turned(weight: Any) -> Any:
+    """What autograd makes of ``F.linear`` first; other views are told from torch's own, which takes longer."""
+    return weight.turned_around() if weight.dim() == 2 else NotImplemented
+
+
 def _is_ours_alone(x: Any, bias: torch.Tensor | None) -> bool:
     """Whether neither autograd, a tracer, a mode, a transform nor autocast has a say in a product."""
     return not (

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fp8gemm import probe
+from fp8gemm.engines.triton import Triton
 
 PEERS = Path(__file__).parent.parent / ".peers" / "peers.py"
 
@@ -21,8 +22,13 @@ Y = TypeVar("Y")
 def card_facts() -> dict[str, Any]:
     """The card and what drives it; ``harness.facts`` adds the date and the rest."""
     machine = probe("cuda")
-    triton = None if machine.triton_version is None else ".".join(map(str, machine.triton_version))
-    return {"card": machine.name, "capability": machine.capability, "cuda": torch.version.cuda, "triton": triton}
+    triton = machine.facts("triton", Triton)
+    return {
+        "card": machine.name,
+        "capability": machine.capability,
+        "cuda": torch.version.cuda,
+        "triton": triton and str(triton),
+    }
 
 
 def card_seconds(call: Callable[[], object]) -> float:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, ScaledTensor, native, quantize
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, ScaledTensor, native, probe, quantize
+from fp8gemm.engines.vllm import Vllm
 
 GRANULARITIES = {"row": ROW, "tensor": TENSOR, "block": BLOCK_128, "group": GROUP_128, "mx": MX}
 
@@ -65,12 +66,9 @@ class Stack:
         return ScaledTensor(data, scale, self.granularity)
 
     def _has_vllm(self, n: int, k: int) -> bool:
-        try:
-            from fp8gemm.engines import probe
-        except ImportError:
-            return False
+        found = probe("cpu").facts("vllm", Vllm)
         fits = self.dtype == torch.bfloat16 and n % 32 == 0 and k % 32 == 0
-        return fits and "fp8_scaled_mm_cpu" in probe("cpu").vllm_ops
+        return fits and found is not None and "fp8_scaled_mm_cpu" in found.ops
 
     def candidates(self, m: int) -> dict[str, Callable[[], object]]:
         """Each goes through the whole stack once. vLLM's op is given 128 x 128 scales, the only ones it knows."""

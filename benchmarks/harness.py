@@ -16,6 +16,7 @@ import torch
 
 from fp8gemm import probe
 from fp8gemm.bench.contest import medians
+from fp8gemm.engines.vllm import Vllm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +45,7 @@ def paired_seconds(
 def facts() -> dict[str, Any]:
     """Processor, threads, versions and date: what a number means nothing without."""
     machine = probe("cpu")
+    vllm = machine.facts("vllm", Vllm)
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
@@ -51,7 +53,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "vllm": machine.vllm_version,
+        "vllm": None if vllm is None else vllm.version,
     }
 
 

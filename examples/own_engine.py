@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,13 +23,29 @@ from fp8gemm.engines import Machine, Prepared
 from fp8gemm.engines.base import WeightOnlyEngine
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What this engine needs to know of a machine; as text for ``fp8gemm doctor``."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.size / 1e9:.1f} GB of memory"
+
+
 class DenseEngine(WeightOnlyEngine):
     """The product by the dequantized weight, which ``prepare`` lays beside the bytes."""
 
     name = "dense"
 
+    def probe(self, device: torch.device, machine: Machine) -> Memory | None:
+        return Memory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if machine.device == "cpu" else None
+
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
-        reasons = [] if machine.device == "cpu" else [f"runs on cpu only, found {machine.device}"]
+        found, needed = machine.facts(self.name, Memory), Memory(8 * spec.n * spec.k)
+        if found is None:
+            return [f"runs on cpu only, found {machine.device}"]
+        reasons = [] if needed.size < found.size else [f"needs {needed}, found {found}"]
         return reasons + (["takes no stacks"] if spec.experts else [])
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:

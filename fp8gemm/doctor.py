@@ -43,7 +43,7 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
         "name": machine.name,
         "capability": machine.capability,
         "features": sorted(machine.features),
-        "vllm": machine.vllm_note or f"{machine.vllm_version}: {', '.join(machine.vllm_ops)}",
+        "found": {name: str(facts) for name, facts in machine.found.items()},
         "choices": {
             f"{scheme}, {str(dtype).removeprefix('torch.')}": _choice(machine, scheme, dtype)
             for scheme in SCHEMES
@@ -70,7 +70,8 @@ def tell(facts: Mapping[str, Any]) -> str:
     lines = [versions, f"compiled CPU kernels: {facts['native']}"]
     for device, found in facts["devices"].items():
         features = f" ({', '.join(found['features'])})" if found["features"] else ""
-        lines += [f"{device}: {found['name']}{features}", f"  vLLM: {found['vllm']}"]
+        lines.append(f"{device}: {found['name']}{features}")
+        lines += [f"  found for {name}: {facts}" for name, facts in found["found"].items()]
         lines += [f"  {asked}: {winner}" for asked, winner in found["choices"].items()]
         lines += ["  row scales, bfloat16, by engine:"]
         lines += [f"    {name}: {'; '.join(reasons) or 'can'}" for name, reasons in found["engines"].items()]

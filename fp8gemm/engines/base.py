@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Sche
 # Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
 # torch's CUTLASS products stop doing so from 16384 on (pytorch#153809).
 FAST_UP_TO_K = 8192
+
+Facts = TypeVar("Facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,8 @@ class Machine:
     """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
 
     ``capability`` is CUDA's (major, minor). ``features`` names what else a device can do: ``"amx_bf16"`` and
-    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it; ``"deep_gemm"`` and the ``"nvcc"``
-    that it needs; ``"fnuz"`` of AMD's gfx942. ``vllm_ops`` are those of vLLM's raw ops that can run on this device,
-    with their number of arguments; ``vllm_note`` says why there are none.
+    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it, ``"gfx942"`` and the like of AMD's
+    cards. ``found`` is what each engine's ``probe`` found of what it needs here, by the engine's name.
 
     Example:
         >>> Machine(device="cuda", name="NVIDIA H100", capability=(9, 0)).capability
@@ -57,10 +58,12 @@ class Machine:
     torch_version: tuple[int, int] = (2, 10)
     cuda_version: tuple[int, int] | None = None
     features: frozenset[str] = frozenset()
-    triton_version: tuple[int, int] | None = None
-    vllm_version: str | None = None
-    vllm_ops: Mapping[str, int] = field(default_factory=dict)
-    vllm_note: str = ""
+    found: Mapping[str, object] = field(default_factory=dict)
+
+    def facts(self, engine: str, kind: type[Facts]) -> Facts | None:
+        """What the engine of that name found here; None where it found nothing."""
+        facts = self.found.get(engine)
+        return facts if isinstance(facts, kind) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +133,20 @@ class Engine(ABC):
     tolerance: ClassVar[float] = 4e-3
     traceable: ClassVar[bool] = False
 
+    def probe(self, device: torch.device, machine: Machine) -> object | None:
+        """What is here of that which only this engine needs; None where it is nothing, or nothing is needed.
+
+        A frozen dataclass that says itself as text, for ``fp8gemm doctor``. It becomes ``machine.found[self.name]``,
+        from where ``rejects`` reads it. Asked once for each device, whose ``machine`` has nothing in ``found`` yet.
+        """
+        return None
+
     @abstractmethod
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
-        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can."""
+        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can.
+
+        Of the machine it knows nothing but this value, so that it can be asked about machines that are not here.
+        """
 
     @abstractmethod
     def linear(

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -34,6 +35,17 @@ _NO_COMPILER = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeepGemm:
+    """What is here of DeepGEMM: itself, and the toolkit that it compiles with."""
+
+    present: bool = False
+    nvcc: bool = False
+
+    def __str__(self) -> str:
+        return f"{'' if self.present else 'not '}installed, {'with' if self.nvcc else 'without'} nvcc"
+
+
 class DeepGemmEngine(Engine):
     """Block scaling through ``deep_gemm.fp8_gemm_nt``, which always adds up in float32 and gives bfloat16.
 
@@ -46,18 +58,22 @@ class DeepGemmEngine(Engine):
     name = "deep_gemm"
     tolerance = 8e-3  # Hopper's 14-bit accumulator within 128 products, beside the bfloat16 output
 
+    def probe(self, device: torch.device, machine: Machine) -> DeepGemm | None:
+        return DeepGemm(present=find() is not None, nvcc=_compiles()) if machine.device == "cuda" else None
+
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        found = machine.facts(self.name, DeepGemm) or DeepGemm()
         reasons = []
         if machine.device != "cuda":
             reasons.append(f"runs on cuda only, found {machine.device}")
         elif machine.capability != (9, 0) and (machine.capability or (0, 0))[0] != 10:
-            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
-            reasons.append(f"needs compute capability 9.0 or 10.x, found {found}")
+            capability = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 9.0 or 10.x, found {capability}")
         elif machine.capability != (9, 0) and spec.scheme.scale_format != "ue8m0":
             reasons.append(f"on compute capability 10.x scales are powers of two (ue8m0), found {spec.scheme}")
-        if "deep_gemm" not in machine.features:
+        if not found.present:
             reasons.append(_ABSENT)
-        if "nvcc" not in machine.features:
+        if not found.nvcc:
             reasons.append(_NO_COMPILER)
         if (spec.scheme.weight, spec.scheme.activation) != (BLOCK_128, GROUP_128):
             reasons.append(f"scales are 128x128 with 1x128 activations; found {spec.scheme}")
@@ -133,14 +149,9 @@ def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tens
 
 def _has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run there."""
-    present = device.type == "cuda" and (triton_engine.installed() or (0, 0)) >= triton_engine.OLDEST_TRITON
-    return present and not triton_engine.failure(device)
-
-
-def features() -> frozenset[str]:
-    """What a ``Machine`` with an Nvidia card has of DeepGEMM: ``"deep_gemm"`` itself, ``"nvcc"`` to compile for it."""
-    present = {"deep_gemm": find() is not None, "nvcc": _compiles()}
-    return frozenset(name for name, found in present.items() if found)
+    triton = triton_engine.installed()
+    new = triton is not None and triton.version >= triton_engine.OLDEST_TRITON
+    return device.type == "cuda" and new and not triton_engine.failure(device)
 
 
 @cache

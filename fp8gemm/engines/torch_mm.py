@@ -214,11 +214,6 @@ def takes_fnuz(device: torch.device) -> bool:
     return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
 
 
-def features(device: torch.device) -> frozenset[str]:
-    """What of an AMD card decides here, for its ``Machine``."""
-    return frozenset({"fnuz"} if takes_fnuz(device) else ())
-
-
 def to_fnuz(data: torch.Tensor) -> torch.Tensor:
     """e4m3fn codes as e4m3fnuz, where they mean half: the scale doubles, exactly.
 

@@ -20,7 +20,7 @@ from fp8gemm.scaled import Accumulate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-_HERE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
+_HERE = Machine(device="cuda", capability=(9, 0), found={"triton": installed()})
 _REASONS = TritonEngine().rejects(MatmulSpec(scheme=SCHEMES["row"], n=128, k=128), _HERE)
 if _REASONS:
     pytest.skip("; ".join(_REASONS), allow_module_level=True)

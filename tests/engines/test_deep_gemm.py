@@ -14,12 +14,12 @@ import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, quantize
 from fp8gemm.engines import deep_gemm as module
-from fp8gemm.engines.deep_gemm import DeepGemmEngine
+from fp8gemm.engines.deep_gemm import DeepGemm, DeepGemmEngine
 from fp8gemm.engines.reference import ReferenceEngine
 
 CPU = torch.device("cpu")
-HOPPER = Machine(device="cuda", capability=(9, 0), features=frozenset({"deep_gemm", "nvcc"}))
-BLACKWELL = Machine(device="cuda", capability=(10, 0), features=HOPPER.features)
+HOPPER = Machine(device="cuda", capability=(9, 0), found={"deep_gemm": DeepGemm(present=True, nvcc=True)})
+BLACKWELL = Machine(device="cuda", capability=(10, 0), found=HOPPER.found)
 UE8M0 = Scheme(weight=BLOCK_128, activation=GROUP_128, scale_format="ue8m0")
 ENGINE = DeepGemmEngine()
 Operand = tuple[torch.Tensor, torch.Tensor]
@@ -299,4 +299,4 @@ def test_what_compiles(
     file = tmp_path / made
     file.parent.mkdir(parents=True)
     file.touch(mode=0o755)
-    assert ("nvcc" in module.features()) == found
+    assert ENGINE.probe(torch.device("cuda"), HOPPER) == DeepGemm(present=module.find() is not None, nvcc=found)

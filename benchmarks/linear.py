@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from harness import paired_seconds, save, table
 
 from fp8gemm import ENGINES, SCHEMES, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, dequantize, probe
-from fp8gemm.engines import Prepared
+from fp8gemm.engines import PackedWeight
 from fp8gemm.weights.quantization import quantize_weight
 
 
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
 
 
 class Layers:
-    """The same layer many times over: dense weights, and the same weights prepared by each engine."""
+    """The same layer many times over: dense weights, and the same weights packed by each engine."""
 
     def __init__(self, n: int, k: int, scheme: Scheme, arguments: argparse.Namespace) -> None:
         dtype: torch.dtype = getattr(torch, arguments.dtype)
@@ -63,7 +63,7 @@ class Layers:
         self.scaled = quantize_weight(torch.randn(n, k) * k**-0.5, scheme.weight)
         dense = dequantize(self.scaled, dtype)
         self.dense = [dense.clone() for _ in range(self.count)]
-        self.prepared: dict[str, list[Prepared]] = {}
+        self.packed: dict[str, list[PackedWeight]] = {}
         spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype)
         for name in arguments.engines.split(","):
             reasons = ENGINES[name].rejects(spec, probe("cpu"))
@@ -72,7 +72,7 @@ class Layers:
                 continue
             copies = [replace_data(self.scaled) for _ in range(self.count)]
             try:
-                self.prepared[name] = [ENGINES[name].prepare(copy, scheme) for copy in copies]
+                self.packed[name] = [ENGINES[name].prepare(copy, scheme) for copy in copies]
             except UnsupportedError as error:
                 print(f"{name}: {error}")
         self.peers = peers(dense, self.scaled) if arguments.peers else {}
@@ -105,7 +105,7 @@ def measure(layers: Layers, m: int, seconds: float) -> dict[str, Any]:
         return lambda: next(order)()
 
     candidates = {"dense": rotating([lambda w=w: F.linear(x, w) for w in layers.dense])}
-    for name, copies in layers.prepared.items():
+    for name, copies in layers.packed.items():
         engine = ENGINES[name]
         candidates[name] = rotating([lambda w=w, e=engine: e.linear(x, w, None, layers.dtype) for w in copies])
     if m <= 16 and layers.peers:
@@ -121,7 +121,7 @@ def measure(layers: Layers, m: int, seconds: float) -> dict[str, Any]:
 def check(layers: Layers, x: torch.Tensor) -> None:
     """Nothing is timed that is wrong."""
     reference = F.linear(x.double(), dequantize(layers.scaled, torch.float64))
-    for name, copies in layers.prepared.items():
+    for name, copies in layers.packed.items():
         y = ENGINES[name].linear(x, copies[0], None, layers.dtype).double()
         error = ((y - reference).norm() / reference.norm()).item()
         if error > ENGINES[name].tolerance:

@@ -19,7 +19,7 @@ from fp8gemm import (
     register_engine,
     report,
 )
-from fp8gemm.engines import Machine, Prepared
+from fp8gemm.engines import Machine, PackedWeight
 from fp8gemm.engines.base import WeightOnlyEngine
 
 
@@ -48,17 +48,17 @@ class DenseEngine(WeightOnlyEngine):
         reasons = [] if needed.size < found.size else [f"needs {needed}, found {found}"]
         return reasons + (["takes no stacks"] if spec.experts else [])
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         n, k = weight.shape
-        dense = (dequantize(weight, torch.float64),)
-        return Prepared(
-            engine=self.name, scheme=scheme.weight_only(), n=n, k=k, data=weight.data, scale=weight.scale, extra=dense
+        extra = {"dense": dequantize(weight, torch.float64)}
+        return PackedWeight(
+            engine=self.name, scheme=scheme.weight_only(), n=n, k=k, data=weight.data, scale=weight.scale, extra=extra
         )
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        return F.linear(x.double(), weight.extra[0], None if bias is None else bias.double()).to(out_dtype)
+        return F.linear(x.double(), weight.extra["dense"], None if bias is None else bias.double()).to(out_dtype)
 
 
 if __name__ == "__main__":

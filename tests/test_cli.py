@@ -13,7 +13,7 @@ from checkpoints import BLOCKS, compressed, fp8, scales, write
 from fp8gemm.bench import contest, plans
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.cli import main
-from fp8gemm.engines import ENGINES, Machine, MatmulSpec, Prepared
+from fp8gemm.engines import ENGINES, Machine, MatmulSpec, PackedWeight
 from fp8gemm.engines.cpu import CpuEngine
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import table as tables
@@ -218,7 +218,7 @@ class OnCard(TritonEngine):
         return place((9, 0), card="NVIDIA H200")
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         met = replace(weight, scheme=self.rounds(x.shape[0], weight, x.dtype))
         y = ReferenceEngine().linear(x, met, bias, out_dtype)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
-from ..engines import Engine, Prepared
+from ..engines import Engine, PackedWeight
 from ..engines.reference import ReferenceEngine
 from ..numerics import dequantize
 from ..scaled import ScaledTensor, Scheme
@@ -146,7 +146,7 @@ class Weights:
         self.scaled = quantize_weight(torch.randn(n, k, dtype=torch.float32, device=device) * k**-0.5, scheme.weight)
         self.count = max(1, min(MOST_COPIES, -(-COLD_BYTES // max(self.scaled.nbytes, 1))))
 
-    def prepared(self, engine: Engine) -> list[Prepared]:
+    def packed(self, engine: Engine) -> list[PackedWeight]:
         """The copies in an engine's layout."""
         own = self.scaled
         clones = (ScaledTensor(own.data.clone(), own.scale.clone(), own.granularity) for _ in range(self.count))
@@ -187,8 +187,8 @@ def bf16_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> En
     )
 
 
-def entrant_of(engine: Engine, copies: Sequence[Prepared], expectation: Expectation) -> Entrant:
-    """An engine's product of a prepared weight."""
+def entrant_of(engine: Engine, copies: Sequence[PackedWeight], expectation: Expectation) -> Entrant:
+    """An engine's product of a packed weight."""
     x = expectation.x
     return Entrant(
         calls=[partial(engine.linear, x, copy, None, BF16) for copy in copies],

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..engines import ENGINES, Machine, MatmulSpec, Prepared, choose, order, probe
+from ..engines import ENGINES, Machine, MatmulSpec, PackedWeight, choose, order, probe
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import SCHEMES, SchemeName
@@ -59,7 +59,7 @@ def _rows(weights: Weights, names: list[str], sizes: list[int], seconds: float) 
     machine = probe(weights.scaled.device)
     auto = _auto(MatmulSpec(scheme=weights.scheme, n=n, k=k), machine)
     wanted = dict.fromkeys(auto if name == "auto" and auto else name for name in names)
-    copies, refused = _prepared(weights, wanted, machine)
+    copies, refused = _packed(weights, wanted, machine)
     dense = weights.dense()
     rows = []
     for m in sizes:
@@ -85,19 +85,19 @@ def _auto(spec: MatmulSpec, machine: Machine) -> str | None:
         return None
 
 
-def _prepared(
+def _packed(
     weights: Weights, names: Iterable[str], machine: Machine
-) -> tuple[dict[str, list[Prepared]], dict[str, Result]]:
+) -> tuple[dict[str, list[PackedWeight]], dict[str, Result]]:
     """The weight in the layouts of those engines that take it; and why the others do not."""
     n, k = weights.scaled.shape
     spec = MatmulSpec(scheme=weights.scheme, n=n, k=k)
-    copies: dict[str, list[Prepared]] = {}
+    copies: dict[str, list[PackedWeight]] = {}
     refused: dict[str, Result] = {}
     for name in names:
         reasons = ENGINES[name].rejects(spec, machine) if name in ENGINES else ["no engine takes it"]
         try:
             if not reasons:
-                copies[name] = weights.prepared(ENGINES[name])
+                copies[name] = weights.packed(ENGINES[name])
         except UnsupportedError as error:
             reasons = [str(error)]
         if reasons:

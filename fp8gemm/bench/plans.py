@@ -118,7 +118,7 @@ class _Booth:
 
     def __init__(self, engine: TritonEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
-        self.copies, self.dense = weights.prepared(engine), weights.dense()
+        self.copies, self.dense = weights.packed(engine), weights.dense()
 
     def decide(self, cell: Cell, watches: Callable[[], Watch], seconds: float) -> tuple[Plan | None, dict[str, Any]]:
         """The plan that a cell gets, None where none ran, and what to tell of it."""

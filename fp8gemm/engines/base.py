@@ -67,14 +67,15 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PackedWeight:
     """A weight ``[n, k]``, or a stack of ``experts`` of them, in the layout of one engine.
 
     ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
-    tensors derived from them that the kernel takes (views, padded or expanded scales). ``scheme`` is what the engine
-    really does: its ``activation`` is None where activations stay as they are. ``apart`` is how ``linear`` rounds more
-    than ``few`` tokens before its product, where ``linear_quantized`` takes them so rounded: torch.compile traces these
-    values and no method of an engine, so it sees the rounding and fuses it into what comes before.
+    tensors derived from them that the kernel takes (views, padded or expanded scales), by identifiers of the engine's.
+    ``scheme`` is what the engine really does: its ``activation`` is None where activations stay as they are. ``apart``
+    is how ``linear`` rounds more than ``few`` tokens before its product, where ``linear_quantized`` takes them so
+    rounded: torch.compile traces these values and no method of an engine, so it sees the rounding and fuses it into
+    what comes before.
     """
 
     engine: str
@@ -84,13 +85,13 @@ class Prepared:
     data: torch.Tensor
     scale: torch.Tensor
     input_scale: torch.Tensor | None = None
-    extra: tuple[torch.Tensor, ...] = ()
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # a plain dict, as torch.compile traces it
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
     accumulate: Accumulate = "auto"
     apart: Granularity | None = None
     few: int = 0
     experts: int = 0
-    parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
+    parts: tuple[PackedWeight, ...] = ()  # of a stack: each expert, sharing its memory
     bare: bool = False  # ``extra`` is left out: inside a trace it would be stale once other bytes come
 
     @property
@@ -106,14 +107,14 @@ class Prepared:
         """Whether partial sums may stay in Hopper's accumulator of about 14 bits: asked for, or K is short enough."""
         return self.accumulate == "fast" or (self.accumulate == "auto" and self.k <= FAST_UP_TO_K)
 
-    def split(self) -> Prepared:
+    def split(self) -> PackedWeight:
         """This stack with its ``parts``, which are views made once."""
         parts = (
             replace(
                 self,
                 data=self.data[expert],
                 scale=self.scale[expert],
-                extra=tuple(tensor[expert] for tensor in self.extra),
+                extra={name: tensor[expert] for name, tensor in self.extra.items()},
                 experts=0,
                 parts=(),
             )
@@ -150,7 +151,7 @@ class Engine(ABC):
 
     @abstractmethod
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         """``y [M, n] = x [M, k] @ w.T + bias [n]`` in ``out_dtype``; ``x`` has unit stride along k, M may be 0."""
 
@@ -158,12 +159,12 @@ class Engine(ABC):
         """What the engine makes of ``scheme``: the same, or activations left as they are."""
         return scheme
 
-    def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
+    def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``linear`` really follows for ``m`` tokens: weight-only where it leaves them as they are."""
         return weight.scheme
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """``linear`` with all decisions made for inputs like ``x [..., K]``: of its shape, dtype, device and alignment.
 
@@ -173,13 +174,18 @@ class Engine(ABC):
         return None
 
     def linear_quantized(
-        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         """``linear`` of activations that were rounded as ``weight.apart`` says."""
         raise NotImplementedError(f"engine {self.name} rounds activations inside its product")
 
     def gated(
-        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
     ) -> torch.Tensor | None:
         """``linear`` of ``silu(gate) * up``, each ``[M, K]`` with unit stride along K.
 
@@ -187,18 +193,18 @@ class Engine(ABC):
         """
         return None
 
-    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+    def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         """Whether ``m`` tokens of ``dtype`` are multiplied faster by a kept 16-bit weight."""
         return False
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.
 
         Raises:
             UnsupportedError: the engine would misread these very bytes; ``auto`` then goes on to the next engine.
         """
         n, k = weight.shape
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=self.effective(scheme),
             n=n,
@@ -208,14 +214,14 @@ class Engine(ABC):
             input_scale=input_scale,
         )
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
         """The plain weight that ``prepare`` was given, bit for bit."""
-        return ScaledTensor(prepared.data, prepared.scale, prepared.scheme.weight)
+        return ScaledTensor(packed.data, packed.scale, packed.scheme.weight)
 
     def grouped(
         self,
         x: torch.Tensor,
-        weight: Prepared,
+        weight: PackedWeight,
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
@@ -224,7 +230,7 @@ class Engine(ABC):
 
         Args:
             x: ``[T, k]``, sorted by expert, unit stride along k.
-            weight: a stack of E experts, prepared.
+            weight: a stack of E experts, packed.
             ends: int32 ``[E]`` on the device of ``x``: one past the last token of each expert; never decreasing, so an
                 expert without tokens repeats the end before it. Tokens past the last end belong to experts that are
                 not here: their rows of ``y`` are zeros.
@@ -243,7 +249,7 @@ class Engine(ABC):
             start = end
         return y
 
-    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
         pairs = zip(weight.data, weight.scale, strict=True)
         parts = [self.prepare(ScaledTensor(data, scale, weight.granularity), scheme) for data, scale in pairs]
@@ -252,19 +258,19 @@ class Engine(ABC):
             parts[0],
             data=weight.data if shared else torch.stack([part.data for part in parts]),
             scale=weight.scale,
-            extra=tuple(torch.stack(tensors) for tensors in zip(*(part.extra for part in parts), strict=True)),
+            extra={name: torch.stack([part.extra[name] for part in parts]) for name in parts[0].extra},
             experts=len(parts),
         )
         return stack.split()
 
-    def restore_stack(self, prepared: Prepared) -> ScaledTensor:
+    def restore_stack(self, packed: PackedWeight) -> ScaledTensor:
         """The plain stack that ``prepare_stack`` was given, bit for bit."""
         if type(self).restore is Engine.restore:
-            return self.restore(prepared)
-        parts = [self.restore(part) for part in (prepared.parts or prepared.split().parts)]
-        return ScaledTensor(torch.stack([part.data for part in parts]), prepared.scale, prepared.scheme.weight)
+            return self.restore(packed)
+        parts = [self.restore(part) for part in (packed.parts or packed.split().parts)]
+        return ScaledTensor(torch.stack([part.data for part in parts]), packed.scale, packed.scheme.weight)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens of ``dtype``, for the report."""
         return self.name
 

@@ -11,7 +11,7 @@ import torch
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
-from .base import Choice, Engine, Machine, MatmulSpec, Prepared
+from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight
 from .table import AUTO, ENGINES
 
 
@@ -22,7 +22,7 @@ def prepare(
     engine: str = "auto",
     *,
     input_scale: torch.Tensor | None = None,
-) -> Prepared:
+) -> PackedWeight:
     """A weight in the layout of the engine that is chosen for it; ``auto`` passes over one that refuses its bytes.
 
     Raises:
@@ -36,8 +36,8 @@ def prepare(
                 stack = ENGINES[winner].prepare_stack(weight, spec.scheme)
                 parts = tuple(replace(part, accumulate=spec.accumulate) for part in stack.parts)
                 return replace(stack, accumulate=spec.accumulate, parts=parts)
-            prepared = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
-            return replace(prepared, accumulate=spec.accumulate)
+            packed = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
+            return replace(packed, accumulate=spec.accumulate)
         except UnsupportedError as error:
             if engine != "auto":
                 raise
@@ -51,10 +51,10 @@ def order(machine: Machine) -> tuple[str, ...]:
     return AUTO.get(machine.device, ())
 
 
-def restore(prepared: Prepared) -> ScaledTensor:
+def restore(packed: PackedWeight) -> ScaledTensor:
     """The plain weight, or stack, that a layout was made of, bit for bit (but see ``TorchEngine.restore``)."""
-    engine = ENGINES[prepared.engine]
-    return engine.restore_stack(prepared) if prepared.experts else engine.restore(prepared)
+    engine = ENGINES[packed.engine]
+    return engine.restore_stack(packed) if packed.experts else engine.restore(packed)
 
 
 def choose(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..errors import UnsupportedError
 from ..numerics import encode_ue8m0, quantize
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
-from .base import Engine, Machine, MatmulSpec, Prepared
+from .base import Engine, Machine, MatmulSpec, PackedWeight
 from .torch_mm import cropped, padded
 from .triton import engine as triton_engine
 
@@ -88,14 +88,14 @@ class DeepGemmEngine(Engine):
             reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
         return reasons
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         if scheme.scale_format == "ue8m0":
             try:
                 encode_ue8m0(weight.scale)
             except ValueError as error:  # DeepGEMM would drop their mantissas
                 raise UnsupportedError(f"{scheme}, but the weight's scales are others: {error}") from error
         n, k = weight.shape
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=scheme,
             n=n,
@@ -104,15 +104,15 @@ class DeepGemmEngine(Engine):
             scale=weight.scale,
             input_scale=input_scale,
             # Row-major with the strides that its shape implies, which DeepGEMM asserts even of a single row.
-            extra=(weight.scale.reshape(-1).view(weight.scale.shape),),
+            extra={"scale": weight.scale.reshape(-1).view(weight.scale.shape)},
             dtypes=_DTYPES,
         )
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
-        return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
+        return ScaledTensor(cropped(packed), packed.scale, packed.scheme.weight)
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
@@ -123,11 +123,12 @@ class DeepGemmEngine(Engine):
             wide = x.new_empty(m, rows, dtype=torch.bfloat16)
             with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current one
                 xq = _quantize(F.pad(x, (0, cols - weight.k)) if cols > weight.k else x, ue8m0=ue8m0)
-                load().fp8_gemm_nt(xq, (weight.data, *weight.extra), wide, disable_ue8m0_cast=not ue8m0)
+                wq = weight.data, weight.extra["scale"]
+                load().fp8_gemm_nt(xq, wq, wide, disable_ue8m0_cast=not ue8m0)
             y = wide[:, : weight.n].to(out_dtype)
         return y if bias is None else y + bias.to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "deep_gemm fp8_gemm_nt"
 
 

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from ..scaled import COMPUTE_DTYPES, FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
-from ..weights.prepared import spec_of
+from ..weights.packed import spec_of
 from ..weights.structure import STACK_NAMES, is_transposed, routers, stacks
 
 ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]

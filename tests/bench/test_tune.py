@@ -32,7 +32,7 @@ from fp8gemm import (
 from fp8gemm.bench import bench, contest, plans, tune
 from fp8gemm.bench.contest import Calls, Entrant, errors
 from fp8gemm.bench.plans import problems_of, tune_engine
-from fp8gemm.engines import Prepared
+from fp8gemm.engines import PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import table as tables
 from fp8gemm.engines.triton.engine import TritonEngine
@@ -208,7 +208,7 @@ class Fake(TritonEngine):
         return []
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         plan = self.plan(x.shape[0], weight, x.dtype)
         LABORATORY.ran.append(plan)

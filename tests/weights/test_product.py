@@ -32,8 +32,8 @@ class Apart(ReferenceEngine):
         return super().linear(x, replace(weight, scheme=scheme), bias, out_dtype)
 
     def prepare(self, weight, scheme, *, input_scale=None):
-        prepared = super().prepare(weight, scheme, input_scale=input_scale)
-        return replace(prepared, apart=scheme.activation, few=BEYOND)
+        packed = super().prepare(weight, scheme, input_scale=input_scale)
+        return replace(packed, apart=scheme.activation, few=BEYOND)
 
     def linear_quantized(self, x: ScaledTensor, weight, bias, out_dtype):
         unrounded = replace(weight, scheme=weight.scheme.weight_only())

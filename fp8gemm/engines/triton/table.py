@@ -18,7 +18,7 @@ import torch
 
 from ... import native
 from ...scaled import Scheme
-from ..base import Prepared
+from ..base import PackedWeight
 from .plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
 SHIPPED = Path(__file__).with_name("table.json")
@@ -28,8 +28,8 @@ MOST_SPLIT_TILES = 4096  # each has a counter of its own; a product of more need
 Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 
 
-def kind_of(weight: Prepared, *, native: bool) -> Kind:
-    """The kind of a prepared weight's products."""
+def kind_of(weight: PackedWeight, *, native: bool) -> Kind:
+    """The kind of a packed weight's products."""
     return kind_for(weight.scheme, weight.data.dtype, native=native)
 
 

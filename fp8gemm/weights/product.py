@@ -91,7 +91,7 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
     compiling = torch.compiler.is_compiling()
     if not compiling and not watched(x, weight.data, weight.scale, bias):
         return remembered_linear(x, weight, bias, out_dtype)
-    if engine.traceable:
+    if engine.traceable and not weight.bare:
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None

@@ -66,7 +66,7 @@ def multiply_blocks(
 def round_group(value, UE8M0: tl.constexpr):
     """Floating ``[BLOCK_M, 128]`` as e4m3 and a scale for each row."""
     value = value.to(tl.float32)
-    s = scale_of(tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1), 0.0, False, UE8M0)
+    s = scale_of(tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1), UE8M0)
     return encode(value, s[:, None], tl.float8e4nv), s
 
 

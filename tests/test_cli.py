@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import BLOCKS, compressed, fp8, scales, write
 
+from fp8gemm import native
 from fp8gemm.bench import contest, plans
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.cli import main
@@ -120,7 +121,7 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One copy of each weight is enough, and no table but an empty one."""
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
-    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(native, "cache_directory", lambda: tmp_path)
 
 
 BENCH = ["bench", "--device", "cpu", "--shapes", "64x128,100x60", "--tokens", "1,5", "--seconds", "0.01"]

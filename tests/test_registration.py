@@ -81,7 +81,7 @@ def test_what_it_finds_belongs_to_a_machine_that_was_probed_before(monkeypatch: 
     memory = machine.facts("dense", module.Memory)
     assert memory is not None
     assert machine == replace(before, found={**before.found, "dense": memory})
-    assert f"  found for dense: {memory}\n" in doctor.tell(doctor.examine())
+    assert f"  found for dense: {memory}\n" in str(doctor.examine())
     spec = MatmulSpec(scheme=SCHEMES["row"], n=20_000, k=20_000)
     small, large = (replace(machine, found={"dense": module.Memory(size)}) for size in (10**9, 10**12))
     assert engine.rejects(spec, small) == ["needs 3.2 GB of memory, found 1.0 GB of memory"]

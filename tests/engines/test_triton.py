@@ -227,16 +227,6 @@ def test_a_broken_table_is_named(cache: Path, text: str) -> None:
         plan(place((9, 0)), "row", 4096, 4096, 1)
 
 
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8GEMM_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert tables.cache_directory() == Path("/a")
-    monkeypatch.delenv("FP8GEMM_CACHE")
-    assert tables.cache_directory() == Path("/b/fp8gemm")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tables.cache_directory() == Path.home() / ".cache" / "fp8gemm"
-
-
 def test_plans_are_written_as_they_are_read(tmp_path: Path) -> None:
     rows = {("sm90", "block", 1, 2, 4): Plan(path="blocks", **dict.fromkeys(_numbers(), 2), tma=True)}
     header = {"source": "s", "card": "c", "versions": {"torch": "2"}, "date": "d"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -122,13 +121,11 @@ def _dense(product: Product) -> torch.Tensor:
     return y.to(out_dtype)
 
 
-PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(
-    {
-        "vectors": _vectors,
-        "tokens": _tokens,
-        "rows": _rows,
-        "blocks": _blocks,
-        "library": _library,
-        "dense": _dense,
-    }
-)
+PATHS: dict[PathName, Callable[[Product], torch.Tensor]] = {
+    "vectors": _vectors,
+    "tokens": _tokens,
+    "rows": _rows,
+    "blocks": _blocks,
+    "library": _library,
+    "dense": _dense,
+}

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ... import native
 from ...scaled import SCHEMES, Scheme
 from . import table as tables
 from .engine import TritonEngine
@@ -198,7 +199,7 @@ def open_table(card: str, versions: Mapping[str, str | None], date: str, *, over
     Raises:
         ValueError: it holds plans of another card, or is no table; with its name and what would work.
     """
-    path = tables.cache_directory() / tables.USER_FILE
+    path = native.cache_directory() / tables.USER_FILE
     header = {"source": "tuned", "card": card, "versions": dict(versions), "date": date}
     if overwrite or not path.is_file():
         table = Table(path, header, {})

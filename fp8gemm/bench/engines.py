@@ -12,7 +12,7 @@ from ..engines import ENGINES, Machine, MatmulSpec, PackedWeight, choose, order,
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import SCHEMES, SchemeName
-from .contest import Expectation, Result, Weights, bf16_entrant, contest, entrant_of, watch_of
+from .contest import Expectation, Result, Weights, contest, dense_entrant, entrant_of, watch_of
 from .place import Setting, device_of, setting_of, shapes_of, sizes_of
 from .text import figures
 
@@ -110,12 +110,12 @@ def _rows(weights: Weights, names: list[str], sizes: list[int], seconds: float) 
     machine = probe(weights.scaled.device)
     auto = _auto(MatmulSpec(scheme=weights.scheme, n=n, k=k), machine)
     wanted = dict.fromkeys(auto if name == "auto" and auto else name for name in names)
-    copies, refused = _packed(weights, wanted, machine)
+    copies, refused = pack(weights, wanted, machine)
     dense = weights.dense()
     rows = []
     for m in sizes:
         expectation = Expectation(weights.tokens(m), weights)
-        entrants = {"bf16": bf16_entrant(dense, expectation)}
+        entrants = {"bf16": dense_entrant(dense, expectation)}
         entrants |= {name: entrant_of(ENGINES[name], made, expectation) for name, made in copies.items()}
         results = contest(entrants, watch_of(expectation.x.device), seconds=seconds)
         base = results["bf16"].seconds
@@ -144,12 +144,12 @@ def _auto(spec: MatmulSpec, machine: Machine) -> str | None:
         return None
 
 
-def _packed(
+def pack(
     weights: Weights, names: Iterable[str], machine: Machine
 ) -> tuple[dict[str, list[PackedWeight]], dict[str, Result]]:
     """The weight in the layouts of those engines that take it; and why the others do not."""
     n, k = weights.scaled.shape
-    spec = MatmulSpec(scheme=weights.scheme, n=n, k=k)
+    spec = MatmulSpec(scheme=weights.scheme, n=n, k=k, compute_dtype=weights.dtype)
     copies: dict[str, list[PackedWeight]] = {}
     refused: dict[str, Result] = {}
     for name in names:

@@ -23,7 +23,7 @@ from ..models.warmup import TOKENS
 from ..progress import progress
 from ..scaled import SCHEMES
 from ..weights import FP8Linear
-from .contest import Entrant, Expectation, Result, Watch, Weights, bf16_entrant, contest, entrant_of, watch_of
+from .contest import Entrant, Expectation, Result, Watch, Weights, contest, dense_entrant, entrant_of, watch_of
 from .place import Setting, device_of, setting_of, shapes_of, sizes_of
 from .text import figures
 
@@ -178,7 +178,7 @@ class _Booth:
         entrants: dict[Plan | None, Entrant] = {
             plan: entrant_of(held(self.engine, plan), self.copies, expectation) for plan in plans
         }
-        entrants[None] = bf16_entrant(self.dense, expectation)
+        entrants[None] = dense_entrant(self.dense, expectation)
         first = contest(entrants, watches(), seconds=seconds / 2)
         ahead = [plan for plan in sorted(first, key=lambda plan: _time(first[plan])) if plan is not None][:FINALISTS]
         finalists = {plan: entrants[plan] for plan in (*ahead, plans[0], None) if first[plan].seconds is not None}

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fp8gemm import probe
+from fp8gemm.engines.triton import Triton
 
 PEERS = Path(__file__).parent.parent / ".peers" / "peers.py"
 
 Y = TypeVar("Y")
 
 
-def card_facts() -> dict[str, Any]:
-    """The card and what drives it; ``harness.facts`` adds the date and the rest."""
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The card and what drives it; ``harness.host`` has the date and the rest."""
+
+    card: str
+    capability: tuple[int, int] | None
+    cuda: str | None
+    triton: str | None
+
+    def __str__(self) -> str:
+        capability = "unknown" if self.capability is None else "{}.{}".format(*self.capability)
+        return f"{self.card}, compute capability {capability}, CUDA {self.cuda}, triton {self.triton}"
+
+
+def card_here() -> Card:
     machine = probe("cuda")
-    triton = None if machine.triton_version is None else ".".join(map(str, machine.triton_version))
-    return {"card": machine.name, "capability": machine.capability, "cuda": torch.version.cuda, "triton": triton}
+    triton = machine.facts("triton", Triton)
+    return Card(
+        card=machine.name,
+        capability=machine.capability,
+        cuda=torch.version.cuda,
+        triton=None if triton is None else str(triton),
+    )
 
 
 def card_seconds(call: Callable[[], object]) -> float:

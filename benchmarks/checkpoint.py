@@ -12,11 +12,11 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from harness import paired_seconds, save, table
+from harness import paired_seconds, save, table, wall_seconds
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -62,12 +62,6 @@ def check(dense: Path, fp8: Path, count: int) -> None:
         assert error < 0.03, error  # e4m3 keeps 3 bits: 2**-4 / sqrt(3) at most for values spread evenly
 
 
-def once(call: object, *arguments: object, **options: object) -> float:
-    start = time.perf_counter()
-    call(*arguments, **options)  # type: ignore[operator]
-    return time.perf_counter() - start
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=512, help="of the bfloat16 checkpoint")
@@ -82,7 +76,8 @@ def main() -> int:
         tensors = {f"{i}.weight": torch.randn(SIDE, SIDE, generator=generator).bfloat16() for i in range(count)}
         save_file(tensors, dense / "model.safetensors")
         del tensors
-        seconds = min(once(quantize_checkpoint, dense, Path(temporary) / f"fp8{'-again' * turn}") for turn in (0, 1))
+        made = (Path(temporary) / f"fp8{'-again' * turn}" for turn in (0, 1))
+        seconds = min(wall_seconds(partial(quantize_checkpoint, dense, folder)) for folder in made)
         check(dense, fp8, count)
         plain = FP8GemmOptions(engine="reference")
         timed = paired_seconds(
@@ -105,7 +100,7 @@ def main() -> int:
         for name, median in timed.items():
             rows.append({"what": name, "seconds": median, "GB/s": small / median / 1e9})
         rows.append({"what": "quantize_checkpoint, rows", "seconds": seconds, "GB/s": large / seconds / 1e9})
-        converted = once(convert_checkpoint, fp8, Path(temporary) / "converted")
+        converted = wall_seconds(partial(convert_checkpoint, fp8, Path(temporary) / "converted"))
         rows.append({"what": "convert_checkpoint", "seconds": converted, "GB/s": small / converted / 1e9})
         for kind, size in (("fp8", small), ("dense", large)):
             ran = subprocess.run(

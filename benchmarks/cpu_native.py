@@ -10,14 +10,14 @@ Each turn goes through a stack of layers with every candidate, so that weights c
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from harness import host, paired_seconds, table
 
-from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, ScaledTensor, native, quantize
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, ScaledTensor, native, probe, quantize
+from fp8gemm.engines.vllm import Vllm
 
 GRANULARITIES = {"row": ROW, "tensor": TENSOR, "block": BLOCK_128, "group": GROUP_128, "mx": MX}
 
@@ -35,15 +35,15 @@ def main() -> None:
     library = native.find()
     if isinstance(library, native.Unavailable):
         raise SystemExit(library.reason)
+    print(host())
     for shape in arguments.shapes.split(","):
         n, k = map(int, shape.split("x"))
         stack = Stack(n, k, arguments, library)
-        for m in map(int, arguments.tokens.split(",")):
-            print(
-                f"{shape} {arguments.granularity} {arguments.dtype} M={m:<5}",
-                row(stack.candidates(m), arguments.seconds),
-            )
-        print(f"{shape} quantize", row(stack.quantizers(), arguments.seconds))
+        what = {"n x k": shape, "scales": arguments.granularity, "dtype": arguments.dtype}
+        tokens = map(int, arguments.tokens.split(","))
+        rows = [{**what, "m": m, **row(stack.candidates(m), arguments.seconds)} for m in tokens]
+        quantizing = {**what, **row(stack.quantizers(), arguments.seconds)}
+        print(table(rows, list(rows[0])), "quantize:", table([quantizing], list(quantizing)), sep="\n", flush=True)
 
 
 class Stack:
@@ -65,12 +65,9 @@ class Stack:
         return ScaledTensor(data, scale, self.granularity)
 
     def _has_vllm(self, n: int, k: int) -> bool:
-        try:
-            from fp8gemm.engines import probe
-        except ImportError:
-            return False
+        found = probe("cpu").facts("vllm", Vllm)
         fits = self.dtype == torch.bfloat16 and n % 32 == 0 and k % 32 == 0
-        return fits and "fp8_scaled_mm_cpu" in probe("cpu").vllm_ops
+        return fits and found is not None and "fp8_scaled_mm_cpu" in found.ops
 
     def candidates(self, m: int) -> dict[str, Callable[[], object]]:
         """Each goes through the whole stack once. vLLM's op is given 128 x 128 scales, the only ones it knows."""
@@ -96,22 +93,14 @@ class Stack:
         return {"torch": lambda: quantize(w, self.granularity), "native": lambda: self._quantized(w)}
 
 
-def row(candidates: dict[str, Callable[[], object]], seconds: float) -> str:
-    """Milliseconds of a turn, and the median over turns of its ratio to torch's."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(samples["torch"]) < 5:
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
-    cells = []
-    for name, values in samples.items():
-        ratio = statistics.median(base / value for base, value in zip(samples["torch"], values, strict=True))
-        cells.append(f"{name} {statistics.median(values) * 1e3:8.2f} ms {ratio:5.2f}x")
-    return "   ".join(cells)
+def row(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each candidate's turn, and how many times faster than torch's it is."""
+    medians = paired_seconds(candidates, seconds=seconds, most=10**6)
+    cells = {"torch ms": medians["torch"] * 1e3}
+    for name in candidates:
+        if name != "torch":
+            cells |= {f"{name} ms": medians[name] * 1e3, f"{name} x": medians["torch"] / medians[name]}
+    return cells
 
 
 if __name__ == "__main__":

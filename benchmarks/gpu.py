@@ -18,12 +18,13 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from card import PEERS, captured, card_facts, card_seconds, fault, load_peers, shortly
+from card import PEERS, captured, card_here, card_seconds, fault, load_peers, shortly
 from gpu_candidates import Candidate, Operands, candidates
 from gpu_cases import KINDS, MODELS, TOKENS, cases
 from gpu_goals import cells, goals, summary
@@ -56,6 +57,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"{len(wanted)} cases, but no CUDA card: python benchmarks/linear.py measures CPUs")
     peers, notes = load_peers(PEERS)
+    card = card_here()
+    print(card)
     rows: list[dict[str, Any]] = []
     for case in wanted:
         try:
@@ -64,7 +67,7 @@ def main() -> None:
             measured = [{**vars(case), **case.floors, "name": "operands", "note": shortly(failure)}]
         rows += measured
         print(table(measured, COLUMNS), flush=True)
-        more = {**card_facts(), "peers": notes, "goals": goals(rows)}
+        more = {**asdict(card), "peers": notes, "goals": goals(rows)}
         path = save(arguments.save, rows, directory=arguments.results, **more)
         if fault():
             print(f"stopped, as a candidate has broken the card for this process: {fault()}")

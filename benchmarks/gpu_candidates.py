@@ -27,10 +27,10 @@ from fp8gemm import (
     dequantize,
     probe,
 )
+from fp8gemm.bench.contest import COLD_BYTES
 from fp8gemm.engines import order
 from fp8gemm.weights.quantization import quantize_weight
 
-ROTATION_BYTES = 256 * 2**20
 GEMV_TOKENS = 4  # the most that FBGEMM's kernels of this name take
 
 
@@ -57,7 +57,7 @@ class Operands:
         self.dense = torch.randn(shape, device=device, dtype=torch.bfloat16) * case.k**-0.5
         self.x = torch.randn(case.m, case.k, device=device, dtype=torch.bfloat16)
         self.weight = _quantized(self.dense, self.scheme.weight)
-        self.copies = max(1, min(16, ROTATION_BYTES // self.weight.data.nbytes))
+        self.copies = max(1, min(16, COLD_BYTES // self.weight.data.nbytes))
         self.ends: torch.Tensor | None = None
         if case.experts:
             expert = torch.randint(case.experts, (case.m,), device=device).sort().values
@@ -142,8 +142,8 @@ def _bf16(operands: Operands) -> Candidate:
 def _engine(operands: Operands, name: str) -> Candidate:
     engine, x, ends = ENGINES[name], operands.x, operands.ends
     if ends is None:
-        prepared = [engine.prepare(copy, operands.scheme) for copy in operands.fp8_copies()]
-        return Candidate(calls=[lambda w=w: engine.linear(x, w, None, torch.bfloat16) for w in prepared])
+        packed = [engine.prepare(copy, operands.scheme) for copy in operands.fp8_copies()]
+        return Candidate(calls=[lambda w=w: engine.linear(x, w, None, torch.bfloat16) for w in packed])
     stacks = [engine.prepare_stack(copy, operands.scheme) for copy in operands.fp8_copies()]
     return Candidate(calls=[lambda w=w: engine.grouped(x, w, ends, None, torch.bfloat16) for w in stacks])
 

@@ -15,16 +15,16 @@ import argparse
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from card import PEERS, captured, card_facts, card_seconds, fault, load_peers, shortly, with_torchao
+from card import PEERS, captured, card_here, card_seconds, fault, load_peers, shortly, with_torchao
 from gpu_blocks import Flux, Llama, Sizes, built
 from gpu_goals import model_goals, summary
-from harness import RESULTS, listed, paired_seconds, save, table, wall_seconds
+from harness import RESULTS, host, listed, paired_seconds, save, table, wall_seconds
 from torch import nn
 
 from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm, fuse_siblings, probe, report
@@ -60,7 +60,8 @@ def main() -> None:
     if on_card and not torch.cuda.is_available():
         raise SystemExit(f"{len(arguments.cases)} cases, but no CUDA card: --device cpu --tiny shows that it runs")
     _, notes = load_peers(PEERS, "torchao") if on_card else (None, {})
-    facts = {**(card_facts() if on_card else {}), "device": arguments.device, "tiny": arguments.tiny, "peers": notes}
+    where = card_here() if on_card else host()
+    print(where)
     rows: list[dict[str, Any]] = []
     for name in arguments.cases:
         case = tiny(CASES[name]) if arguments.tiny else CASES[name]
@@ -70,7 +71,8 @@ def main() -> None:
         print(table(measured, COLUMNS), flush=True)
         judged = model_goals(rows) if on_card and not arguments.tiny else []
         if arguments.save:
-            more = {**facts, "blocks": arguments.blocks, "goals": judged}
+            asked = {"device": arguments.device, "tiny": arguments.tiny, "peers": notes, "blocks": arguments.blocks}
+            more = {**asdict(where), **asked, "goals": judged}
             path = save(arguments.save, rows, directory=arguments.results, **more)
         if on_card and fault():
             print(f"stopped, as a candidate has broken the card for this process: {fault()}")

@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from fp8gemm import probe
 from fp8gemm.bench.contest import medians
+from fp8gemm.engines.vllm import Vllm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,18 +43,35 @@ def paired_seconds(
     return medians(watches, seconds=seconds, most=most, least=least)
 
 
-def facts() -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Host:
     """Processor, threads, versions and date: what a number means nothing without."""
+
+    date: str
+    processor: str
+    features: tuple[str, ...]
+    threads: int
+    torch: str
+    python: str
+    vllm: str | None
+
+    def __str__(self) -> str:
+        versions = f"torch {self.torch}, python {self.python}" + (f", vllm {self.vllm}" if self.vllm else "")
+        return f"{self.processor} ({', '.join(self.features)}), {self.threads} threads, {self.date}, {versions}"
+
+
+def host() -> Host:
     machine = probe("cpu")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "features": sorted(machine.features),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "vllm": machine.vllm_version,
-    }
+    vllm = machine.facts("vllm", Vllm)
+    return Host(
+        date=datetime.date.today().isoformat(),
+        processor=processor(),
+        features=tuple(sorted(machine.features)),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        vllm=None if vllm is None else vllm.version,
+    )
 
 
 def processor() -> str:
@@ -67,7 +86,7 @@ def save(name: str, rows: list[dict[str, Any]], *, directory: Path | None = None
     directory = RESULTS if directory is None else directory
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps({**facts(), **more, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**asdict(host()), **more, "rows": rows}, indent=1) + "\n")
     return path
 
 

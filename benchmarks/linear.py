@@ -2,7 +2,7 @@
 
     python benchmarks/linear.py [--shapes 4096x4096,...] [--tokens 1,16,...] [--dtype bfloat16] [--cold MB] ...
 
-Every engine is checked against the reference before it is timed. ``--cold MB`` rotates through a stack of layers whose
+Everything is checked before it is timed, as by ``fp8gemm bench``. ``--cold MB`` rotates through a stack of layers whose
 dense weights take that much memory, as a real model does; without it one layer stays in the cache.
 """
 
@@ -10,27 +10,40 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import paired_seconds, save, table
+from harness import host, save, table
 
-from fp8gemm import ENGINES, SCHEMES, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, dequantize, probe
-from fp8gemm.engines import Prepared
-from fp8gemm.weights.quantization import quantize_weight
+from fp8gemm import ENGINES, SCHEMES, ScaledTensor, Scheme, probe
+from fp8gemm.bench.contest import (
+    BF16_TOLERANCE,
+    Entrant,
+    Expectation,
+    Weights,
+    contest,
+    dense_entrant,
+    entrant_of,
+    watch_processor,
+)
+from fp8gemm.bench.engines import pack
+
+CPU = torch.device("cpu")
 
 
 def main() -> None:
     arguments = parse()
+    print(host())
     rows = []
     for shape, scheme in itertools.product(arguments.shapes.split(","), arguments.schemes.split(",")):
         n, k = map(int, shape.split("x"))
         layers = Layers(n, k, SCHEMES[scheme], arguments)
         for m in map(int, arguments.tokens.split(",")):
-            row = {"n": n, "k": k, "m": m, "scheme": scheme, **measure(layers, m, arguments.seconds)}
+            row = {"n": n, "k": k, "m": m, "scheme": scheme, **layers.measure(m, arguments.seconds)}
             rows.append(row)
             print(table([row], list(row)), flush=True)
     print(table(rows, list(rows[0])))
@@ -53,38 +66,51 @@ def parse() -> argparse.Namespace:
 
 
 class Layers:
-    """The same layer many times over: dense weights, and the same weights prepared by each engine."""
+    """The same layer many times over: dense weights, and the same weights packed by each engine."""
 
     def __init__(self, n: int, k: int, scheme: Scheme, arguments: argparse.Namespace) -> None:
         dtype: torch.dtype = getattr(torch, arguments.dtype)
-        self.n, self.k, self.dtype = n, k, dtype
-        size = n * k * dtype.itemsize
-        self.count = max(1, -(-arguments.cold * 10**6 // size))
-        self.scaled = quantize_weight(torch.randn(n, k) * k**-0.5, scheme.weight)
-        dense = dequantize(self.scaled, dtype)
-        self.dense = [dense.clone() for _ in range(self.count)]
-        self.prepared: dict[str, list[Prepared]] = {}
-        spec = MatmulSpec(scheme=scheme, n=n, k=k, compute_dtype=dtype)
-        for name in arguments.engines.split(","):
-            reasons = ENGINES[name].rejects(spec, probe("cpu"))
-            if reasons:
-                print(f"{name}: {'; '.join(reasons)}")
-                continue
-            copies = [replace_data(self.scaled) for _ in range(self.count)]
-            try:
-                self.prepared[name] = [ENGINES[name].prepare(copy, scheme) for copy in copies]
-            except UnsupportedError as error:
-                print(f"{name}: {error}")
-        self.peers = peers(dense, self.scaled) if arguments.peers else {}
+        count = max(1, -(-arguments.cold * 10**6 // (n * k * dtype.itemsize)))
+        self.weights = Weights(n, k, scheme, CPU, dtype=dtype, count=count)
+        self.dense = self.weights.dense()
+        self.packed, refused = pack(self.weights, arguments.engines.split(","), probe("cpu"))
+        for name, result in refused.items():
+            print(f"{name}: {result.note}")
+        self.peers = peers(self.dense[0], self.weights.scaled) if arguments.peers else {}
+
+    @torch.no_grad()
+    def measure(self, m: int, seconds: float) -> dict[str, Any]:
+        """Milliseconds of the dense product and of each other, with its ratio to that: above 1 is faster than dense."""
+        expectation = Expectation(self.weights.tokens(m), self.weights)
+        entrants = {"dense": dense_entrant(self.dense, expectation)}
+        entrants |= {name: entrant_of(ENGINES[name], copies, expectation) for name, copies in self.packed.items()}
+        if m <= 16:
+            entrants |= {name: peer.entrant(expectation.x) for name, peer in self.peers.items()}
+        found = contest(entrants, watch_processor, seconds=seconds)
+        if wrong := [f"{name} at M = {m}: {result.note}" for name, result in found.items() if result.seconds is None]:
+            raise SystemExit("\n".join(wrong))
+        took = {name: result.seconds * 1e3 for name, result in found.items()}
+        row = {"dense ms": took.pop("dense")}
+        for name, milliseconds in took.items():
+            row |= {f"{name} ms": milliseconds, f"{name} x": row["dense ms"] / milliseconds}
+        return row
 
 
-def replace_data(scaled: ScaledTensor) -> ScaledTensor:
-    return replace(scaled, data=scaled.data.clone(), scale=scaled.scale.clone())
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """What somebody else's layer calls, and the weight that it multiplies."""
+
+    call: Callable[[torch.Tensor], torch.Tensor]
+    weight: torch.Tensor
+
+    def entrant(self, x: torch.Tensor) -> Entrant:
+        expected = x.float() @ self.weight.float().t()
+        return Entrant(calls=[partial(self.call, x)], expected=expected, tolerance=BF16_TOLERANCE)
 
 
-def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Peer]:
     """The same layer as a plain FP8 model has it, and as torchao's weight-only one-liner makes it where installed."""
-    found = {"cast then linear": lambda x: F.linear(x, scaled.data.to(x.dtype))}
+    found = {"cast then linear": Peer(call=lambda x: F.linear(x, scaled.data.to(x.dtype)), weight=scaled.data)}
     try:
         from torchao.quantization import Float8WeightOnlyConfig, quantize_
     except ImportError:
@@ -92,40 +118,7 @@ def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Callable[[torc
     linear = torch.nn.Linear(dense.shape[1], dense.shape[0], bias=False, dtype=dense.dtype)
     linear.weight = torch.nn.Parameter(dense, requires_grad=False)
     quantize_(linear, Float8WeightOnlyConfig())
-    return {**found, "torchao": linear}
-
-
-def measure(layers: Layers, m: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds of the dense product and of each engine, with its ratio to that: above 1 is faster than dense."""
-    x = torch.randn(m, layers.k).to(layers.dtype)
-    check(layers, x)
-
-    def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
-        order: Iterator[Callable[[], object]] = itertools.cycle(calls)
-        return lambda: next(order)()
-
-    candidates = {"dense": rotating([lambda w=w: F.linear(x, w) for w in layers.dense])}
-    for name, copies in layers.prepared.items():
-        engine = ENGINES[name]
-        candidates[name] = rotating([lambda w=w, e=engine: e.linear(x, w, None, layers.dtype) for w in copies])
-    if m <= 16 and layers.peers:
-        candidates |= {name: (lambda call=call: call(x)) for name, call in layers.peers.items()}
-    medians = paired_seconds(candidates, seconds=seconds)
-    result: dict[str, Any] = {"dense ms": medians["dense"] * 1e3}
-    for name in candidates:
-        if name != "dense":
-            result |= {f"{name} ms": medians[name] * 1e3, f"{name} x": medians["dense"] / medians[name]}
-    return result
-
-
-def check(layers: Layers, x: torch.Tensor) -> None:
-    """Nothing is timed that is wrong."""
-    reference = F.linear(x.double(), dequantize(layers.scaled, torch.float64))
-    for name, copies in layers.prepared.items():
-        y = ENGINES[name].linear(x, copies[0], None, layers.dtype).double()
-        error = ((y - reference).norm() / reference.norm()).item()
-        if error > ENGINES[name].tolerance:
-            raise SystemExit(f"{name} is wrong by {error:.1e} at M = {x.shape[0]}, N = {layers.n}, K = {layers.k}")
+    return {**found, "torchao": Peer(call=linear, weight=linear.weight.dequantize())}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from harness import save, table
+from harness import save, table, wall_seconds
 from torch import nn
 
 from fp8gemm import FP8GemmOptions, enable_fp8_gemm, report
@@ -48,9 +48,8 @@ def measure(storage: str) -> dict[str, object]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dense = anonymous() - start
     with Peak() as peak:
-        begin = time.perf_counter()
-        enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage=storage))
-        seconds = time.perf_counter() - begin
+        options = FP8GemmOptions(fp16_weight_storage=storage)
+        seconds = wall_seconds(lambda: enable_fp8_gemm(model, options=options))
     gc.collect()
     end = anonymous() - start
     counted = report(model)

@@ -5,31 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 
 from . import bench, doctor
-from .checkpoint import Checkpoint, convert_checkpoint, open_checkpoint, quantize_checkpoint
+from .checkpoint import Checkpoint, WriteReport, convert_checkpoint, open_checkpoint, quantize_checkpoint
+from .checkpoint.inspection import Inspection, inspect
 from .errors import CheckpointError, UnsupportedError
 from .scaled import SchemeName
 
 
+class Found(Protocol):
+    """What a subcommand found out or did: ``str`` of it is for a person, ``to_dict`` for a program.
+
+    One that may be a failure says so in ``failed``; the exit status is 1 then.
+    """
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A subcommand: its arguments, the function that runs it, and the one that formats its result as text.
-
-    ``failed`` tells whether a result is a failure, which sets the exit status to 1.
-    """
+    """A subcommand: its arguments, and what it finds out or does."""
 
     help: str
     arguments: Callable[[argparse.ArgumentParser], object]
-    run: Callable[[argparse.Namespace], dict[str, Any]]
-    tell: Callable[[Mapping[str, Any]], str]
-    failed: Callable[[Mapping[str, Any]], bool] = lambda facts: False
+    run: Callable[[argparse.Namespace], Found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     command = COMMANDS[arguments.command]
     try:
-        facts = command.run(arguments)
+        found = command.run(arguments)
     except (CheckpointError, UnsupportedError, ValueError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         print(f"fp8gemm {arguments.command}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(facts, indent=2) if arguments.json else command.tell(facts))
-    return int(command.failed(facts))
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return int(getattr(found, "failed", False))
 
 
 _SOURCE = "a folder, a .safetensors file, an index, or an id on the Hub (owner/name)"
@@ -81,65 +85,8 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="also read every weight and check it for NaN")
 
 
-def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
-    checkpoint = _opened(arguments)
-    layers = {}
-    problems = []
-    for name, layer in checkpoint.layers.items():
-        scale = checkpoint.contents.tensors.get(layer.scale or "")
-        layers[name] = {
-            "shape": list(layer.shape),
-            "dtype": str(layer.dtype).removeprefix("torch."),
-            "scheme": str(layer.scheme),
-            "scale": layer.scale,
-            "scale_shape": None if scale is None else list(scale.shape),
-            "scale_dtype": None if scale is None else str(scale.dtype).removeprefix("torch."),
-            "input_scale": layer.input_scale,
-        }
-        try:
-            if arguments.check:
-                layer.read(checkpoint.read)
-            else:
-                layer.read_scale(checkpoint.read)
-        except CheckpointError as error:
-            problems.append(str(error))
-    return {
-        "source": str(checkpoint.source.path),
-        "format": checkpoint.format.name,
-        "recognised_by": checkpoint.recognised_by,
-        "files": [path.name for path in checkpoint.source.files],
-        "bytes": checkpoint.nbytes,
-        "fp8_bytes": sum(layer.nbytes for layer in checkpoint.layers.values()),
-        "layers": layers,
-        "dense": len(checkpoint.layout.plain),
-        "stacked": {name: list(checkpoint.shape(name)) for name in checkpoint.stacks},
-        "kv_scales": list(checkpoint.layout.kv_scales),
-        "unused_keys": dict(checkpoint.unused_keys),
-        "suspicious": list(checkpoint.layout.suspicious),
-        "problems": problems,
-    }
-
-
-def _tell_inspected(facts: Mapping[str, Any]) -> str:
-    layers = facts["layers"]
-    lines = [
-        f"{facts['source']}: {facts['format']} ({facts['recognised_by']})",
-        f"{len(facts['files'])} files, {_size(facts['bytes'])}, of which FP8 {_size(facts['fp8_bytes'])}",
-        f"{len(layers)} FP8 weights, {facts['dense']} dense tensors",
-    ]
-    kinds = Counter(
-        f"{layer['dtype']}, {layer['scheme']}, scales {layer['scale_dtype'] or 'absent, taken as 1'}"
-        for layer in layers.values()
-    )
-    lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
-    if facts["stacked"]:
-        lines.append(f"{len(facts['stacked'])} stacks of experts, such as {next(iter(facts['stacked'].items()))}")
-    if facts["kv_scales"]:
-        lines.append(f"{len(facts['kv_scales'])} KV cache scales")
-    lines += [f"unused: {key}: {reason}" for key, reason in facts["unused_keys"].items()]
-    lines += [f"suspicious: {sentence}" for sentence in facts["suspicious"]]
-    lines += [f"broken: {problem}" for problem in facts["problems"]]
-    return "\n".join(lines)
+def _inspect(arguments: argparse.Namespace) -> Inspection:
+    return inspect(_opened(arguments), check=arguments.check)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,10 +96,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="for example 5GB or 500MiB")
 
 
-def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
+def _convert(arguments: argparse.Namespace) -> WriteReport:
     return convert_checkpoint(
         _opened(arguments), arguments.directory, format=arguments.format, max_shard_size=arguments.max_shard_size
-    ).to_dict()
+    )
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +111,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute, for example cuda; by default the CPU")
 
 
-def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+def _quantize(arguments: argparse.Namespace) -> WriteReport:
     return quantize_checkpoint(
         _opened(arguments),
         arguments.directory,
@@ -173,17 +120,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         format=arguments.format,
         max_shard_size=arguments.max_shard_size,
         device=arguments.device,
-    ).to_dict()
-
-
-def _tell_written(facts: Mapping[str, Any]) -> str:
-    lines = [
-        f"{len(facts['layers'])} FP8 weights as {facts['format']}, "
-        f"{_size(facts['bytes_before'])} -> {_size(facts['bytes_after'])}",
-        *(f"dense: {module} ({reason})" for module, reason in facts["kept"].items()),
-        *(f"wrote {path}" for path in facts["files"]),
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +160,7 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is not a torch device") from error
 
 
-def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+def _bench(arguments: argparse.Namespace) -> bench.Comparison | bench.Tuning:
     other = ("scheme", "engines") if arguments.tune else ("model", "kinds", "overwrite")
     if wrong := [f"--{name}" for name in other if getattr(arguments, name)]:
         raise ValueError(f"{', '.join(wrong)} cannot be used {'with' if arguments.tune else 'without'} --tune")
@@ -235,42 +172,31 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     return bench.tune(what, **given)
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
-
-
 COMMANDS: dict[str, Command] = {
     "bench": Command(
         help="time bfloat16 and every engine; with --tune, tune the Triton engine's plans for this GPU",
         arguments=_bench_arguments,
         run=_bench,
-        tell=bench.tell,
-        failed=bench.failed,
     ),
     "inspect": Command(
         help="show what a checkpoint contains, and anything suspicious",
         arguments=_inspect_arguments,
         run=_inspect,
-        tell=_tell_inspected,
-        failed=lambda facts: bool(facts["problems"]),
     ),
     "convert": Command(
         help="write an FP8 checkpoint in another format, with the same bytes and scales",
         arguments=_convert_arguments,
         run=_convert,
-        tell=_tell_written,
     ),
     "doctor": Command(
         help="show what this machine can run, with which engine, and why not with the others",
         arguments=lambda parser: None,
         run=lambda arguments: doctor.examine(),
-        tell=doctor.tell,
     ),
     "quantize": Command(
         help="make an FP8 checkpoint from a bfloat16 one",
         arguments=_quantize_arguments,
         run=_quantize,
-        tell=_tell_written,
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,54 @@ from .scaled import SCHEMES
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def examine() -> dict[str, Any]:
-    """Facts in plain types: ``versions``, ``native`` and ``devices`` with their ``machine`` and ``choices``."""
+@dataclass(frozen=True, kw_only=True)
+class ExaminedDevice:
+    """A device: what each engine ``found`` there, the engine that ``auto`` takes for a scheme and dtype, and by engine
+    why row scales in bfloat16 are rejected, empty where they are not."""
+
+    name: str
+    capability: tuple[int, int] | None
+    features: tuple[str, ...]
+    found: Mapping[str, str]
+    choices: Mapping[str, str]
+    engines: Mapping[str, list[str]]
+
+    def __str__(self) -> str:
+        """What comes after the name that torch gives the device."""
+        lines = [f"{self.name} ({', '.join(self.features)})" if self.features else self.name]
+        lines += [f"  found for {name}: {facts}" for name, facts in self.found.items()]
+        lines += [f"  {asked}: {winner}" for asked, winner in self.choices.items()]
+        lines += ["  row scales, bfloat16, by engine:"]
+        lines += [f"    {name}: {'; '.join(reasons) or 'can'}" for name, reasons in self.engines.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What ``examine`` found; ``native`` is where the compiled CPU kernels are, or why there are none."""
+
+    versions: Mapping[str, str | None]
+    native: str
+    devices: Mapping[str, ExaminedDevice]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        devices = (f"{device}: {found}" for device, found in self.devices.items())
+        return "\n".join([versions, f"compiled CPU kernels: {self.native}", *devices])
+
+
+def examine() -> Examination:
+    """Asks every engine on every device; the first time in a process this may compile the CPU kernels."""
     found = native.find()
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "native": f"{found.path}, {found.instructions}" if isinstance(found, native.Library) else found.reason,
-        "devices": {str(device): _examine_device(device) for device in devices()},
-    }
+    return Examination(
+        versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        native=f"{found.path}, {found.instructions}" if isinstance(found, native.Library) else found.reason,
+        devices={str(device): _examine_device(device) for device in devices()},
+    )
 
 
 def devices() -> list[torch.device]:
@@ -37,23 +78,23 @@ def devices() -> list[torch.device]:
     return found
 
 
-def _examine_device(device: torch.device) -> dict[str, Any]:
+def _examine_device(device: torch.device) -> ExaminedDevice:
     machine = probe(device)
-    return {
-        "name": machine.name,
-        "capability": machine.capability,
-        "features": sorted(machine.features),
-        "vllm": machine.vllm_note or f"{machine.vllm_version}: {', '.join(machine.vllm_ops)}",
-        "choices": {
+    return ExaminedDevice(
+        name=machine.name,
+        capability=machine.capability,
+        features=tuple(sorted(machine.features)),
+        found={name: str(facts) for name, facts in machine.found.items()},
+        choices={
             f"{scheme}, {str(dtype).removeprefix('torch.')}": _choice(machine, scheme, dtype)
             for scheme in SCHEMES
             for dtype in _DTYPES
         },
-        "engines": {
+        engines={
             name: engine.rejects(MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096), machine)
             for name, engine in ENGINES.items()
         },
-    }
+    )
 
 
 def _choice(machine: Machine, scheme: str, dtype: torch.dtype) -> str:
@@ -62,16 +103,3 @@ def _choice(machine: Machine, scheme: str, dtype: torch.dtype) -> str:
         return choose(spec, machine).winner
     except UnsupportedError:
         return "none"
-
-
-def tell(facts: Mapping[str, Any]) -> str:
-    """The facts as text."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    lines = [versions, f"compiled CPU kernels: {facts['native']}"]
-    for device, found in facts["devices"].items():
-        features = f" ({', '.join(found['features'])})" if found["features"] else ""
-        lines += [f"{device}: {found['name']}{features}", f"  vLLM: {found['vllm']}"]
-        lines += [f"  {asked}: {winner}" for asked, winner in found["choices"].items()]
-        lines += ["  row scales, bfloat16, by engine:"]
-        lines += [f"    {name}: {'; '.join(reasons) or 'can'}" for name, reasons in found["engines"].items()]
-    return "\n".join(lines)

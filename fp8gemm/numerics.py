@@ -17,20 +17,18 @@ def quantize(
     *,
     dtype: torch.dtype = torch.float8_e4m3fn,
     scale: torch.Tensor | None = None,
-    upper_bound: float | None = None,
     scale_format: ScaleFormat = "float32",
 ) -> ScaledTensor:
     """Round ``x [..., N, K]`` to FP8 so that ``x ≈ data * scale``, all in float32, by division, ties to even.
 
     ``scale = max(amax, 2**-126) / fp8_max`` over the *finite* elements of each block, at least ``2**-126``.
-    Values beyond the FP8 range (possible with ``scale`` or ``upper_bound`` given) saturate. What is not finite in
-    ``x`` becomes NaN in ``data`` and hurts no other element.
+    Values beyond the FP8 range (possible with ``scale`` given) saturate. What is not finite in ``x`` becomes NaN in
+    ``data`` and hurts no other element.
 
     Args:
         granularity: how many elements share a scale.
         dtype: ``torch.float8_e4m3fn`` (largest value 448) or ``torch.float8_e5m2`` (57344).
         scale: static scales, float32, any shape that broadcasts to ``granularity.scale_shape(x.shape)``.
-        upper_bound: a cap on amax, as FBGEMM's and vLLM's ``scale_ub``.
         scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), from 2**-126.
 
     Example:
@@ -40,7 +38,7 @@ def quantize(
     """
     x32 = x.to(torch.float32)
     if scale is None:
-        scale = block_scale(x32, granularity, dtype=dtype, upper_bound=upper_bound, scale_format=scale_format)
+        scale = block_scale(x32, granularity, dtype=dtype, scale_format=scale_format)
     else:
         scale = scale.to(torch.float32).broadcast_to(granularity.scale_shape(x.shape)).contiguous()
     largest = torch.finfo(dtype).max
@@ -55,15 +53,11 @@ def block_scale(
     granularity: Granularity,
     *,
     dtype: torch.dtype = torch.float8_e4m3fn,
-    upper_bound: float | None = None,
     scale_format: ScaleFormat = "float32",
 ) -> torch.Tensor:
     """The scales, float32 ``granularity.scale_shape(x.shape)``, with which ``quantize`` rounds ``x [..., N, K]``."""
     magnitude = x.to(torch.float32).abs().nan_to_num_(nan=0.0, posinf=0.0)
-    amax = block_amax(magnitude, granularity)
-    if upper_bound is not None:
-        amax = amax.clamp(max=upper_bound)
-    scale = (amax / torch.finfo(dtype).max).clamp(min=SCALE_FLOOR)
+    scale = (block_amax(magnitude, granularity) / torch.finfo(dtype).max).clamp(min=SCALE_FLOOR)
     return round_up_to_power_of_two(scale) if scale_format == "ue8m0" else scale
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, quantize
-from fp8gemm.engines import Engine, Machine, Prepared
+from fp8gemm.engines import Engine, Machine, PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 
 SCHEMES = [
@@ -51,11 +51,11 @@ def check(engine: Engine, machine: Machine, device: torch.device) -> int:
 
 def exact_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
     """Small integers times powers of two have products that every rounding leaves alone: bitwise equality."""
-    weight, prepared = _prepared(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
+    weight, packed = _packed(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
     for m, with_bias in itertools.product(TOKENS, (True, False)):
-        x = _integer_tokens(m, spec, prepared.scheme, device)
+        x = _integer_tokens(m, spec, packed.scheme, device)
         bias = torch.randint(-3, 4, (spec.n,), device=device).to(spec.compute_dtype) if with_bias else None
-        y = engine.linear(x, prepared, bias, spec.compute_dtype)
+        y = engine.linear(x, packed, bias, spec.compute_dtype)
         expected = x.double() @ _dense(weight).t()
         if bias is not None:
             expected = expected + bias.double()
@@ -71,14 +71,14 @@ def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) ->
         spec.scheme.weight,
         scale_format=spec.scheme.scale_format,
     )
-    prepared = engine.prepare(weight, spec.scheme)
+    packed = engine.prepare(weight, spec.scheme)
     bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
     x = torch.randn(33, spec.k, device=device).to(spec.compute_dtype)
-    rounded = _rounded(x, replace(prepared, scheme=engine.rounds(x.shape[0], prepared, x.dtype)), weight)
+    rounded = _rounded(x, replace(packed, scheme=engine.rounds(x.shape[0], packed, x.dtype)), weight)
     expected = rounded @ _dense(weight).t() + bias.double()
     # What a sum of random signs comes to, which unlike the sum itself cannot cancel to nothing; and the sum if larger.
     typical = (rounded.square() @ _dense(weight).square().t() + bias.double().square()).sqrt().maximum(expected.abs())
-    error = engine.linear(x, prepared, bias, spec.compute_dtype).double() - expected
+    error = engine.linear(x, packed, bias, spec.compute_dtype).double() - expected
     for dim, what in (((0, 1), "the whole"), (1, "a token"), (0, "an output")):
         relative = (error.norm(dim=dim) / typical.norm(dim=dim)).max()
         allowed = engine.tolerance * (1 if dim == (0, 1) else 2)
@@ -109,13 +109,13 @@ def special_values(engine: Engine, spec: MatmulSpec, device: torch.device) -> No
     bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
     x = torch.randn(5, spec.k, device=device).to(spec.compute_dtype)
     x[0], x[1, 0], x[2, 0], x[3, 0] = 0, float("nan"), float("inf"), 6.5e4
-    prepared = engine.prepare(weight, spec.scheme)
-    y = engine.linear(x, prepared, bias, spec.compute_dtype)
+    packed = engine.prepare(weight, spec.scheme)
+    y = engine.linear(x, packed, bias, spec.compute_dtype)
     assert y[0].equal(bias), f"{spec}: a token of zeros does not give the bias"
     assert y[1].isnan().all(), f"{spec}: NaN in a token was lost"
     assert not y[2].isfinite().any(), f"{spec}: infinity in a token was lost"
     if spec.scheme.activation != TENSOR:
-        clean = engine.linear(x[4:], prepared, bias, spec.compute_dtype)
+        clean = engine.linear(x[4:], packed, bias, spec.compute_dtype)
         change = (y[4:].double() - clean.double()).norm() / (clean.double() - bias.double()).norm().maximum(bias.norm())
         assert change <= engine.tolerance, f"{spec}: a token is hurt by its neighbours, {change:.2e}"
     code = weight.data.view(torch.uint8).clone()
@@ -135,8 +135,8 @@ def exact_restoration(engine: Engine, spec: MatmulSpec, device: torch.device) ->
         scale = torch.rand(spec.scheme.weight.scale_shape(code.shape), device=device)
         return ScaledTensor(code.view(torch.float8_e4m3fn), scale, spec.scheme.weight)
 
-    weight, prepared = _prepared(engine, spec, codes)
-    restored = engine.restore(prepared)
+    weight, packed = _packed(engine, spec, codes)
+    restored = engine.restore(packed)
     assert restored.data.view(torch.uint8).equal(weight.data.view(torch.uint8)), f"{spec}: bytes changed"
     assert restored.scale.equal(weight.scale), f"{spec}: scales changed"
     assert restored.granularity == spec.scheme.weight
@@ -147,10 +147,10 @@ def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> No
 
     The inputs make the product exact: a library may take another kernel for unaligned rows, and sum in another order.
     """
-    weight, prepared = _prepared(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
-    tokens = _integer_tokens(6, spec, prepared.scheme, device)
+    weight, packed = _packed(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
+    tokens = _integer_tokens(6, spec, packed.scheme, device)
     wide = torch.nn.functional.pad(tokens, (0, 5), value=3.0)
-    y = engine.linear(wide[:, : spec.k], prepared, None, spec.compute_dtype)
+    y = engine.linear(wide[:, : spec.k], packed, None, spec.compute_dtype)
     assert y.double().equal(tokens.double() @ _dense(weight).t()), f"{spec}: the row stride changes the answer"
 
 
@@ -162,25 +162,25 @@ def float64_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> 
     if spec.compute_dtype != torch.float64:
         return
     weight = quantize(torch.randn(spec.n, spec.k, device=device), spec.scheme.weight)
-    prepared = engine.prepare(weight, spec.scheme)
+    packed = engine.prepare(weight, spec.scheme)
     x = torch.randn(3, spec.k, device=device, dtype=torch.float64)
-    rounded = _rounded(x, replace(prepared, scheme=engine.rounds(x.shape[0], prepared, x.dtype)), weight)
+    rounded = _rounded(x, replace(packed, scheme=engine.rounds(x.shape[0], packed, x.dtype)), weight)
     expected = rounded @ _dense(weight).t()
     allowed = (spec.k + 2) * 2.0**-53 * (rounded.abs() @ _dense(weight).abs().t())
-    error = (engine.linear(x, prepared, None, torch.float64) - expected).abs()
+    error = (engine.linear(x, packed, None, torch.float64) - expected).abs()
     assert (error <= allowed).all(), f"{spec}: not computed in float64, off by {(error / allowed).max():.1e} bounds"
 
 
 def grouped_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
     """Tokens sorted by expert: no tokens, all to one, one, uneven, and some of absent experts; bitwise on integers."""
-    stack, prepared = _prepared(engine, spec, lambda zeros: _integer_stack(spec, device, zeros=zeros))
+    stack, packed = _packed(engine, spec, lambda zeros: _integer_stack(spec, device, zeros=zeros))
     bias = torch.randint(-3, 4, (EXPERTS, spec.n), device=device).to(spec.compute_dtype)
     for counts in ROUTINGS:
         ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
         absent = 3
-        x = _integer_tokens(sum(counts) + absent, spec, prepared.scheme, device)
+        x = _integer_tokens(sum(counts) + absent, spec, packed.scheme, device)
         for own in (bias, None):
-            y = engine.grouped(x, prepared, ends, own, spec.compute_dtype)
+            y = engine.grouped(x, packed, ends, own, spec.compute_dtype)
             expected = torch.zeros(x.shape[0], spec.n, dtype=torch.float64, device=device)
             start = 0
             for expert, count in enumerate(counts):
@@ -190,7 +190,7 @@ def grouped_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> 
                 start += count
             assert y.dtype == spec.compute_dtype
             assert y.double().equal(expected), f"{spec}, tokens {counts}, bias={own is not None}: not the exact product"
-    restored = engine.restore_stack(prepared)
+    restored = engine.restore_stack(packed)
     assert restored.data.view(torch.uint8).equal(stack.data.view(torch.uint8)), f"{spec}: bytes of the stack changed"
     assert restored.scale.equal(stack.scale), f"{spec}: scales of the stack changed"
 
@@ -208,9 +208,9 @@ CHECKS: list[Callable[[Engine, MatmulSpec, torch.device], None]] = [
 ]
 
 
-def _prepared(
+def _packed(
     engine: Engine, spec: MatmulSpec, weight: Callable[[bool], ScaledTensor]
-) -> tuple[ScaledTensor, Prepared]:
+) -> tuple[ScaledTensor, PackedWeight]:
     """A weight with zeros and subnormals among its codes, or, for an engine that refuses those, one without."""
     prepare = engine.prepare_stack if spec.experts else engine.prepare
     with_zeros = weight(True)
@@ -255,6 +255,6 @@ def _dense(weight: ScaledTensor) -> torch.Tensor:
     return weight.data.to(torch.float64) * weight.scale.double()[i, j]
 
 
-def _rounded(x: torch.Tensor, prepared: Prepared, weight: ScaledTensor) -> torch.Tensor:
+def _rounded(x: torch.Tensor, packed: PackedWeight, weight: ScaledTensor) -> torch.Tensor:
     """The tokens as the engine says it rounds them, float64."""
-    return ReferenceEngine().rounded(x, replace(prepared, data=weight.data, scale=weight.scale, extra=())).double()
+    return ReferenceEngine().rounded(x, replace(packed, data=weight.data, scale=weight.scale, extra={})).double()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from checkpoints import BLOCKS, compressed, fp8, scales, write
 
+from fp8gemm import native
 from fp8gemm.bench import contest, plans
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.cli import main
-from fp8gemm.engines import ENGINES, Machine, MatmulSpec, Prepared
+from fp8gemm.engines import ENGINES, Machine, MatmulSpec, PackedWeight
 from fp8gemm.engines.cpu import CpuEngine
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import table as tables
@@ -120,7 +121,7 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One copy of each weight is enough, and no table but an empty one."""
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
-    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(native, "cache_directory", lambda: tmp_path)
 
 
 BENCH = ["bench", "--device", "cpu", "--shapes", "64x128,100x60", "--tokens", "1,5", "--seconds", "0.01"]
@@ -218,7 +219,7 @@ class OnCard(TritonEngine):
         return place((9, 0), card="NVIDIA H200")
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         met = replace(weight, scheme=self.rounds(x.shape[0], weight, x.dtype))
         y = ReferenceEngine().linear(x, met, bias, out_dtype)

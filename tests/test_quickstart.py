@@ -35,7 +35,7 @@ def test_every_storage_counts_once(quickstart: ModuleType) -> None:
         layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
         enable_fp8_gemm(layer, options=FP8GemmOptions(fp16_weight_storage=storage))
         extra = sum(
-            tensor.nbytes for tensor in layer.home.stored.packed.extra
+            tensor.nbytes for tensor in layer.home.stored.packed.extra.values()
         )  # an engine's own, where there is no compiler
         assert quickstart.storage_bytes(layer) == n * k + 4 * n + kept + extra, storage
 

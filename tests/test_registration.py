@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, enable_fp8_gemm, load_checkpoint, probe, quantize, register_engine, register_format
+from fp8gemm import (
+    SCHEMES,
+    FP8GemmOptions,
+    MatmulSpec,
+    doctor,
+    enable_fp8_gemm,
+    load_checkpoint,
+    probe,
+    quantize,
+    register_engine,
+    register_format,
+)
 from fp8gemm.engines import AUTO, ENGINES
 from fp8gemm.formats import FORMATS
 
@@ -25,6 +38,7 @@ def example(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -51,6 +65,29 @@ def test_an_engine_of_ones_own_conforms_and_runs() -> None:
     assert model.engine == "dense"
     with pytest.raises(ValueError, match="name that is not taken"):
         register_engine(engine)
+
+
+def test_what_it_finds_belongs_to_a_machine_that_was_probed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once for a device, its facts are in ``doctor``, and on other machines they are given as values."""
+    before, module, asked = probe("cpu"), example("own_engine"), []
+    find = module.DenseEngine.probe
+    monkeypatch.setattr(
+        module.DenseEngine, "probe", lambda self, device, machine: asked.append(device) or find(self, device, machine)
+    )
+    engine = register_engine(module.DenseEngine())
+    machine = probe("cpu")
+    assert probe(torch.device("cpu")) is machine
+    assert asked == [torch.device("cpu")]
+    memory = machine.facts("dense", module.Memory)
+    assert memory is not None
+    assert machine == replace(before, found={**before.found, "dense": memory})
+    assert f"  found for dense: {memory}\n" in str(doctor.examine())
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=20_000, k=20_000)
+    small, large = (replace(machine, found={"dense": module.Memory(size)}) for size in (10**9, 10**12))
+    assert engine.rejects(spec, small) == ["needs 3.2 GB of memory, found 1.0 GB of memory"]
+    assert engine.rejects(spec, large) == []
+    del ENGINES["dense"]
+    assert probe("cpu") == before
 
 
 def test_auto_takes_it_first_where_it_is_told_to() -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
-from ..engines import Engine, Prepared
+from ..engines import Engine, PackedWeight
 from ..engines.reference import ReferenceEngine
 from ..numerics import dequantize
 from ..scaled import ScaledTensor, Scheme
@@ -139,27 +139,38 @@ def watch_of(device: torch.device) -> Watch:
 
 
 class Weights:
-    """One random weight, and how many copies of it are more than the caches hold."""
+    """One random weight for activations of ``dtype``, and how many copies of it: more than the caches hold, or so many
+    as are asked for."""
 
-    def __init__(self, n: int, k: int, scheme: Scheme, device: torch.device) -> None:
-        self.scheme = scheme
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        scheme: Scheme,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = BF16,
+        count: int | None = None,
+    ) -> None:
+        self.scheme, self.dtype = scheme, dtype
         self.scaled = quantize_weight(torch.randn(n, k, dtype=torch.float32, device=device) * k**-0.5, scheme.weight)
-        self.count = max(1, min(MOST_COPIES, -(-COLD_BYTES // max(self.scaled.nbytes, 1))))
+        cold = max(1, min(MOST_COPIES, -(-COLD_BYTES // max(self.scaled.nbytes, 1))))
+        self.count = cold if count is None else count
 
-    def prepared(self, engine: Engine) -> list[Prepared]:
+    def packed(self, engine: Engine) -> list[PackedWeight]:
         """The copies in an engine's layout."""
         own = self.scaled
         clones = (ScaledTensor(own.data.clone(), own.scale.clone(), own.granularity) for _ in range(self.count))
         return [engine.prepare(clone, self.scheme) for clone in clones]
 
     def dense(self) -> list[torch.Tensor]:
-        """The copies in bfloat16, as many."""
-        w = dequantize(self.scaled, BF16)
+        """The copies in ``dtype``, as many."""
+        w = dequantize(self.scaled, self.dtype)
         return [w, *(w.clone() for _ in range(self.count - 1))]
 
     def tokens(self, m: int) -> torch.Tensor:
         """Random, as zeros run faster."""
-        return torch.randn(m, self.scaled.shape[1], dtype=torch.float32, device=self.scaled.device).to(BF16)
+        return torch.randn(m, self.scaled.shape[1], dtype=torch.float32, device=self.scaled.device).to(self.dtype)
 
 
 class Expectation:
@@ -178,7 +189,7 @@ class Expectation:
         return self._known[scheme]
 
 
-def bf16_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> Entrant:
+def dense_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> Entrant:
     """torch's own product of dense weights: what every other is measured against."""
     return Entrant(
         calls=[partial(F.linear, expectation.x, w) for w in copies],
@@ -187,11 +198,11 @@ def bf16_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> En
     )
 
 
-def entrant_of(engine: Engine, copies: Sequence[Prepared], expectation: Expectation) -> Entrant:
-    """An engine's product of a prepared weight."""
+def entrant_of(engine: Engine, copies: Sequence[PackedWeight], expectation: Expectation) -> Entrant:
+    """An engine's product of a packed weight."""
     x = expectation.x
     return Entrant(
-        calls=[partial(engine.linear, x, copy, None, BF16) for copy in copies],
+        calls=[partial(engine.linear, x, copy, None, x.dtype) for copy in copies],
         expected=expectation.under(engine.rounds(x.shape[0], copies[0])),
         tolerance=engine.tolerance,
     )

@@ -3,19 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from ..engines import ENGINES, Machine, MatmulSpec, Prepared, choose, order, probe
+from ..engines import ENGINES, Machine, MatmulSpec, PackedWeight, choose, order, probe
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import SCHEMES, SchemeName
-from .contest import Expectation, Result, Weights, bf16_entrant, contest, entrant_of, watch_of
-from .place import device_of, facts, shapes_of, sizes_of
+from .contest import Expectation, Result, Weights, contest, dense_entrant, entrant_of, watch_of
+from .place import Setting, device_of, setting_of, shapes_of, sizes_of
+from .text import figures
 
 SHAPES = ((4096, 4096), (28672, 4096))
 TOKENS = (1, 16, 64, 256, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One product by bfloat16 or an engine: what it took and erred, or in ``note`` why it was not timed.
+
+    ``auto`` marks the engine that ``auto`` takes; ``x_bf16`` is how many times faster than bfloat16 it was.
+    """
+
+    n: int
+    k: int
+    m: int
+    name: str
+    auto: bool
+    microseconds: float | None
+    x_bf16: float | None
+    error: float | None
+    note: str
+
+    def __str__(self) -> str:
+        name = f"{self.name} (auto)" if self.auto else self.name
+        numbers = figures((self.microseconds, "10.1f"), (self.x_bf16, "8.2f"), (self.error, "9.1e"))
+        return f"{f'{self.n} x {self.k}':>15} {self.m:>6}  {name:<16}{numbers}  {self.note}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What ``bench`` found; ``str`` of it is a table."""
+
+    setting: Setting
+    scheme: str
+    dtype: str
+    rows: tuple[Timing, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing but bfloat16 could be timed, or something was wrong."""
+        timed = [row for row in self.rows if row.microseconds is not None and row.name != "bf16"]
+        return not timed or any(row.note.startswith("wrong") for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        rows = [asdict(row) for row in self.rows]
+        return {**asdict(self.setting), "scheme": self.scheme, "dtype": self.dtype, "rows": rows}
+
+    def __str__(self) -> str:
+        what = f"{self.scheme}, {self.dtype}; error: against the float32 product of the same operands"
+        columns = f"{'N x K':>15} {'M':>6}  {'engine':<16}{'us':>10}{'x bf16':>8}{'error':>9}"
+        return "\n".join([str(self.setting), what, columns, *map(str, self.rows)])
 
 
 @torch.no_grad()
@@ -27,8 +78,8 @@ def bench(
     device: torch.device | str | None = None,
     engines: Sequence[str] | None = None,
     seconds: float = 1.0,
-) -> dict[str, Any]:
-    """bfloat16 and engines side by side, each checked before it is timed; facts in plain types.
+) -> Comparison:
+    """bfloat16 and engines side by side, each checked before it is timed.
 
     Args:
         shapes: weights (N, K).
@@ -47,33 +98,41 @@ def bench(
     if wrong := [name for name in names if name not in (*ENGINES, "auto")]:
         raise ValueError(f"engines must be auto or of {', '.join(ENGINES)}, found {', '.join(wrong)}")
     asked, sizes = shapes_of(shapes), sizes_of(tokens)
-    rows: list[dict[str, Any]] = []
+    rows: list[Timing] = []
     for n, k in progress(asked, what="bench", unit="shape"):
         rows += _rows(Weights(n, k, SCHEMES[scheme], device), names, sizes, seconds)
-    return {**facts(device), "scheme": str(SCHEMES[scheme]), "dtype": "bfloat16", "rows": rows}
+    return Comparison(setting=setting_of(device), scheme=str(SCHEMES[scheme]), dtype="bfloat16", rows=tuple(rows))
 
 
-def _rows(weights: Weights, names: list[str], sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+def _rows(weights: Weights, names: list[str], sizes: list[int], seconds: float) -> list[Timing]:
     """A row for each M and engine, bfloat16 first."""
     n, k = weights.scaled.shape
     machine = probe(weights.scaled.device)
     auto = _auto(MatmulSpec(scheme=weights.scheme, n=n, k=k), machine)
     wanted = dict.fromkeys(auto if name == "auto" and auto else name for name in names)
-    copies, refused = _prepared(weights, wanted, machine)
+    copies, refused = pack(weights, wanted, machine)
     dense = weights.dense()
     rows = []
     for m in sizes:
         expectation = Expectation(weights.tokens(m), weights)
-        entrants = {"bf16": bf16_entrant(dense, expectation)}
+        entrants = {"bf16": dense_entrant(dense, expectation)}
         entrants |= {name: entrant_of(ENGINES[name], made, expectation) for name, made in copies.items()}
         results = contest(entrants, watch_of(expectation.x.device), seconds=seconds)
         base = results["bf16"].seconds
         for name, result in (results | refused).items():
-            told = {"n": n, "k": k, "m": m, "name": name, "auto": name == auto, "microseconds": None, "x_bf16": None}
-            if result.seconds is not None:
-                told["microseconds"] = result.seconds * 1e6
-                told["x_bf16"] = None if base is None else base / result.seconds
-            rows.append({**told, "error": result.error, "note": result.note})
+            took = result.seconds
+            timing = Timing(
+                n=n,
+                k=k,
+                m=m,
+                name=name,
+                auto=name == auto,
+                microseconds=None if took is None else took * 1e6,
+                x_bf16=None if took is None or base is None else base / took,
+                error=result.error,
+                note=result.note,
+            )
+            rows.append(timing)
     return rows
 
 
@@ -85,19 +144,19 @@ def _auto(spec: MatmulSpec, machine: Machine) -> str | None:
         return None
 
 
-def _prepared(
+def pack(
     weights: Weights, names: Iterable[str], machine: Machine
-) -> tuple[dict[str, list[Prepared]], dict[str, Result]]:
+) -> tuple[dict[str, list[PackedWeight]], dict[str, Result]]:
     """The weight in the layouts of those engines that take it; and why the others do not."""
     n, k = weights.scaled.shape
-    spec = MatmulSpec(scheme=weights.scheme, n=n, k=k)
-    copies: dict[str, list[Prepared]] = {}
+    spec = MatmulSpec(scheme=weights.scheme, n=n, k=k, compute_dtype=weights.dtype)
+    copies: dict[str, list[PackedWeight]] = {}
     refused: dict[str, Result] = {}
     for name in names:
         reasons = ENGINES[name].rejects(spec, machine) if name in ENGINES else ["no engine takes it"]
         try:
             if not reasons:
-                copies[name] = weights.prepared(ENGINES[name])
+                copies[name] = weights.packed(ENGINES[name])
         except UnsupportedError as error:
             reasons = [str(error)]
         if reasons:

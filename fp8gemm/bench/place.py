@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import torch
 
@@ -69,11 +69,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """The device, versions and date."""
-    return {
-        "device": str(device),
-        "name": probe(device).name,
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and when a number was measured."""
+
+    device: str
+    name: str
+    versions: Mapping[str, str | None]
+    date: str
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        return f"{self.device} {self.name}, {self.date}, {versions}"
+
+
+def setting_of(device: torch.device, name: str | None = None) -> Setting:
+    """A device, today; under the name that it gives itself unless another is given."""
+    return Setting(
+        device=str(device),
+        name=probe(device).name if name is None else name,
+        versions=versions(),
+        date=datetime.date.today().isoformat(),
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,63 @@ from ..models.warmup import TOKENS
 from ..progress import progress
 from ..scaled import SCHEMES
 from ..weights import FP8Linear
-from .contest import Entrant, Expectation, Result, Watch, Weights, bf16_entrant, contest, entrant_of, watch_of
-from .place import device_of, facts, shapes_of, sizes_of
+from .contest import Entrant, Expectation, Result, Watch, Weights, contest, dense_entrant, entrant_of, watch_of
+from .place import Setting, device_of, setting_of, shapes_of, sizes_of
+from .text import figures
 
 FINALISTS = 3  # plans that are timed again, beside the formula's: the fastest of many is partly luck
 
 Problem = tuple[Kind, int, int]  # a kind, N and K
 Source = nn.Module | Checkpoint | Iterable[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedProduct:
+    """One row of the table: its plan, None where none ran, beside the formula's and bfloat16, and what was dropped."""
+
+    kind: Kind
+    n: int
+    k: int
+    m: int
+    plan: str | None
+    formula: str
+    microseconds: float | None
+    formula_microseconds: float | None
+    bf16_microseconds: float | None
+    candidates: int
+    dropped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        took = (self.microseconds, self.formula_microseconds, self.bf16_microseconds)
+        same = " (the formula's)" if self.plan == self.formula else ""
+        line = f"{self.kind:<7}{f'{self.n} x {self.k}':>15} {self.m:>6}{figures(*((one, '10.1f') for one in took))}"
+        dropped = [f"    dropped: {plan}: {note}" for plan, note in self.dropped.items()]
+        return "\n".join([f"{line}  {self.plan or 'none ran'}{same}, of {self.candidates}", *dropped])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What ``tune`` found and wrote into ``table``, and what it left out; ``str`` of it is a table too."""
+
+    setting: Setting
+    table: str
+    rows: tuple[TunedProduct, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a product got no plan."""
+        return any(row.plan is None for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        rows = [asdict(row) for row in self.rows]
+        return {**asdict(self.setting), "table": self.table, "rows": rows, "left_out": dict(self.left_out)}
+
+    def __str__(self) -> str:
+        columns = f"{'kind':<7}{'N x K':>15} {'M':>6}{'us':>10}{'formula':>10}{'bf16':>10}  plan"
+        left_out = [f"left out: {problem}: {reason}" for problem, reason in self.left_out.items()]
+        return "\n".join([str(self.setting), columns, *map(str, self.rows), *left_out, f"wrote {self.table}"])
 
 
 @torch.no_grad()
@@ -41,7 +91,7 @@ def tune(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     seconds: float = 1.0,
-) -> dict[str, Any]:
+) -> Tuning:
     """Times plans of the Triton engine and writes the fastest into the user's table, which counts at once.
 
     Each candidate is checked against the float32 product first; the formula's plan stays unless another is at least
@@ -80,7 +130,7 @@ def tune(
         for layer in what.modules():
             if isinstance(layer, FP8Linear):
                 layer._bound = {}  # calls that were bound with the plans before
-    return {**found, "left_out": left_out}
+    return replace(found, left_out=left_out)
 
 
 def tune_engine(
@@ -92,10 +142,10 @@ def tune_engine(
     watches: Callable[[], Watch],
     overwrite: bool = False,
     seconds: float = 1.0,
-) -> dict[str, Any]:
+) -> Tuning:
     """``tune`` without questions: these problems, on a device that can, with a watch for each contest."""
-    found = facts(device) | {"name": engine.place(device).card}
-    table = open_table(found["name"], found["versions"], found["date"], overwrite=overwrite)
+    setting = setting_of(device, engine.place(device).card)
+    table = open_table(setting.name, setting.versions, setting.date, overwrite=overwrite)
     ends = sorted({bucket(m) for m in sizes})
     cells = [Cell(kind=kind, n=n, k=k, m=m) for (kind, n, k), m in itertools.product(problems, ends)]
     shown = progress(cells, what="tune", total=len(cells), unit="product")
@@ -110,7 +160,7 @@ def tune_engine(
             if chosen is not None:
                 rows[tables.key_of(engine.place(device), cell.kind, cell.n, cell.k, cell.m)] = chosen
         table.add(rows)
-    return {**found, "table": str(table.path), "rows": told}
+    return Tuning(setting=setting, table=str(table.path), rows=tuple(told))
 
 
 class _Booth:
@@ -118,9 +168,9 @@ class _Booth:
 
     def __init__(self, engine: TritonEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
-        self.copies, self.dense = weights.prepared(engine), weights.dense()
+        self.copies, self.dense = weights.packed(engine), weights.dense()
 
-    def decide(self, cell: Cell, watches: Callable[[], Watch], seconds: float) -> tuple[Plan | None, dict[str, Any]]:
+    def decide(self, cell: Cell, watches: Callable[[], Watch], seconds: float) -> tuple[Plan | None, TunedProduct]:
         """The plan that a cell gets, None where none ran, and what to tell of it."""
         expectation = Expectation(self.weights.tokens(cell.m), self.weights)
         where, fast = self.engine.place(expectation.x.device), self.copies[0].fast
@@ -128,7 +178,7 @@ class _Booth:
         entrants: dict[Plan | None, Entrant] = {
             plan: entrant_of(held(self.engine, plan), self.copies, expectation) for plan in plans
         }
-        entrants[None] = bf16_entrant(self.dense, expectation)
+        entrants[None] = dense_entrant(self.dense, expectation)
         first = contest(entrants, watches(), seconds=seconds / 2)
         ahead = [plan for plan in sorted(first, key=lambda plan: _time(first[plan])) if plan is not None][:FINALISTS]
         finalists = {plan: entrants[plan] for plan in (*ahead, plans[0], None) if first[plan].seconds is not None}
@@ -136,16 +186,16 @@ class _Booth:
         dense = final.pop(None, math.inf)
         timed = {plan: time for plan, time in final.items() if plan is not None and time < math.inf}
         chosen = stays(timed, plans[0])
-        row = {
-            **{name: getattr(cell, name) for name in ("kind", "n", "k", "m")},
-            "plan": None if chosen is None else describe(chosen),
-            "formula": describe(plans[0]),
-            "microseconds": _micro(timed.get(chosen)) if chosen else None,
-            "formula_microseconds": _micro(timed.get(plans[0])),
-            "bf16_microseconds": _micro(dense),
-            "candidates": len(plans),
-            "dropped": {describe(plan): result.note for plan, result in first.items() if plan and result.note},
-        }
+        row = TunedProduct(
+            **asdict(cell),
+            plan=None if chosen is None else describe(chosen),
+            formula=describe(plans[0]),
+            microseconds=_micro(timed.get(chosen)) if chosen else None,
+            formula_microseconds=_micro(timed.get(plans[0])),
+            bf16_microseconds=_micro(dense),
+            candidates=len(plans),
+            dropped={describe(plan): result.note for plan, result in first.items() if plan and result.note},
+        )
         if chosen is None:
             return None, row
         return replace(chosen, kept_is_faster=dense <= WORTH_IT * timed[chosen]), row

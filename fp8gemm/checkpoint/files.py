@@ -280,3 +280,7 @@ def _quantization_config(config: Mapping[str, Any] | None, exported: Mapping[str
                 if isinstance(found := holder.get(name), Mapping) and found:
                     return found
     return exported or {}
+
+
+def readable_size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

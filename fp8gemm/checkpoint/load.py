@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..progress import byte_progress
 from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from ..weights import FP8Linear, FP8Weight, convert
-from ..weights.prepared import spec_of
+from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
 from ..weights.structure import STACK_NAMES, stacks
 from .fill import fill, of_stack, scheme_of, take

@@ -20,6 +20,7 @@ from ..formats.base import UE8M0_DTYPES
 from ..formats.naming import expert_slices, file_name
 from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
 from ..weights.quantization import quantize_weight
+from .files import readable_size
 from .fill import powers_of_two
 from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse
@@ -49,6 +50,12 @@ class WriteReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain types."""
         return {**self.__dict__, "files": [str(path) for path in self.files], "kept": dict(self.kept)}
+
+    def __str__(self) -> str:
+        sizes = f"{readable_size(self.bytes_before)} -> {readable_size(self.bytes_after)}"
+        lines = [f"{len(self.layers)} FP8 weights as {self.format}, {sizes}"]
+        lines += [f"dense: {module} ({reason})" for module, reason in self.kept.items()]
+        return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
 def convert_checkpoint(

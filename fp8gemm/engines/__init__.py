@@ -1,6 +1,6 @@
 """Engines. Adding one: a file, or a folder of its own, and a row of the table."""
 
-from .base import Choice, Engine, Machine, MatmulSpec, Prepared
+from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight
 from .choice import choose, order, prepare, probe, restore
 from .table import AUTO, ENGINES, register_engine
 
@@ -11,7 +11,7 @@ __all__ = [
     "Engine",
     "Machine",
     "MatmulSpec",
-    "Prepared",
+    "PackedWeight",
     "choose",
     "order",
     "prepare",

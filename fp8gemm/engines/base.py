@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Sche
 # Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
 # torch's CUTLASS products stop doing so from 16384 on (pytorch#153809).
 FAST_UP_TO_K = 8192
+
+Facts = TypeVar("Facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,8 @@ class Machine:
     """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
 
     ``capability`` is CUDA's (major, minor). ``features`` names what else a device can do: ``"amx_bf16"`` and
-    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it; ``"deep_gemm"`` and the ``"nvcc"``
-    that it needs; ``"fnuz"`` of AMD's gfx942. ``vllm_ops`` are those of vLLM's raw ops that can run on this device,
-    with their number of arguments; ``vllm_note`` says why there are none.
+    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it, ``"gfx942"`` and the like of AMD's
+    cards. ``found`` is what each engine's ``probe`` found of what it needs here, by the engine's name.
 
     Example:
         >>> Machine(device="cuda", name="NVIDIA H100", capability=(9, 0)).capability
@@ -57,21 +58,24 @@ class Machine:
     torch_version: tuple[int, int] = (2, 10)
     cuda_version: tuple[int, int] | None = None
     features: frozenset[str] = frozenset()
-    triton_version: tuple[int, int] | None = None
-    vllm_version: str | None = None
-    vllm_ops: Mapping[str, int] = field(default_factory=dict)
-    vllm_note: str = ""
+    found: Mapping[str, object] = field(default_factory=dict)
+
+    def facts(self, engine: str, kind: type[Facts]) -> Facts | None:
+        """What the engine of that name found here; None where it found nothing."""
+        facts = self.found.get(engine)
+        return facts if isinstance(facts, kind) else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PackedWeight:
     """A weight ``[n, k]``, or a stack of ``experts`` of them, in the layout of one engine.
 
     ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
-    tensors derived from them that the kernel takes (views, padded or expanded scales). ``scheme`` is what the engine
-    really does: its ``activation`` is None where activations stay as they are. ``apart`` is how ``linear`` rounds more
-    than ``few`` tokens before its product, where ``linear_quantized`` takes them so rounded: torch.compile traces these
-    values and no method of an engine, so it sees the rounding and fuses it into what comes before.
+    tensors derived from them that the kernel takes (views, padded or expanded scales), by identifiers of the engine's.
+    ``scheme`` is what the engine really does: its ``activation`` is None where activations stay as they are. ``apart``
+    is how ``linear`` rounds more than ``few`` tokens before its product, where ``linear_quantized`` takes them so
+    rounded: torch.compile traces these values and no method of an engine, so it sees the rounding and fuses it into
+    what comes before.
     """
 
     engine: str
@@ -81,13 +85,13 @@ class Prepared:
     data: torch.Tensor
     scale: torch.Tensor
     input_scale: torch.Tensor | None = None
-    extra: tuple[torch.Tensor, ...] = ()
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # a plain dict, as torch.compile traces it
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
     accumulate: Accumulate = "auto"
     apart: Granularity | None = None
     few: int = 0
     experts: int = 0
-    parts: tuple[Prepared, ...] = ()  # of a stack: each expert, sharing its memory
+    parts: tuple[PackedWeight, ...] = ()  # of a stack: each expert, sharing its memory
     bare: bool = False  # ``extra`` is left out: inside a trace it would be stale once other bytes come
 
     @property
@@ -103,14 +107,14 @@ class Prepared:
         """Whether partial sums may stay in Hopper's accumulator of about 14 bits: asked for, or K is short enough."""
         return self.accumulate == "fast" or (self.accumulate == "auto" and self.k <= FAST_UP_TO_K)
 
-    def split(self) -> Prepared:
+    def split(self) -> PackedWeight:
         """This stack with its ``parts``, which are views made once."""
         parts = (
             replace(
                 self,
                 data=self.data[expert],
                 scale=self.scale[expert],
-                extra=tuple(tensor[expert] for tensor in self.extra),
+                extra={name: tensor[expert] for name, tensor in self.extra.items()},
                 experts=0,
                 parts=(),
             )
@@ -130,13 +134,24 @@ class Engine(ABC):
     tolerance: ClassVar[float] = 4e-3
     traceable: ClassVar[bool] = False
 
+    def probe(self, device: torch.device, machine: Machine) -> object | None:
+        """What is here of that which only this engine needs; None where it is nothing, or nothing is needed.
+
+        A frozen dataclass that says itself as text, for ``fp8gemm doctor``. It becomes ``machine.found[self.name]``,
+        from where ``rejects`` reads it. Asked once for each device, whose ``machine`` has nothing in ``found`` yet.
+        """
+        return None
+
     @abstractmethod
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
-        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can."""
+        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can.
+
+        Of the machine it knows nothing but this value, so that it can be asked about machines that are not here.
+        """
 
     @abstractmethod
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         """``y [M, n] = x [M, k] @ w.T + bias [n]`` in ``out_dtype``; ``x`` has unit stride along k, M may be 0."""
 
@@ -144,12 +159,12 @@ class Engine(ABC):
         """What the engine makes of ``scheme``: the same, or activations left as they are."""
         return scheme
 
-    def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
+    def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``linear`` really follows for ``m`` tokens: weight-only where it leaves them as they are."""
         return weight.scheme
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """``linear`` with all decisions made for inputs like ``x [..., K]``: of its shape, dtype, device and alignment.
 
@@ -159,13 +174,18 @@ class Engine(ABC):
         return None
 
     def linear_quantized(
-        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         """``linear`` of activations that were rounded as ``weight.apart`` says."""
         raise NotImplementedError(f"engine {self.name} rounds activations inside its product")
 
     def gated(
-        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
     ) -> torch.Tensor | None:
         """``linear`` of ``silu(gate) * up``, each ``[M, K]`` with unit stride along K.
 
@@ -173,18 +193,18 @@ class Engine(ABC):
         """
         return None
 
-    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+    def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         """Whether ``m`` tokens of ``dtype`` are multiplied faster by a kept 16-bit weight."""
         return False
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.
 
         Raises:
             UnsupportedError: the engine would misread these very bytes; ``auto`` then goes on to the next engine.
         """
         n, k = weight.shape
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=self.effective(scheme),
             n=n,
@@ -194,14 +214,14 @@ class Engine(ABC):
             input_scale=input_scale,
         )
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
         """The plain weight that ``prepare`` was given, bit for bit."""
-        return ScaledTensor(prepared.data, prepared.scale, prepared.scheme.weight)
+        return ScaledTensor(packed.data, packed.scale, packed.scheme.weight)
 
     def grouped(
         self,
         x: torch.Tensor,
-        weight: Prepared,
+        weight: PackedWeight,
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
@@ -210,7 +230,7 @@ class Engine(ABC):
 
         Args:
             x: ``[T, k]``, sorted by expert, unit stride along k.
-            weight: a stack of E experts, prepared.
+            weight: a stack of E experts, packed.
             ends: int32 ``[E]`` on the device of ``x``: one past the last token of each expert; never decreasing, so an
                 expert without tokens repeats the end before it. Tokens past the last end belong to experts that are
                 not here: their rows of ``y`` are zeros.
@@ -229,7 +249,7 @@ class Engine(ABC):
             start = end
         return y
 
-    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
         pairs = zip(weight.data, weight.scale, strict=True)
         parts = [self.prepare(ScaledTensor(data, scale, weight.granularity), scheme) for data, scale in pairs]
@@ -238,19 +258,19 @@ class Engine(ABC):
             parts[0],
             data=weight.data if shared else torch.stack([part.data for part in parts]),
             scale=weight.scale,
-            extra=tuple(torch.stack(tensors) for tensors in zip(*(part.extra for part in parts), strict=True)),
+            extra={name: torch.stack([part.extra[name] for part in parts]) for name in parts[0].extra},
             experts=len(parts),
         )
         return stack.split()
 
-    def restore_stack(self, prepared: Prepared) -> ScaledTensor:
+    def restore_stack(self, packed: PackedWeight) -> ScaledTensor:
         """The plain stack that ``prepare_stack`` was given, bit for bit."""
         if type(self).restore is Engine.restore:
-            return self.restore(prepared)
-        parts = [self.restore(part) for part in (prepared.parts or prepared.split().parts)]
-        return ScaledTensor(torch.stack([part.data for part in parts]), prepared.scale, prepared.scheme.weight)
+            return self.restore(packed)
+        parts = [self.restore(part) for part in (packed.parts or packed.split().parts)]
+        return ScaledTensor(torch.stack([part.data for part in parts]), packed.scale, packed.scheme.weight)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens of ``dtype``, for the report."""
         return self.name
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from types import MappingProxyType
 
 import torch
 
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
-from . import deep_gemm, torch_mm
-from .base import Choice, Machine, MatmulSpec, Prepared
+from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight
 from .table import AUTO, ENGINES
-from .triton.engine import installed as triton_installed
-from .vllm import find as find_vllm
 
 
 def prepare(
@@ -26,7 +22,7 @@ def prepare(
     engine: str = "auto",
     *,
     input_scale: torch.Tensor | None = None,
-) -> Prepared:
+) -> PackedWeight:
     """A weight in the layout of the engine that is chosen for it; ``auto`` passes over one that refuses its bytes.
 
     Raises:
@@ -40,8 +36,8 @@ def prepare(
                 stack = ENGINES[winner].prepare_stack(weight, spec.scheme)
                 parts = tuple(replace(part, accumulate=spec.accumulate) for part in stack.parts)
                 return replace(stack, accumulate=spec.accumulate, parts=parts)
-            prepared = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
-            return replace(prepared, accumulate=spec.accumulate)
+            packed = ENGINES[winner].prepare(weight, spec.scheme, input_scale=input_scale)
+            return replace(packed, accumulate=spec.accumulate)
         except UnsupportedError as error:
             if engine != "auto":
                 raise
@@ -55,10 +51,10 @@ def order(machine: Machine) -> tuple[str, ...]:
     return AUTO.get(machine.device, ())
 
 
-def restore(prepared: Prepared) -> ScaledTensor:
+def restore(packed: PackedWeight) -> ScaledTensor:
     """The plain weight, or stack, that a layout was made of, bit for bit (but see ``TorchEngine.restore``)."""
-    engine = ENGINES[prepared.engine]
-    return engine.restore_stack(prepared) if prepared.experts else engine.restore(prepared)
+    engine = ENGINES[packed.engine]
+    return engine.restore_stack(packed) if packed.experts else engine.restore(packed)
 
 
 def choose(
@@ -103,7 +99,7 @@ def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str
 
 
 def probe(device: torch.device | str) -> Machine:
-    """The machine behind a device, as a value; asks the driver once for each device.
+    """The machine behind a device, as a value; asks the driver and every engine once for each device.
 
     Example:
         >>> probe("cpu").device
@@ -112,13 +108,20 @@ def probe(device: torch.device | str) -> Machine:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _probe(device)
+    return _probe(device, tuple(ENGINES.items()))
 
 
 @cache
-def _probe(device: torch.device) -> Machine:
+def _probe(device: torch.device, engines: tuple[tuple[str, Engine], ...]) -> Machine:
+    """Of these engines, so that one that is registered later is asked then."""
+    machine = _device(device)
+    told = {name: engine.probe(device, machine) for name, engine in engines}
+    return replace(machine, found={name: facts for name, facts in told.items() if facts is not None})
+
+
+def _device(device: torch.device) -> Machine:
+    """The machine before any engine has told what it finds there."""
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
-    vllm = find_vllm(kind)
     capability, name, features = None, "", frozenset[str]()
     if kind == "cpu":
         name, features = torch.backends.cpu.get_cpu_capability(), _cpu_features()
@@ -126,7 +129,8 @@ def _probe(device: torch.device) -> Machine:
         properties = torch.cuda.get_device_properties(device)
         name = properties.name
         capability = (properties.major, properties.minor)
-        features = deep_gemm.features() if kind == "cuda" else torch_mm.features(device)
+        if kind == "rocm":
+            features = frozenset({properties.gcnArchName.split(":")[0]})
     return Machine(
         device=kind,
         name=name,
@@ -134,10 +138,6 @@ def _probe(device: torch.device) -> Machine:
         torch_version=_major_minor(torch.__version__) or (0, 0),
         cuda_version=_major_minor(torch.version.cuda),
         features=features,
-        triton_version=triton_installed(),
-        vllm_version=vllm.version,
-        vllm_ops=MappingProxyType(vllm.ops),
-        vllm_note=vllm.note,
     )
 
 

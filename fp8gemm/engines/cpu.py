@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .. import native
 from ..numerics import expand_scale, nan_rows
 from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
-from .base import Machine, MatmulSpec, Prepared, WeightOnlyEngine
+from .base import Machine, MatmulSpec, PackedWeight, WeightOnlyEngine
 from .epilogue import scale_columns
 
 # Elements of one decoded panel: 2 MiB of bfloat16, the L2 cache of current server cores. Measured with torch
@@ -38,18 +38,18 @@ class CpuEngine(WeightOnlyEngine):
             reasons.append(f"computes in bfloat16, float16, float32 or float64, found {spec.compute_dtype}")
         return reasons
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         contiguous = ScaledTensor(weight.data.contiguous(), weight.scale.contiguous(), weight.granularity)
-        prepared = super().prepare(contiguous, scheme, input_scale=input_scale)
+        packed = super().prepare(contiguous, scheme, input_scale=input_scale)
         if _library(weight.data.dtype, torch.bfloat16) is not None:
-            return prepared
-        return replace(prepared, extra=(_column_scale(weight, scheme),))
+            return packed
+        return replace(packed, extra={"column_scale": _column_scale(weight, scheme)})
 
-    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         if _library(weight.data.dtype, torch.bfloat16) is None:
             return super().prepare_stack(weight, scheme)
         experts, n, k = weight.shape
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=self.effective(scheme),
             n=n,
@@ -60,7 +60,7 @@ class CpuEngine(WeightOnlyEngine):
         ).split()
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, bias)
         if library is not None:
@@ -71,14 +71,13 @@ class CpuEngine(WeightOnlyEngine):
             return y.to(out_dtype)
         wide = x.to(torch.float32) if x.dtype == torch.float16 else x
         y = torch.cat([_multiply(wide, panel) for panel in _panels(weight, wide.dtype)], dim=1)
-        if weight.extra:
-            (column_scale,) = weight.extra
-        else:
+        column_scale = weight.extra.get("column_scale")
+        if column_scale is None:
             column_scale = _column_scale(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), weight.scheme)
         return scale_columns(y, column_scale, bias).to(out_dtype)
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, bias)
         if library is None or out_dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -99,7 +98,7 @@ class CpuEngine(WeightOnlyEngine):
     def grouped(
         self,
         x: torch.Tensor,
-        weight: Prepared,
+        weight: PackedWeight,
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
@@ -115,7 +114,7 @@ class CpuEngine(WeightOnlyEngine):
         y[here:] = 0
         return y.to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         library = _library(weight.data.dtype, dtype)
         if library is None:
             return "torch panels"
@@ -144,7 +143,7 @@ def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
     return torch.where(poison, torch.nan, scale.expand(n))
 
 
-def _panels(weight: Prepared, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _panels(weight: PackedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The weight in ``dtype``, panel by panel, scaled only where scales vary along K; reuses one buffer."""
     rows_per_scale, _ = weight.scheme.weight.block((weight.n, weight.k))
     rows = max(1, PANEL_ELEMENTS // max(weight.k, 1))

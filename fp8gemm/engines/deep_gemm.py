@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from ..errors import UnsupportedError
 from ..numerics import encode_ue8m0, quantize
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
-from .base import Engine, Machine, MatmulSpec, Prepared
+from .base import Engine, Machine, MatmulSpec, PackedWeight
 from .torch_mm import cropped, padded
 from .triton import engine as triton_engine
 
@@ -34,6 +35,17 @@ _NO_COMPILER = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeepGemm:
+    """What is here of DeepGEMM: itself, and the toolkit that it compiles with."""
+
+    present: bool = False
+    nvcc: bool = False
+
+    def __str__(self) -> str:
+        return f"{'' if self.present else 'not '}installed, {'with' if self.nvcc else 'without'} nvcc"
+
+
 class DeepGemmEngine(Engine):
     """Block scaling through ``deep_gemm.fp8_gemm_nt``, which always adds up in float32 and gives bfloat16.
 
@@ -46,18 +58,22 @@ class DeepGemmEngine(Engine):
     name = "deep_gemm"
     tolerance = 8e-3  # Hopper's 14-bit accumulator within 128 products, beside the bfloat16 output
 
+    def probe(self, device: torch.device, machine: Machine) -> DeepGemm | None:
+        return DeepGemm(present=find() is not None, nvcc=_compiles()) if machine.device == "cuda" else None
+
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        found = machine.facts(self.name, DeepGemm) or DeepGemm()
         reasons = []
         if machine.device != "cuda":
             reasons.append(f"runs on cuda only, found {machine.device}")
         elif machine.capability != (9, 0) and (machine.capability or (0, 0))[0] != 10:
-            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
-            reasons.append(f"needs compute capability 9.0 or 10.x, found {found}")
+            capability = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 9.0 or 10.x, found {capability}")
         elif machine.capability != (9, 0) and spec.scheme.scale_format != "ue8m0":
             reasons.append(f"on compute capability 10.x scales are powers of two (ue8m0), found {spec.scheme}")
-        if "deep_gemm" not in machine.features:
+        if not found.present:
             reasons.append(_ABSENT)
-        if "nvcc" not in machine.features:
+        if not found.nvcc:
             reasons.append(_NO_COMPILER)
         if (spec.scheme.weight, spec.scheme.activation) != (BLOCK_128, GROUP_128):
             reasons.append(f"scales are 128x128 with 1x128 activations; found {spec.scheme}")
@@ -72,14 +88,14 @@ class DeepGemmEngine(Engine):
             reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
         return reasons
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         if scheme.scale_format == "ue8m0":
             try:
                 encode_ue8m0(weight.scale)
             except ValueError as error:  # DeepGEMM would drop their mantissas
                 raise UnsupportedError(f"{scheme}, but the weight's scales are others: {error}") from error
         n, k = weight.shape
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=scheme,
             n=n,
@@ -88,15 +104,15 @@ class DeepGemmEngine(Engine):
             scale=weight.scale,
             input_scale=input_scale,
             # Row-major with the strides that its shape implies, which DeepGEMM asserts even of a single row.
-            extra=(weight.scale.reshape(-1).view(weight.scale.shape),),
+            extra={"scale": weight.scale.reshape(-1).view(weight.scale.shape)},
             dtypes=_DTYPES,
         )
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
-        return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
+        return ScaledTensor(cropped(packed), packed.scale, packed.scheme.weight)
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
@@ -107,11 +123,12 @@ class DeepGemmEngine(Engine):
             wide = x.new_empty(m, rows, dtype=torch.bfloat16)
             with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current one
                 xq = _quantize(F.pad(x, (0, cols - weight.k)) if cols > weight.k else x, ue8m0=ue8m0)
-                load().fp8_gemm_nt(xq, (weight.data, *weight.extra), wide, disable_ue8m0_cast=not ue8m0)
+                wq = weight.data, weight.extra["scale"]
+                load().fp8_gemm_nt(xq, wq, wide, disable_ue8m0_cast=not ue8m0)
             y = wide[:, : weight.n].to(out_dtype)
         return y if bias is None else y + bias.to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "deep_gemm fp8_gemm_nt"
 
 
@@ -133,14 +150,9 @@ def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tens
 
 def _has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run there."""
-    present = device.type == "cuda" and (triton_engine.installed() or (0, 0)) >= triton_engine.OLDEST_TRITON
-    return present and not triton_engine.failure(device)
-
-
-def features() -> frozenset[str]:
-    """What a ``Machine`` with an Nvidia card has of DeepGEMM: ``"deep_gemm"`` itself, ``"nvcc"`` to compile for it."""
-    present = {"deep_gemm": find() is not None, "nvcc": _compiles()}
-    return frozenset(name for name, found in present.items() if found)
+    triton = triton_engine.installed()
+    new = triton is not None and triton.version >= triton_engine.OLDEST_TRITON
+    return device.type == "cuda" and new and not triton_engine.failure(device)
 
 
 @cache

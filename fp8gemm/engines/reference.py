@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..numerics import dequantize, quantize
 from ..scaled import GROUP_128, ScaledTensor
-from .base import Engine, Machine, MatmulSpec, Prepared
+from .base import Engine, Machine, MatmulSpec, PackedWeight
 
 
 class ReferenceEngine(Engine):
@@ -24,14 +24,14 @@ class ReferenceEngine(Engine):
         return []
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         w = dequantize(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), wide)  # exact in float64
         y = F.linear(self.rounded(x, weight).to(wide), w, None if bias is None else bias.to(wide))
         return y.to(out_dtype)
 
-    def rounded(self, x: torch.Tensor, weight: Prepared) -> torch.Tensor:
+    def rounded(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """``x [M, K]`` as the scheme's activation rounding leaves it, in float32, or float64 for float64 activations.
 
         Weight-only schemes leave it as it is.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from .base import Engine, Machine, MatmulSpec, Prepared
+from .base import Engine, Machine, MatmulSpec, PackedWeight
 
 ALIGNMENT = 16  # N and K of every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
@@ -42,15 +42,14 @@ class TorchEngine(Engine):
             reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
         return reasons
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         n, k = weight.shape
         # torch 2.13's shape check counts whole blocks of N, and whole groups of K in the scales of activations.
         multiple = 128 if scheme.weight == BLOCK_128 else ALIGNMENT
         data = padded(weight.data, multiple, multiple)
         scale = weight.scale
-        extra: tuple[torch.Tensor, ...]
         if scheme.weight == BLOCK_128:
-            extra = (data.t(), block_scales(scale))
+            w_scale = block_scales(scale)
         else:
             row_scale = scale
             if scheme.weight.by_row:
@@ -58,8 +57,8 @@ class TorchEngine(Engine):
                 row_scale = F.pad(rows, (0, 0, 0, -n % ALIGNMENT), value=1.0)
             if takes_fnuz(weight.device):
                 data, row_scale = to_fnuz(data), 2 * row_scale
-            extra = (data.t(), row_scale.t().contiguous())
-        return Prepared(
+            w_scale = row_scale.t().contiguous()
+        return PackedWeight(
             engine=self.name,
             scheme=scheme,
             n=n,
@@ -67,18 +66,18 @@ class TorchEngine(Engine):
             data=data,
             scale=scale,
             input_scale=input_scale,
-            extra=extra,
+            extra={"w": data.t(), "w_scale": w_scale},
         )
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
         """The plain weight, bit for bit; on gfx942 but for the signs of zeros and NaN, which e4m3fnuz has not."""
-        data = cropped(prepared)
+        data = cropped(packed)
         if data.dtype == _FNUZ:
             data = from_fnuz(data)
-        return ScaledTensor(data, prepared.scale, prepared.scheme.weight)
+        return ScaledTensor(data, packed.scale, packed.scheme.weight)
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, weight.n, dtype=out_dtype)
@@ -89,42 +88,42 @@ class TorchEngine(Engine):
         y = y[: x.shape[0], : weight.n]
         return y if bias is None else y + bias.to(out_dtype)
 
-    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         experts, n, k = weight.shape
         data = padded(weight.data, ALIGNMENT, ALIGNMENT)
         rows = expand_scale(weight.scale, scheme.weight, weight.shape)
         scale = F.pad(rows.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
-        return Prepared(
+        return PackedWeight(
             engine=self.name,
             scheme=scheme,
             n=n,
             k=k,
             data=data,
             scale=weight.scale,
-            extra=(data.transpose(-2, -1), scale),
+            extra={"w": data.transpose(-2, -1), "w_scale": scale},
             experts=experts,
         )
 
-    def restore_stack(self, prepared: Prepared) -> ScaledTensor:
-        return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
+    def restore_stack(self, packed: PackedWeight) -> ScaledTensor:
+        return ScaledTensor(cropped(packed), packed.scale, packed.scheme.weight)
 
     def grouped(
         self,
         x: torch.Tensor,
-        weight: Prepared,
+        weight: PackedWeight,
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        w, w_scale = weight.extra
+        w, w_scale = weight.extra["w"], weight.extra["w_scale"]
         xq = quantize(F.pad(x, (0, -weight.k % ALIGNMENT)), ROW)
         return multiply_grouped(xq.data, xq.scale, (w, w_scale), weight, ends, bias, out_dtype)
 
-    def _row(self, x: torch.Tensor, weight: Prepared, out_dtype: torch.dtype) -> torch.Tensor:
+    def _row(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
         scheme = weight.scheme
         assert scheme.activation is not None
         xq = quantize(x, scheme.activation, scale=weight.input_scale if scheme.static else None)
-        w, w_scale = weight.extra
+        w, w_scale = weight.extra["w"], weight.extra["w_scale"]
         x_scale = xq.scale
         if x_scale.numel() == 1 and w_scale.numel() > 1:
             x_scale = x_scale.expand(x.shape[0], 1).contiguous()
@@ -148,13 +147,13 @@ class TorchEngine(Engine):
         )
         return y.to(out_dtype)
 
-    def _block(self, x: torch.Tensor, weight: Prepared, out_dtype: torch.dtype) -> torch.Tensor:
-        w, w_scale = weight.extra
+    def _block(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
+        w, w_scale = weight.extra["w"], weight.extra["w_scale"]
         # cuBLASLt takes 4 tokens at a time (vllm#49932); rows of zeros are cut off again by the caller.
         xq = quantize(F.pad(x, (0, w.shape[0] - weight.k, 0, -x.shape[0] % 4)), GROUP_128)
         return multiply_blocks(xq.data, w, xq.scale.t().contiguous().t(), w_scale).to(out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
 
 
@@ -175,7 +174,7 @@ def multiply_grouped(
     xq: torch.Tensor,
     x_scale: torch.Tensor,
     stack: tuple[torch.Tensor, torch.Tensor],
-    weight: Prepared,
+    weight: PackedWeight,
     ends: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -201,9 +200,9 @@ def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return F.pad(data.view(torch.uint8), (0, -k % cols, 0, -n % rows)).view(data.dtype)
 
 
-def cropped(prepared: Prepared) -> torch.Tensor:
+def cropped(packed: PackedWeight) -> torch.Tensor:
     """The codes ``[..., n, k]`` that ``padded`` was given."""
-    return prepared.data[..., : prepared.n, : prepared.k].contiguous()
+    return packed.data[..., : packed.n, : packed.k].contiguous()
 
 
 @cache
@@ -212,11 +211,6 @@ def takes_fnuz(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is None:
         return False
     return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
-
-
-def features(device: torch.device) -> frozenset[str]:
-    """What of an AMD card decides here, for its ``Machine``."""
-    return frozenset({"fnuz"} if takes_fnuz(device) else ())
 
 
 def to_fnuz(data: torch.Tensor) -> torch.Tensor:

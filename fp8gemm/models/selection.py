@@ -17,7 +17,7 @@ from ..scaled import COMPUTE_DTYPES, SCHEMES, FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
 from ..weights.geometry import Layout
-from ..weights.prepared import spec_of
+from ..weights.packed import spec_of
 from ..weights.structure import routers
 from .owners import Role, is_plain_linear, role_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engines import Prepared
+from ..engines import PackedWeight
 from ..errors import UnsupportedError
 from ..scaled import Granularity, ScaledTensor
 from ..weights import FP8Linear
@@ -152,7 +152,7 @@ class Group:
     seen: dict[int, _Given] = field(default_factory=dict)
     agreed: bool = False
     joined: FP8Linear | None = None
-    sources: tuple[Prepared, ...] = ()
+    sources: tuple[PackedWeight, ...] = ()
     waiting: tuple[_Given, dict[int, torch.Tensor]] | None = None
     bias: tuple[tuple[Any, ...], torch.Tensor | None] | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..engines import ENGINES, Prepared
+from ..engines import ENGINES, PackedWeight
 from ..weights import FP8Weight
 
 # The powers of two that kernels are chosen by, up to a prefill of some length.
@@ -54,7 +54,7 @@ def warmup(model: nn.Module, tokens: Iterable[int] = TOKENS) -> int:
     return products
 
 
-def _run(form: Prepared, bias: torch.Tensor | None, m: int, dtype: torch.dtype) -> None:
+def _run(form: PackedWeight, bias: torch.Tensor | None, m: int, dtype: torch.dtype) -> None:
     engine = ENGINES[form.engine]
     x = torch.zeros(m, form.k, dtype=dtype, device=form.device)
     if form.experts:

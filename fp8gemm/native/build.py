@@ -90,7 +90,7 @@ def carried_name(source: bytes) -> str:
     return f"fp8gemm-{platform.machine()}-{_digest(source)}.so"
 
 
-def cache_directory(environment: Mapping[str, str]) -> Path:
+def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """``FP8GEMM_CACHE``, else ``fp8gemm`` in the user's cache directory; ``~`` is the user's home.
 
     Raises:

@@ -157,9 +157,7 @@ struct Quantization {
     const uint8_t* x;
     uint8_t* data;
     float* scale;
-    int64_t x_type, x_stride, data_stride, n, k, rows, cols;
-    double upper_bound;
-    int64_t ue8m0;
+    int64_t x_type, x_stride, data_stride, n, k, rows, cols, ue8m0;
 
     int64_t blocks() const { return ceil_div(k, cols); }
     const uint8_t* x_row(int64_t row) const { return x + row * x_stride * size_of(x_type); }
@@ -649,7 +647,7 @@ const Quantizer& choose_quantizer([[maybe_unused]] int level) {
 }
 
 float scale_of(float amax, const Quantization& q) {
-    float scale = larger(smaller(amax, float(q.upper_bound)) / 448.0f, 0x1p-126f);
+    float scale = larger(amax / 448.0f, 0x1p-126f);
     return q.ue8m0 ? float_of((bits_of(scale) + 0x7FFFFF) & 0x7F800000) : scale;
 }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,9 +38,7 @@ class _Quantization(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "data", "scale")),
-        *((name, c_int64) for name in ("x_type", "x_stride", "data_stride", "n", "k", "rows", "cols")),
-        ("upper_bound", c_double),
-        ("ue8m0", c_int64),
+        *((name, c_int64) for name in ("x_type", "x_stride", "data_stride", "n", "k", "rows", "cols", "ue8m0")),
     ]
 
 
@@ -197,7 +194,6 @@ class Library:
         cols: int,
         data_out: torch.Tensor,
         scale_out: torch.Tensor,
-        upper_bound: float | None = None,
         *,
         ue8m0: bool = False,
     ) -> None:
@@ -208,8 +204,6 @@ class Library:
             MemoryError: for want of workspace.
         """
         wrong = _quantize_mistakes(x, rows, cols, data_out, scale_out)
-        if upper_bound is not None and upper_bound != upper_bound:
-            wrong.append("upper_bound must be a number, found NaN")
         if wrong:
             raise ValueError(f"native quantize: {'; '.join(wrong)}")
         if x.numel() == 0:
@@ -217,7 +211,7 @@ class Library:
             return
         problem = _Quantization(
             *(x.data_ptr(), data_out.data_ptr(), scale_out.data_ptr(), TYPES[x.dtype], x.stride(0), data_out.stride(0)),
-            *(*x.shape, rows, cols, math.inf if upper_bound is None else upper_bound, ue8m0),
+            *(*x.shape, rows, cols, ue8m0),
         )
         _check(self.functions.fp8gemm_quantize(self.level, torch.get_num_threads(), byref(problem)))
 

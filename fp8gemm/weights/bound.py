@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..engines import ENGINES, Prepared
+from ..engines import ENGINES, PackedWeight
 from .home import Home
 from .product import ALIGNMENT, in_forward_mode, wants_derivative
 from .weight import FP8Weight
@@ -39,7 +39,7 @@ class Bound:
         home: Home,
         version: int,
         bias: nn.Parameter | None,
-        held: tuple[Prepared, torch.Tensor | None],
+        held: tuple[PackedWeight, torch.Tensor | None],
         compute: Callable[[torch.Tensor], torch.Tensor],
         kernel: str,
         kind: str,
@@ -105,12 +105,12 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
     """The call for inputs like ``x``; None where this very one cannot tell."""
     home, bias = weight._home, layer._parameters.get("bias", x)
     version, stored = home.version, home.stored  # in this order: what another thread publishes since does not fit
-    prepared = None if stored is None else stored.packed
+    packed = None if stored is None else stored.packed
     if (
         home.pending
         or type(home) is not Home  # FSDP2's goes when the layer has run
         or stored is None
-        or prepared is None
+        or packed is None
         or stored.device != x.device
         or bias is x
         or (bias is not None and (bias.device != x.device or type(bias) is not nn.Parameter))
@@ -123,31 +123,29 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return None
-    if x.dtype != weight.dtype or x.dtype not in prepared.dtypes:
+    if x.dtype != weight.dtype or x.dtype not in packed.dtypes:
         return UNBOUND
     kind = x.device.type
     held = None if bias is None else bias.detach()
-    kept = faster_kept(home, x, held, prepared)
+    kept = faster_kept(home, x, held, packed)
     if kept is not None:
-        return Bound(
-            home, version, bias, (prepared, held), lambda given: F.linear(given, kept, held), KEPT_KERNEL, kind
-        )
-    engine, m = ENGINES[prepared.engine], x.numel() // prepared.k
+        return Bound(home, version, bias, (packed, held), lambda given: F.linear(given, kept, held), KEPT_KERNEL, kind)
+    engine, m = ENGINES[packed.engine], x.numel() // packed.k
     with torch.no_grad():
-        compute = engine.bind(x, prepared, held, x.dtype)
+        compute = engine.bind(x, packed, held, x.dtype)
     if compute is None:
         return UNBOUND
-    return Bound(home, version, bias, (prepared, held), compute, engine.kernel(m, prepared, x.dtype), kind)
+    return Bound(home, version, bias, (packed, held), compute, engine.kernel(m, packed, x.dtype), kind)
 
 
-def faster_kept(home: Home, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor | None:
+def faster_kept(home: Home, x: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight) -> torch.Tensor | None:
     """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
     original = home.original
     if original is None or x.numel() == 0:
         return None
     kept = original.detach()
     alike = kept.device == x.device and kept.dtype == x.dtype and (bias is None or bias.dtype == kept.dtype)
-    loses = alike and ENGINES[prepared.engine].loses(x.numel() // prepared.k, prepared, x.dtype)
+    loses = alike and ENGINES[packed.engine].loses(x.numel() // packed.k, packed, x.dtype)
     return kept if loses else None
 
 

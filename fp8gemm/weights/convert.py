@@ -12,8 +12,8 @@ from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTens
 from .geometry import Layout, swapped
 from .home import Home
 from .kept import unwatch, watch
+from .packed import quantized
 from .persistence import hooked, install_hooks, remove_hooks
-from .prepared import quantized
 from .stored import Stored, lock
 from .weight import FP8Weight
 

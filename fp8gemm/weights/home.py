@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from .. import native
-from ..engines import Prepared
+from ..engines import PackedWeight
 from ..errors import UnsupportedError
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part
 from .lookup import dequantized
-from .prepared import prepare_for, quantized
+from .packed import prepare_for, quantized
 from .rounding import rounded_again, warn_of_loss
 from .stored import Stored, lock
 
@@ -188,7 +188,9 @@ class Home:
         assert stored is not None
         return stored.scaled()
 
-    def form(self, dtype: torch.dtype, device: torch.device | None = None, part: Part | None = None) -> Prepared | None:
+    def form(
+        self, dtype: torch.dtype, device: torch.device | None = None, part: Part | None = None
+    ) -> PackedWeight | None:
         """The weight, or rows or experts of it, as an engine takes them; None where scales forbid that part.
 
         Raises:
@@ -214,14 +216,14 @@ class Home:
             return found
         return self._make_form(stored, key)
 
-    def _split(self, stored: Stored) -> Prepared:
+    def _split(self, stored: Stored) -> PackedWeight:
         with lock():
             assert stored.packed is not None
             if not stored.packed.parts:
                 stored.packed = stored.packed.split()
             return stored.packed
 
-    def _make_form(self, stored: Stored, key: tuple[torch.device, torch.dtype, Part | None]) -> Prepared | None:
+    def _make_form(self, stored: Stored, key: tuple[torch.device, torch.dtype, Part | None]) -> PackedWeight | None:
         device, dtype, part = key
         with lock():
             if (found := stored.forms.get(key)) is not None:
@@ -242,7 +244,7 @@ class Home:
                     raise
                 return None  # no engine takes blocks of so few rows
             if not native.plain(weight.data):  # inside a trace
-                form = replace(form, extra=(), bare=True)
+                form = replace(form, extra={}, bare=True)
                 stored.forms = {**stored.forms, key: form}
             elif part is None and device == stored.device and (stored.packed is None or stored.plain is None):
                 stored.hold(form)

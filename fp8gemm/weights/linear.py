@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import native
-from ..engines import ENGINES, Prepared
+from ..engines import ENGINES, PackedWeight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
@@ -155,7 +155,7 @@ class FP8Linear(nn.Linear):
         """Forgets what can be made again: the FP8 bytes if the original is kept, else only the engine's views."""
         self.home.forget()
 
-    def form(self, device: torch.device) -> Prepared:
+    def form(self, device: torch.device) -> PackedWeight:
         """The weight as the engine of ``device`` takes it; makes it where that is still due."""
         return _form(self.home, held(self._parameters["weight"]), device)
 
@@ -261,23 +261,23 @@ class FP8Linear(nn.Linear):
         needs = wants_derivative(gate, bias) or wants_derivative(up, None)
         if torch.is_autocast_enabled(kind) or needs or gate.numel() == 0:
             return None
-        prepared = self.form(gate.device)
-        if gate.dtype not in prepared.dtypes or faster_kept(self.home, gate, bias, prepared) is not None:
+        packed = self.form(gate.device)
+        if gate.dtype not in packed.dtypes or faster_kept(self.home, gate, bias, packed) is not None:
             return None
         gates, ups = gate.reshape(-1, self.in_features), up.reshape(-1, self.in_features)
         if gates.stride(1) != 1 or ups.stride(1) != 1 or (bias is not None and bias.device != gate.device):
             return None
-        y = ENGINES[prepared.engine].gated(gates, ups, prepared, bias, gate.dtype)
+        y = ENGINES[packed.engine].gated(gates, ups, packed, bias, gate.dtype)
         if y is None:
             return None
-        self.activity.count(ENGINES[prepared.engine].kernel(y.shape[0], prepared, gate.dtype))
+        self.activity.count(ENGINES[packed.engine].kernel(y.shape[0], packed, gate.dtype))
         return y.view(*gate.shape[:-1], self.out_features)
 
 
 _NONE: dict[Any, Any] = {}  # of bound calls
 
 
-def _form(home: Home, weight: Any, device: torch.device) -> Prepared:
+def _form(home: Home, weight: Any, device: torch.device) -> PackedWeight:
     home.owned = True
     form = home.form(weight.dtype, device)
     assert form is not None

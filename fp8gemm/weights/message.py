@@ -12,7 +12,7 @@ from ..numerics import dequantize
 from ..scaled import ScaledTensor
 from .copies import write_part
 from .geometry import Part, swapped
-from .prepared import quantized
+from .packed import quantized
 from .sharding import whole_scheme
 from .stored import lock
 from .weight import FP8Weight

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import native
-from ..engines import ENGINES, Prepared, restore
+from ..engines import ENGINES, PackedWeight, restore
 from ..numerics import quantize
 from ..scaled import Granularity, ScaledTensor, Scheme
 from .lookup import dequantized
@@ -27,7 +27,7 @@ ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
 
 def multiply(
     x: torch.Tensor,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     version: Callable[[], int] | None = None,
@@ -52,7 +52,7 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def dense(weight: Prepared, dtype: torch.dtype) -> torch.Tensor:
+def dense(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight ``[N, K]``, or stack, dequantized in float32 and rounded once to ``dtype``."""
     return dequantized(restore(weight), dtype)
 
@@ -63,7 +63,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
-        weight: Prepared,
+        weight: PackedWeight,
         out_dtype: torch.dtype,
         version: Callable[[], int] | None,
     ) -> torch.Tensor:
@@ -86,13 +86,13 @@ class _Product(torch.autograd.Function):
         return x_grad, bias_grad, None, None, None
 
 
-def forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """``multiply`` without derivatives."""
     engine = ENGINES[weight.engine]
     compiling = torch.compiler.is_compiling()
     if not compiling and not watched(x, weight.data, weight.scale, bias):
         return remembered_linear(x, weight, bias, out_dtype)
-    if engine.traceable:
+    if engine.traceable and not weight.bare:
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None
@@ -100,13 +100,13 @@ def forward(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dt
         static = weight.input_scale if weight.scheme.static else None
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
         x, x_scale = rounded.data, rounded.scale
-    operands = (x, x_scale, weight.data, weight.scale, weight.input_scale, list(weight.extra), bias)
+    operands = (x, x_scale, weight.data, weight.scale, weight.input_scale, list(weight.extra.values()), bias)
     y: torch.Tensor = torch.ops.fp8gemm.linear(*operands, *_facts(weight, rounding), weight.bare, out_dtype)
     return y
 
 
 def remembered_linear(
-    x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """``Engine.linear``; from the second time on that an ``x`` of this shape comes, by a call that was decided then.
 
@@ -139,11 +139,11 @@ def remembered_linear(
     return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
 
 
-def grouped_forward(x: torch.Tensor, weight: Prepared, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def grouped_forward(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """``Engine.grouped`` for a stack, as an operation where somebody watches."""
     if not (torch.compiler.is_compiling() or watched(x, weight.data, weight.scale, ends)):
         return ENGINES[weight.engine].grouped(x, weight, ends, None, out_dtype)
-    operands = (x, weight.data, weight.scale, list(weight.extra), ends)
+    operands = (x, weight.data, weight.scale, list(weight.extra.values()), ends)
     facts = _facts(weight, None)
     y: torch.Tensor = torch.ops.fp8gemm.grouped(*operands, weight.experts, *facts, weight.bare, out_dtype)
     return y
@@ -184,7 +184,7 @@ def _more_than(m: int, few: int) -> bool:
 
 _FACTS = (
     "str engine, str accumulate, int[] shape, int[] weight_block, int[] activation_block, bool static, "
-    "str scale_format, int[] x_block"
+    "str scale_format, str extra_names, int[] x_block"
 )
 _library: Any = torch.library.Library("fp8gemm", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -197,8 +197,11 @@ _library.define(
 )
 
 
-def _facts(weight: Prepared, rounding: Granularity | None) -> tuple[Any, ...]:
-    """What of a form is no tensor, in the types that a schema has; a block of 0 is all, no block is none."""
+def _facts(weight: PackedWeight, rounding: Granularity | None) -> tuple[Any, ...]:
+    """What of a form is no tensor, in the types that a schema has; a block of 0 is all, no block is none.
+
+    Names are joined by blanks, as torch.jit.trace has no lists of strings.
+    """
     scheme = weight.scheme
     return (
         weight.engine,
@@ -208,6 +211,7 @@ def _facts(weight: Prepared, rounding: Granularity | None) -> tuple[Any, ...]:
         _block(scheme.activation),
         scheme.static,
         scheme.scale_format,
+        " ".join(weight.extra),
         _block(rounding),
     )
 
@@ -236,10 +240,10 @@ def _form_of(
     experts: int,
     facts: tuple[Any, ...],
     derive: bool,
-) -> Prepared:
+) -> PackedWeight:
     """The form that an operation was handed in pieces; ``facts`` as ``_facts`` gives them."""
-    engine, accumulate, (n, k), weight_block, activation_block, static, scale_format, _ = facts
-    weight = Prepared(
+    engine, accumulate, (n, k), weight_block, activation_block, static, scale_format, extra_names, _ = facts
+    weight = PackedWeight(
         engine=engine,
         scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
         n=n,
@@ -247,7 +251,7 @@ def _form_of(
         data=data,
         scale=scale,
         input_scale=input_scale,
-        extra=tuple(extra),
+        extra=dict(zip(extra_names.split(), extra, strict=True)),
         accumulate=accumulate,
         experts=experts,
     )
@@ -277,14 +281,14 @@ def _linear_operation(
 
 
 # Forms by the id of their bytes, with those bytes as they were counted: derived once for each change of them.
-_derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, Prepared]] = {}
+_derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, PackedWeight]] = {}
 
 
 def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) -> None:
     table.pop(key, None)
 
 
-def _derived(bare: Prepared) -> Prepared:
+def _derived(bare: PackedWeight) -> PackedWeight:
     """A form with what its engine derives from the bytes."""
     data, key = bare.data, id(bare.data)
     version = 0 if data.is_inference() else data._version

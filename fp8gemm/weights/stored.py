@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..engines import Prepared, restore
+from ..engines import PackedWeight, restore
 from ..scaled import ScaledTensor
 
 _lock = threading.RLock()
@@ -46,9 +46,9 @@ class Stored:
 
     __slots__ = ("forms", "packed", "plain")
 
-    def __init__(self, plain: ScaledTensor | None, packed: Prepared | None = None) -> None:
+    def __init__(self, plain: ScaledTensor | None, packed: PackedWeight | None = None) -> None:
         self.plain, self.packed = plain, packed
-        self.forms: dict[Any, Prepared] = {}  # of parts, other devices and other dtypes
+        self.forms: dict[Any, PackedWeight] = {}  # of parts, other devices and other dtypes
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +69,7 @@ class Stored:
             if holder is not None:
                 holder.data.__dict__.pop("_fp8gemm_calls", None)
 
-    def hold(self, packed: Prepared) -> None:
+    def hold(self, packed: PackedWeight) -> None:
         """Takes the form that products use; plain bytes that it does not share memory with are let go."""
         plain = self.plain
         shares = plain is not None and _same_memory(plain.data, packed.data)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import native
-from ..engines import Prepared
+from ..engines import PackedWeight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .geometry import Layout
 from .home import Home
@@ -86,7 +86,7 @@ def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
         home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight))
         return home
     engine, scheme, n, k, dtypes, accumulate, apart, few, experts, bare, plain = context.packed
-    packed = Prepared(
+    packed = PackedWeight(
         engine=engine,
         scheme=scheme,
         n=n,

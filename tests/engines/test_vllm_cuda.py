@@ -11,7 +11,7 @@ import torch
 
 from fp8gemm import BLOCK_128, GROUP_128, ROW, SCHEMES, TENSOR, Machine, MatmulSpec, ScaledTensor, Scheme, quantize
 from fp8gemm.engines.reference import ReferenceEngine
-from fp8gemm.engines.vllm import cuda
+from fp8gemm.engines.vllm import Vllm, cuda
 from fp8gemm.engines.vllm.engine import VllmEngine
 from fp8gemm.numerics import expand_scale
 
@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 H100 = Machine(
     device="cuda",
     capability=(9, 0),
-    vllm_version="0.25.1",
-    vllm_ops={name: counts[-1] for name, counts in cuda.OPS.items()},
+    found={"vllm": Vllm("0.25.1", {name: counts[-1] for name, counts in cuda.OPS.items()})},
 )
 
 

@@ -9,11 +9,11 @@ import interpreter  # noqa: F401  it mends the interpreter's conversions
 import torch
 
 from fp8gemm import ROW, Machine, ScaledTensor, Scheme
-from fp8gemm.engines import Prepared
+from fp8gemm.engines import PackedWeight
 from fp8gemm.engines.triton.engine import TritonEngine, installed
 from fp8gemm.engines.triton.plan import Place, Plan, place
 
-MACHINE = Machine(device="cuda", capability=(9, 0), triton_version=installed())
+MACHINE = Machine(device="cuda", capability=(9, 0), found={"triton": installed()})
 # Three multiprocessors, so that persistent kernels walk several tiles each.
 HOPPER = place((9, 0), multiprocessors=3)
 AMPERE = place((8, 0), multiprocessors=3)
@@ -42,10 +42,10 @@ class Held(OnCard):
             return scheme.weight_only()
         return replace(scheme, activation=ROW) if self.rounds_to == "rows" else scheme
 
-    def plan(self, m: int, weight: Prepared, dtype: torch.dtype) -> Plan:
+    def plan(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> Plan:
         return self.held
 
 
-def prepared(weight: ScaledTensor, scheme: Scheme) -> Prepared:
+def packed(weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
     """A weight as the kernels' launchers take it."""
     return OnCard().prepare(weight, scheme)

@@ -10,7 +10,7 @@ import torch
 from stage import AMPERE, HOPPER, OnCard
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, MatmulSpec, ScaledTensor, Scheme, quantize
-from fp8gemm.engines import Prepared
+from fp8gemm.engines import PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import engine as triton_engine
 from fp8gemm.engines.triton.plan import GroupedPlan, grouped_plan
@@ -153,7 +153,7 @@ def test_more_tokens_than_a_tile_and_one_expert() -> None:
 
 def test_no_token_at_all() -> None:
     engine, scheme = OnCard(), SCHEMES["row"]
-    layout: Prepared = engine.prepare_stack(stack(scheme, 2, 8, 16), scheme)
+    layout: PackedWeight = engine.prepare_stack(stack(scheme, 2, 8, 16), scheme)
     y = engine.grouped(torch.empty(0, 16), layout, torch.zeros(2, dtype=torch.int32), None, torch.float32)
     assert y.shape == (0, 8)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import conformance
 import pytest
 import torch
-from stage import AMPERE, HOPPER, MACHINE, Held, OnCard, prepared
+from stage import AMPERE, HOPPER, MACHINE, Held, OnCard, packed
 
 from fp8gemm import (
     BLOCK_128,
@@ -129,7 +129,7 @@ def test_rounds_says_what_happens(m: int, scheme: Scheme) -> None:
 def test_vectors(tokens: int, splits: int, native: bool) -> None:
     scheme = Scheme(weight=ROW, activation=None)
     weight = quantize(torch.randn(17, 100), ROW)
-    layout = prepared(weight, scheme)
+    layout = packed(weight, scheme)
     x, bias = torch.randn(tokens, 100).to(BF16), torch.randn(17).to(BF16)
     multiply = lambda: w8a16.multiply_vectors(  # noqa: E731
         x, layout, bias, FP32, native=native, block_n=4, block_k=16, splits=splits, warps=4
@@ -160,7 +160,7 @@ def test_every_code_decodes(dtype: torch.dtype, out: torch.dtype, native: bool) 
     """All 256 codes, subnormals, infinities and NaN included."""
     code = torch.arange(256, dtype=torch.uint8).view(2, 128).view(dtype)
     weight = ScaledTensor(code, torch.ones(2, 1), ROW)
-    w = w8a16.dense(prepared(weight, Scheme(weight=ROW, activation=None)), out, native=native)
+    w = w8a16.dense(packed(weight, Scheme(weight=ROW, activation=None)), out, native=native)
     torch.testing.assert_close(w, code.to(out), rtol=0, atol=0, equal_nan=True)
 
 
@@ -180,7 +180,7 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(replay.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(w8a16, "counters", lambda device: counters)
     scheme = Scheme(weight=ROW, activation=None)
-    layout = prepared(quantize(torch.randn(40, 128), ROW), scheme)
+    layout = packed(quantize(torch.randn(40, 128), ROW), scheme)
     x = torch.randn(20, 128).to(BF16)
     first, second = (
         w8a16.multiply_tokens(
@@ -195,7 +195,7 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
     spec = MatmulSpec(scheme=ROW_ROW, n=72, k=144)
     weight = conformance._integer_weight(spec, CPU, zeros=True)
-    layout = prepared(weight, ROW_ROW)
+    layout = packed(weight, ROW_ROW)
     x = torch.randint(-1, 2, (70, 144)).to(torch.float8_e4m3fn)
     scale = 2.0 ** torch.randint(-1, 2, (70, 1))
     expected = (x.double() * scale) @ conformance._dense(weight).t()

@@ -62,15 +62,6 @@ def test_groups_of_32() -> None:
     assert same(data, expected.data)
 
 
-def test_upper_bound_saturates() -> None:
-    x = special(5, 40, torch.bfloat16)
-    for kernel, granularity in ((kernels.quantize_rows, ROW), (kernels.quantize_groups, GROUP_128)):
-        data, scale = kernel(x, Rounding(upper_bound=0.5))
-        expected = quantize(x, granularity, upper_bound=0.5)
-        assert scale.equal(expected.scale)
-        assert same(data, expected.data)
-
-
 def test_static_scale() -> None:
     x = special(5, 40, torch.bfloat16)
     static = torch.tensor(0.01)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stage import Held, OnCard, prepared
+from stage import Held, OnCard, packed
 from test_products import BLOCK, BLOCKS, ROW_ROW, ROWS, TOKENS, VECTORS
 
 from fp8gemm import ROW, Scheme, quantize
@@ -75,7 +75,7 @@ def test_replayed_products(case: str, with_bias: bool) -> None:
     plan, rounds_to, scheme, m = CASES[case]
     engine = Held(plan, rounds_to=rounds_to)
     n, k = 48 if plan.path == "library" else 72, 256
-    weight = prepared(quantize(torch.randn(n, k), scheme.weight), scheme)
+    weight = packed(quantize(torch.randn(n, k), scheme.weight), scheme)
     if scheme.static:
         weight = replace(weight, input_scale=torch.tensor(0.01))
     bias = torch.randn(n, dtype=BF16) if with_bias else None
@@ -95,7 +95,7 @@ def test_replayed_products(case: str, with_bias: bool) -> None:
 
 def test_memory_that_nobody_named_is_not_recorded() -> None:
     """Otherwise a replay would read a tensor that is gone."""
-    weight = prepared(quantize(torch.randn(32, 64), ROW), ROW_ROW)
+    weight = packed(quantize(torch.randn(32, 64), ROW), ROW_ROW)
     engine = OnCard()
     x = torch.randn(8, 64, dtype=BF16)
     product = lambda tokens: engine.linear(tokens, weight, None, BF16)  # noqa: E731
@@ -108,5 +108,5 @@ def test_memory_that_nobody_named_is_not_recorded() -> None:
 
 def test_an_uncompiled_kernel_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_compiled", {})
-    weight = prepared(quantize(torch.randn(32, 64), ROW), ROW_ROW)
+    weight = packed(quantize(torch.randn(32, 64), ROW), ROW_ROW)
     assert OnCard().bind(torch.randn(8, 64, dtype=BF16), weight, None, BF16) is None

@@ -22,7 +22,7 @@ from torch import nn
 
 import fp8gemm
 from fp8gemm import FP8GemmOptions, FP8Linear, FP8Weight, disable_fp8_gemm, enable_fp8_gemm
-from fp8gemm.weights import prepared
+from fp8gemm.weights import packed
 
 PACKAGE = str(Path(fp8gemm.__file__).parent)
 SETTINGS = [
@@ -217,7 +217,7 @@ def test_an_exception_at_any_call_changes_nothing(storage: str, inplace: bool, e
 
 @by_setting
 def test_out_of_memory_changes_nothing(storage: str, inplace: bool, eager: bool, monkeypatch) -> None:
-    real = prepared.quantize_weight
+    real = packed.quantize_weight
     for n in range(6 if eager else 0):  # two Linears and two stacks of two
         watched, calls = Watched(), []
 
@@ -227,7 +227,7 @@ def test_out_of_memory_changes_nothing(storage: str, inplace: bool, eager: bool,
                 raise torch.OutOfMemoryError("no memory")
             return real(*given, **named)
 
-        monkeypatch.setattr(prepared, "quantize_weight", failing)
+        monkeypatch.setattr(packed, "quantize_weight", failing)
         error, said = attempt(
             lambda: enable_fp8_gemm(watched.model, options=options(storage, eager), inplace=inplace)  # noqa: B023
         )
@@ -352,7 +352,7 @@ def test_what_was_fp8_before_stays_so(storage: str) -> None:
 @pytest.mark.parametrize("room", [True, False])
 def test_a_note_where_warnings_are_errors(room: bool, monkeypatch) -> None:
     """The interrupt itself arrives, and says what it has cost; a layer that cannot be dequantized stays FP8."""
-    watched, real = Watched(), prepared.quantize_weight
+    watched, real = Watched(), packed.quantize_weight
 
     def failing(w: torch.Tensor, *given: Any, **named: Any) -> Any:
         if w.shape[0] == 64:  # the stack, whose turn comes after the first Linear
@@ -362,7 +362,7 @@ def test_a_note_where_warnings_are_errors(room: bool, monkeypatch) -> None:
     def full(weight: FP8Weight) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(prepared, "quantize_weight", failing)
+    monkeypatch.setattr(packed, "quantize_weight", failing)
     if not room:
         monkeypatch.setattr(FP8Weight, "dequantize", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:

@@ -116,7 +116,7 @@ import torch
 from fp8gemm import doctor, enable_fp8_gemm, native
 model = enable_fp8_gemm(torch.nn.Linear(64, 32))
 assert model(torch.randn(3, 64)).shape == (3, 32)
-print(type(native.find()).__name__, doctor.examine()["native"], flush=True)
+print(type(native.find()).__name__, doctor.examine().native, flush=True)
 """
 
 

@@ -296,9 +296,9 @@ def as_bytes(weight) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.data.view(torch.uint8), weight.scale.view(torch.int32)
 
 
-def assert_quantizes_as_torch_does(library, x, granularity, *, upper_bound=None, ue8m0=False):
-    expected = quantize(x, granularity, upper_bound=upper_bound, scale_format="ue8m0" if ue8m0 else "float32")
-    data, scale = cast(library, x, granularity, upper_bound=upper_bound, ue8m0=ue8m0)
+def assert_quantizes_as_torch_does(library, x, granularity, *, ue8m0=False):
+    expected = quantize(x, granularity, scale_format="ue8m0" if ue8m0 else "float32")
+    data, scale = cast(library, x, granularity, ue8m0=ue8m0)
     assert scale.equal(as_bytes(expected)[1])
     different = data != as_bytes(expected)[0]
     assert not different.any(), (x[different][:5], data[different][:5], as_bytes(expected)[0][different][:5])
@@ -322,17 +322,16 @@ def test_quantizes_every_16_bit_number(library, dtype, granularity):
     exponent=st.integers(-140, 120),
     raw=st.booleans(),
     ue8m0=st.booleans(),
-    upper_bound=st.sampled_from([None, 0.0, 1e-30, 0.5, 300.0]),
     path=st.sampled_from(PATHS or ["portable"]),
 )
-def test_quantizes_bit_for_bit(seed, n, k, granularity, dtype, exponent, raw, ue8m0, upper_bound, path):
+def test_quantizes_bit_for_bit(seed, n, k, granularity, dtype, exponent, raw, ue8m0, path):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, k + 3, generator=generator) * math.ldexp(1.0, exponent)
     if raw:
         x = torch.randint(-(2**31), 2**31, (n, k + 3), generator=generator, dtype=torch.int32).view(torch.float32)
     x = torch.where(torch.rand(n, k + 3, generator=generator) < 0.1, -0.0, x).to(dtype)[:, :k]
     assert isinstance(FOUND, native.Library)
-    assert_quantizes_as_torch_does(FOUND.lowered(path), x, granularity, upper_bound=upper_bound, ue8m0=ue8m0)
+    assert_quantizes_as_torch_does(FOUND.lowered(path), x, granularity, ue8m0=ue8m0)
 
 
 def test_quantizes_what_lies_between_two_codes_to_even(library):
@@ -341,7 +340,7 @@ def test_quantizes_what_lies_between_two_codes_to_even(library):
     x = torch.cat([codes, between, torch.nextafter(between, torch.zeros(1)), torch.nextafter(between, codes[1:])])
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan])])[None]
     assert_quantizes_as_torch_does(library, x, ROW)
-    assert_quantizes_as_torch_does(library, x.expand(3, -1), TENSOR, upper_bound=7.0)
+    assert_quantizes_as_torch_does(library, x.expand(3, -1), TENSOR)
 
 
 # ---- buffers, processes, the compiler

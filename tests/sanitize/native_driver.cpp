@@ -47,7 +47,7 @@ void cast(int level, int64_t type, int64_t n, int64_t k, int64_t rows, int64_t c
     std::vector<uint8_t> x(size_t(n * k * size_of(type))), data(size_t(n * k));
     std::vector<float> scale(size_t(ceil_div(n, rows) * ceil_div(k, cols)));
     for (auto& byte : x) byte = uint8_t(rand());
-    Quantization q = {x.data(), data.data(), scale.data(), type, k, k, n, k, rows, cols, 1e30, 0};
+    Quantization q = {x.data(), data.data(), scale.data(), type, k, k, n, k, rows, cols, 0};
     fp8gemm_quantize(level, 3, &q);
 }
 

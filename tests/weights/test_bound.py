@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
-from fp8gemm.engines import ENGINES, Engine, Prepared
+from fp8gemm.engines import ENGINES, Engine, PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.weights import Activity, bound
 from fp8gemm.weights.bound import KEPT_KERNEL, SHAPES, UNBOUND, Bound
@@ -337,7 +337,7 @@ def test_the_cpu_engine_binds_bit_for_bit(dtype: torch.dtype, scheme: str) -> No
 class Losing(Binding):
     """FP8 is slower than a kept weight from five tokens on."""
 
-    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+    def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         return m >= 5
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fp8gemm
-from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize
+from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize, enable_fp8_gemm
 from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton.engine import TritonEngine
@@ -32,8 +33,8 @@ class Apart(ReferenceEngine):
         return super().linear(x, replace(weight, scheme=scheme), bias, out_dtype)
 
     def prepare(self, weight, scheme, *, input_scale=None):
-        prepared = super().prepare(weight, scheme, input_scale=input_scale)
-        return replace(prepared, apart=scheme.activation, few=BEYOND)
+        packed = super().prepare(weight, scheme, input_scale=input_scale)
+        return replace(packed, apart=scheme.activation, few=BEYOND)
 
     def linear_quantized(self, x: ScaledTensor, weight, bias, out_dtype):
         unrounded = replace(weight, scheme=weight.scheme.weight_only())
@@ -190,6 +191,19 @@ def test_a_forward_that_changes_a_dict_compiles_whole(engine: str) -> None:
     assert torch.allclose(compiled(x, cache), model(x, {}), atol=1e-5)
     assert cache["seen"] is x
     assert torch._dynamo.explain(model)(x, {}).graph_break_count == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda x, layer: F.linear(x, layer.weight, layer.bias), lambda x, layer: x @ layer.weight.T],
+    ids=["linear", "matmul"],
+)
+def test_products_of_the_parameter_compile_with_an_engine_that_is_traced_and_derives(how) -> None:
+    """A trace hands the weight over without what torch's products take beside the bytes."""
+    layer = enable_fp8_gemm(nn.Linear(64, 96), options=FP8GemmOptions(engine="torch", scheme="tensor"))
+    x = torch.randn(40, 64)
+    with torch.no_grad():
+        assert torch.compile(how, fullgraph=True, backend="aot_eager")(x, layer).equal(how(x, layer))
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.10's own archive

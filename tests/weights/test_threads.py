@@ -18,7 +18,7 @@ from torch import nn
 
 from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm
 from fp8gemm.weights import home
-from fp8gemm.weights.prepared import quantized
+from fp8gemm.weights.packed import quantized
 
 SECONDS = 0.3  # each
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 
@@ -11,7 +11,7 @@ import torch
 
 from ...errors import UnsupportedError
 from ...scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
-from ..base import Engine, Machine, MatmulSpec, Prepared
+from ..base import Engine, Machine, MatmulSpec, PackedWeight
 from ..torch_mm import multiply_grouped
 from . import library
 from . import table as tables
@@ -20,6 +20,16 @@ from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, pl
 
 OLDEST_TRITON = (3, 6)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Triton:
+    """Triton as it is installed here: its (major, minor)."""
+
+    version: tuple[int, int]
+
+    def __str__(self) -> str:
+        return "{}.{}".format(*self.version)
 
 
 class TritonEngine(Engine):
@@ -32,29 +42,32 @@ class TritonEngine(Engine):
     name = "triton"
     tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, beside the bfloat16 output
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         _refuse_broken(weight.device)
         layout = _layout(weight, scheme, input_scale)
         rounding = self._rounding(layout)
         few = INLINE_UP_TO if rounding == GROUP_128 else AS_THEY_ARE_UP_TO
         return replace(layout, apart=rounding, few=few)
 
-    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> Prepared:
+    def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         _refuse_broken(weight.device)
         return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
 
+    def probe(self, device: torch.device, machine: Machine) -> Triton | None:
+        return installed()
+
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        found = machine.facts(self.name, Triton)
         reasons = []
         if machine.device != "cuda":
             reasons.append(f"runs on cuda only, found {machine.device}")
         elif (machine.capability or (0, 0)) < (8, 0):
-            found = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
-            reasons.append(f"needs compute capability 8.0 or newer, found {found}")
-        if machine.triton_version is None:
+            capability = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
+            reasons.append(f"needs compute capability 8.0 or newer, found {capability}")
+        if found is None:
             reasons.append("Triton is not installed")
-        elif machine.triton_version < OLDEST_TRITON:
-            found = "{}.{}".format(*machine.triton_version)
-            reasons.append("needs Triton {}.{} or newer, found {}".format(*OLDEST_TRITON, found))
+        elif found.version < OLDEST_TRITON:
+            reasons.append(f"needs Triton {Triton(OLDEST_TRITON)} or newer, found {found}")
         if spec.compute_dtype not in _DTYPES:
             reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
         if (spec.scheme.weight.cols or 16) % 16:
@@ -65,7 +78,7 @@ class TritonEngine(Engine):
         """What of a card decides which kernel runs."""
         return place_of(device)
 
-    def plan(self, m: int, weight: Prepared, dtype: torch.dtype) -> Plan:
+    def plan(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> Plan:
         """The kernel for ``m`` tokens, and its tiles."""
         where = self.place(weight.device)
         kind = tables.kind_of(weight, native=where.native)
@@ -73,7 +86,7 @@ class TritonEngine(Engine):
         chosen = tables.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
         return chosen if weight.fast else precise(chosen)
 
-    def rounds(self, m: int, weight: Prepared, dtype: torch.dtype = torch.bfloat16) -> Scheme:
+    def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that ``m`` tokens really meet: activations as they are, or rounded as the kernel for them does."""
         path = self.plan(max(m, 1), weight, dtype).path
         if path in ("vectors", "tokens", "dense"):
@@ -81,7 +94,7 @@ class TritonEngine(Engine):
         activation = self._rounding(weight)
         return replace(weight.scheme, activation=activation)
 
-    def _rounding(self, weight: Prepared) -> Granularity | None:
+    def _rounding(self, weight: PackedWeight) -> Granularity | None:
         """How FP8 products of this weight round activations; None where there are none."""
         kind = tables.kind_of(weight, native=self.place(weight.device).native)
         if kind == "block":
@@ -91,7 +104,7 @@ class TritonEngine(Engine):
         return None
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
@@ -103,7 +116,7 @@ class TritonEngine(Engine):
         chosen: Plan,
         x: torch.Tensor,
         x_scale: torch.Tensor | None,
-        weight: Prepared,
+        weight: PackedWeight,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
@@ -113,11 +126,11 @@ class TritonEngine(Engine):
         return PATHS[chosen.path](product)
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         from . import replay
 
-        fixed = [weight.data, weight.scale, weight.input_scale, *weight.extra, bias]
+        fixed = [weight.data, weight.scale, weight.input_scale, *weight.extra.values(), bias]
         return replay.record(
             lambda tokens: self.linear(tokens, weight, bias, out_dtype),
             x.view(-1, weight.k),
@@ -126,7 +139,12 @@ class TritonEngine(Engine):
         )
 
     def gated(
-        self, gate: torch.Tensor, up: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
     ) -> torch.Tensor | None:
         m = gate.shape[0]
         chosen = self.plan(m, weight, gate.dtype)
@@ -136,7 +154,7 @@ class TritonEngine(Engine):
         return self._run(chosen, *quantize(gate, weight, kind, up=up), weight, bias, out_dtype)
 
     def linear_quantized(
-        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
@@ -148,13 +166,13 @@ class TritonEngine(Engine):
         scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
         return self._run(chosen if weight.fast else precise(chosen), x.data, scale, weight, bias, out_dtype)
 
-    def loses(self, m: int, weight: Prepared, dtype: torch.dtype) -> bool:
+    def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         return self.plan(m, weight, dtype).kept_is_faster
 
     def grouped(
         self,
         x: torch.Tensor,
-        weight: Prepared,
+        weight: PackedWeight,
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
@@ -173,9 +191,9 @@ class TritonEngine(Engine):
         if chosen.quantize_first:
             x, scale = quantize(x, weight, kind)
         if chosen.mode == "library" and scale is not None:
-            w, w_scale = weight.extra
+            stack = weight.extra["w"], weight.extra["w_scale"].squeeze(-2)
             scale = scale.expand(tokens, 1).contiguous()  # a static one is one for all
-            return multiply_grouped(x, scale, (w, w_scale.squeeze(-2)), weight, ends, bias, out_dtype)
+            return multiply_grouped(x, scale, stack, weight, ends, bias, out_dtype)
         return grouped.multiply_grouped(
             x,
             scale,
@@ -194,15 +212,15 @@ class TritonEngine(Engine):
             stages=chosen.stages,
         )
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return f"triton {self.plan(max(m, 1), weight, dtype).path}"
 
 
-def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None = None) -> Prepared:
+def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None = None) -> PackedWeight:
     """A weight, or a stack, in plain rows, and the views that torch's products take."""
     weight = replace(weight, data=weight.data.contiguous(), scale=weight.scale.contiguous())
     n, k = weight.shape[-2:]
-    return Prepared(
+    return PackedWeight(
         engine=TritonEngine.name,
         scheme=scheme,
         n=n,
@@ -221,7 +239,7 @@ def _refuse_broken(device: torch.device) -> None:
         raise UnsupportedError(problem)
 
 
-def _nothing(m: int, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+def _nothing(m: int, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """The product of nothing, or of no features."""
     y = torch.zeros(m, weight.n, dtype=out_dtype, device=weight.device)
     return y if bias is None else y + bias.to(out_dtype)
@@ -233,14 +251,14 @@ def _rounds_first(chosen: Plan, m: int) -> bool:
 
 
 @cache
-def installed() -> tuple[int, int] | None:
-    """Triton's (major, minor), without importing it; None if it is not installed under any of its names."""
+def installed() -> Triton | None:
+    """Triton, without importing it; None if it is not installed under any of its names."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
         try:
             major, minor = metadata.version(name).split(".")[:2]
         except metadata.PackageNotFoundError:
             continue
-        return int(major), int(minor)
+        return Triton((int(major), int(minor)))
     return None
 
 

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from ...numerics import expand_scale
 from ...scaled import ScaledTensor
 from .. import torch_mm
-from ..base import Prepared
+from ..base import PackedWeight
 
 
 def multiply_rows(
-    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch's row-wise product of operands that are quantized already; N and K are multiples of 16."""
     from . import replay
 
-    w, w_scale = weight.extra
+    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     if x_scale.numel() != xq.shape[0]:
         x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
     fused = bias if bias is not None and bias.dtype == out_dtype else None
@@ -27,12 +27,12 @@ def multiply_rows(
 
 
 def multiply_blocks(
-    xq: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch's 1x128 by 128x128 product of any number of tokens; cuBLASLt takes 4 at a time (vllm#49932)."""
     from . import replay
 
-    w, w_scale = weight.extra
+    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     m = xq.shape[0]
     if m % 4:
         xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
@@ -42,13 +42,14 @@ def multiply_blocks(
     return y if bias is None else y + bias.to(out_dtype)
 
 
-def operands(weight: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(weight: ScaledTensor) -> dict[str, torch.Tensor]:
     """A weight and its scales as torch's products read them, views made once.
 
-    The transposed weight ``[K, N]``, and scales ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``; of a stack each.
+    ``w`` is the transposed weight ``[K, N]``, ``w_scale`` is ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``; of a
+    stack each.
     """
     w = weight.data.transpose(-2, -1)
     if weight.granularity.cols is not None:
-        return w, torch_mm.block_scales(weight.scale)
+        return {"w": w, "w_scale": torch_mm.block_scales(weight.scale)}
     scale = expand_scale(weight.scale, weight.granularity, weight.shape)
-    return w, scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)
+    return {"w": w, "w_scale": scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from ..base import Prepared
+from ..base import PackedWeight
 from . import library
 from .plan import INLINE_UP_TO, Kind, PathName, Place, Plan
 
@@ -27,7 +26,7 @@ class Product:
     """
 
     x: torch.Tensor
-    weight: Prepared
+    weight: PackedWeight
     bias: torch.Tensor | None
     out_dtype: torch.dtype
     plan: Plan
@@ -35,7 +34,7 @@ class Product:
     x_scale: torch.Tensor | None = None
 
     @property
-    def operands(self) -> tuple[torch.Tensor, Prepared, torch.Tensor | None, torch.dtype]:
+    def operands(self) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype]:
         return self.x, self.weight, self.bias, self.out_dtype
 
     def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +43,7 @@ class Product:
 
 
 def quantize(
-    x: torch.Tensor, weight: Prepared, kind: Kind, *, up: torch.Tensor | None = None
+    x: torch.Tensor, weight: PackedWeight, kind: Kind, *, up: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [M, K]``, or ``silu(x) * up``, as products of this kind take it.
 
@@ -122,13 +121,11 @@ def _dense(product: Product) -> torch.Tensor:
     return y.to(out_dtype)
 
 
-PATHS: Mapping[PathName, Callable[[Product], torch.Tensor]] = MappingProxyType(
-    {
-        "vectors": _vectors,
-        "tokens": _tokens,
-        "rows": _rows,
-        "blocks": _blocks,
-        "library": _library,
-        "dense": _dense,
-    }
-)
+PATHS: dict[PathName, Callable[[Product], torch.Tensor]] = {
+    "vectors": _vectors,
+    "tokens": _tokens,
+    "rows": _rows,
+    "blocks": _blocks,
+    "library": _library,
+    "dense": _dense,
+}

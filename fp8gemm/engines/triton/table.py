@@ -18,18 +18,18 @@ import torch
 
 from ... import native
 from ...scaled import Scheme
-from ..base import Prepared
+from ..base import PackedWeight
 from .plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
 SHIPPED = Path(__file__).with_name("table.json")
-USER_FILE = "triton_table.json"
+USER_FILE = "triton_table.json"  # in the cache directory, beside the compiled CPU kernels
 MOST_SPLIT_TILES = 4096  # each has a counter of its own; a product of more needs no split
 
 Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 
 
-def kind_of(weight: Prepared, *, native: bool) -> Kind:
-    """The kind of a prepared weight's products."""
+def kind_of(weight: PackedWeight, *, native: bool) -> Kind:
+    """The kind of a packed weight's products."""
     return kind_for(weight.scheme, weight.data.dtype, native=native)
 
 
@@ -93,11 +93,6 @@ def runs(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: int, *, scal
     return chosen.path == "dense" or (kind == "block" and n % 16 == 0 and chosen.block_n <= 128)
 
 
-def cache_directory() -> Path:
-    """Where the user's table lies: beside the compiled CPU kernels."""
-    return native.cache_directory(os.environ)
-
-
 def forget() -> None:
     """Reads the tables again at the next call."""
     for cached in (_plan, _user_rows, _shipped_rows):
@@ -112,7 +107,7 @@ def _shipped_rows() -> Mapping[Key, Plan]:
 @cache
 def _user_rows(card: str) -> Mapping[Key, Plan]:
     try:
-        path = cache_directory() / USER_FILE
+        path = native.cache_directory() / USER_FILE
     except RuntimeError:  # no home directory, so no table of the user's
         return {}
     if not path.is_file():

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ... import native
 from ...scaled import SCHEMES, Scheme
 from . import table as tables
 from .engine import TritonEngine
@@ -67,8 +68,8 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     """At most ``MOST`` plans that can run a cell, the formula's first.
 
     Then what the tables have for it now, and a start on every other path that is legal for the kind; then the
-    neighbours of the first that has tiles, and a few of each of the others'. ``fast`` as in ``Prepared``: without it
-    the engine itself changes some plans. Whether a kept weight is faster is not theirs to say.
+    neighbours of the first that has tiles, and a few of each of the others'. ``fast`` as in ``PackedWeight``: without
+    it the engine itself changes some plans. Whether a kept weight is faster is not theirs to say.
     """
     cols = cell.scale_cols
     home = formula(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
@@ -198,7 +199,7 @@ def open_table(card: str, versions: Mapping[str, str | None], date: str, *, over
     Raises:
         ValueError: it holds plans of another card, or is no table; with its name and what would work.
     """
-    path = tables.cache_directory() / tables.USER_FILE
+    path = native.cache_directory() / tables.USER_FILE
     header = {"source": "tuned", "card": card, "versions": dict(versions), "date": date}
     if overwrite or not path.is_file():
         table = Table(path, header, {})

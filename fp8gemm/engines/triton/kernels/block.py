@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...base import Prepared
+from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..replay import counters, empty
 from .parts import is_last, sum_parts
@@ -24,7 +24,7 @@ BLOCK = 128  # of scales, and the step along K
 def multiply_blocks(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,
@@ -66,7 +66,7 @@ def multiply_blocks(
 def round_group(value, UE8M0: tl.constexpr):
     """Floating ``[BLOCK_M, 128]`` as e4m3 and a scale for each row."""
     value = value.to(tl.float32)
-    s = scale_of(tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1), 0.0, False, UE8M0)
+    s = scale_of(tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1), UE8M0)
     return encode(value, s[:, None], tl.float8e4nv), s
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...base import Prepared
+from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..replay import empty
 from .block import round_group
@@ -24,7 +24,7 @@ from .row import PROMOTION, Accumulate
 def multiply_grouped(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
-    weight: Prepared,
+    weight: PackedWeight,
     ends: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,

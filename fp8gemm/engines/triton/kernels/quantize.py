@@ -32,11 +32,10 @@ STEP = 8192
 class Rounding:
     """How activations are rounded, beyond where their scales lie.
 
-    ``static`` is a float32 scale, one for all; ``upper_bound`` caps amax; ``ue8m0`` rounds scales up to powers of two.
+    ``static`` is a float32 scale, one for all; ``ue8m0`` rounds scales up to powers of two.
     """
 
     static: torch.Tensor | None = None
-    upper_bound: float | None = None
     ue8m0: bool = False
 
 
@@ -56,18 +55,16 @@ def quantize_rows(
     longest = LONGEST_ROW // (1 if up is None else 2)
     block = max(triton.next_power_of_2(k), 16) if k <= longest else min(STEP, longest)
     rows = max(1, 1024 // block) if m >= 1024 else 1
-    bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
     constants = {
         "ROWS": rows,
         "BLOCK_K": block,
         "ONE_PASS": k <= block,
         "STATIC": static is not None,
-        "BOUNDED": rounding.upper_bound is not None,
         "UE8M0": rounding.ue8m0,
         "GATED": up is not None,
     }
     second = x if up is None else up
-    args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), bound)
+    args = (x, second, y, scale, m, k, x.stride(0), second.stride(0))
     warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
     launch(row_kernel, (divide_up(m, rows),), args, constants, num_warps=warps)
     return y, scale
@@ -86,18 +83,16 @@ def quantize_groups(
     scale = empty(groups, pitch, dtype=torch.float32, device=x.device)
     if m and k:
         across = min(8, triton.next_power_of_2(groups))
-        bound = float("inf") if rounding.upper_bound is None else float(rounding.upper_bound)
         constants = {
             "ROWS": 4,
             "GROUPS": across,
             "GROUP": group,
-            "BOUNDED": rounding.upper_bound is not None,
             "UE8M0": rounding.ue8m0,
             "GATED": up is not None,
         }
         grid = (divide_up(m, 4), divide_up(groups, across))
         second = x if up is None else up
-        args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), pitch, bound)
+        args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), pitch)
         launch(group_kernel, grid, args, constants, num_warps=4)
     return y, scale.t()[:m]
 
@@ -108,10 +103,8 @@ def finite(value):
 
 
 @triton.jit
-def scale_of(amax, bound, BOUNDED: tl.constexpr, UE8M0: tl.constexpr):
+def scale_of(amax, UE8M0: tl.constexpr):
     """``max(amax, floor) / 448``, as ``quantize.block_scale`` has it."""
-    if BOUNDED:
-        amax = tl.minimum(amax, bound)
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, _LARGEST, tl.float32)), _FLOOR)
     if UE8M0:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -154,12 +147,10 @@ def row_kernel(
     K,
     x_stride,
     up_stride,
-    bound,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr,
     STATIC: tl.constexpr,
-    BOUNDED: tl.constexpr,
     UE8M0: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -173,7 +164,7 @@ def row_kernel(
             s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
         else:
             amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1)
-            s = scale_of(amax, bound, BOUNDED, UE8M0)[:, None]
+            s = scale_of(amax, UE8M0)[:, None]
             tl.store(scale + row, s, mask=inside)
         tl.store(y + row * K + k, encode(value, s, y.dtype.element_ty), mask=inside & (k < K))
     else:
@@ -184,7 +175,7 @@ def row_kernel(
             for start in range(0, K, BLOCK_K):
                 value = load_values(x, up, row, x_stride, up_stride, start + k, inside & (start + k < K), GATED)
                 amax = tl.maximum(amax, tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1))
-            s = scale_of(amax, bound, BOUNDED, UE8M0)[:, None]
+            s = scale_of(amax, UE8M0)[:, None]
             tl.store(scale + row, s, mask=inside)
         for start in range(0, K, BLOCK_K):
             mask = inside & (start + k < K)
@@ -203,11 +194,9 @@ def group_kernel(
     x_stride,
     up_stride,
     pitch,
-    bound,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    BOUNDED: tl.constexpr,
     UE8M0: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -217,7 +206,7 @@ def group_kernel(
     mask = (row < M)[:, None, None] & (k < K)
     value = load_values(x, up, row[:, None, None], x_stride, up_stride, k, mask, GATED)
     amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=2)
-    s = scale_of(amax, bound, BOUNDED, UE8M0)
+    s = scale_of(amax, UE8M0)
     at = tl.cast(group, tl.int64)[None, :] * pitch + row[:, None]
     tl.store(scale + at, s, mask=(row < M)[:, None] & (group * GROUP < K)[None, :])
     tl.store(y + row[:, None, None] * K + k, encode(value, s[:, :, None], y.dtype.element_ty), mask=mask)

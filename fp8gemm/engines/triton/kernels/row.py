@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...base import Prepared
+from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..replay import descriptor, empty
 
@@ -28,7 +28,7 @@ PROMOTION = 128
 def multiply_rows(
     xq: torch.Tensor,
     x_scale: torch.Tensor,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...base import Prepared
+from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..replay import counters, empty
 from .parts import decode, format_of, is_last, sum_parts
@@ -21,7 +21,7 @@ from .parts import decode, format_of, is_last, sum_parts
 
 def multiply_vectors(
     x: torch.Tensor,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,
@@ -55,7 +55,7 @@ def multiply_vectors(
 
 def multiply_tokens(
     x: torch.Tensor,
-    weight: Prepared,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,
@@ -94,7 +94,7 @@ def multiply_tokens(
     return y
 
 
-def dense(weight: Prepared, dtype: torch.dtype, *, native: bool) -> torch.Tensor:
+def dense(weight: PackedWeight, dtype: torch.dtype, *, native: bool) -> torch.Tensor:
     """The weight ``[N, K]`` in ``dtype``, in one pass: what many tokens are multiplied by where FP8 products lack."""
     n, k = weight.n, weight.k
     w = empty(n, k, dtype=dtype, device=weight.data.device)

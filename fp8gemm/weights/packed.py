@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..engines import MatmulSpec, Prepared, prepare, probe
+from ..engines import MatmulSpec, PackedWeight, prepare, probe
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .quantization import quantize_weight
 
@@ -49,7 +49,7 @@ def prepare_for(
     compute_dtype: torch.dtype,
     input_scale: torch.Tensor | None,
     scheme: Scheme,
-) -> Prepared:
+) -> PackedWeight:
     """The weight, or stack, in the layout of the engine that is chosen for it on its device."""
     spec = spec_of(tuple(weight.shape), options, scheme, compute_dtype)
     return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

@@ -66,7 +66,7 @@ class Inspection:
             name, shape = next(iter(self.stacked.items()))
             lines.append(f"{len(self.stacked)} stacks of experts, such as {name} {list(shape)}")
         if self.kv_scales:
-            lines.append(f"{len(self.kv_scales)} scales of a key-value cache")
+            lines.append(f"{len(self.kv_scales)} KV cache scales")
         lines += [f"unused: {key}: {reason}" for key, reason in self.unused_keys.items()]
         lines += [f"suspicious: {sentence}" for sentence in self.suspicious]
         lines += [f"broken: {problem}" for problem in self.problems]

@@ -270,6 +270,10 @@ class Engine(ABC):
         parts = [self.restore(part) for part in (packed.parts or packed.split().parts)]
         return ScaledTensor(torch.stack([part.data for part in parts]), packed.scale, packed.scheme.weight)
 
+    def look_up(self, weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """Rows ``ids [M]`` of ``weight [N, K]``, dequantized to ``dtype``; None where torch's own operations do it."""
+        return None
+
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         """The name of the kernel that ``linear`` runs for ``m`` tokens of ``dtype``, for the report."""
         return self.name

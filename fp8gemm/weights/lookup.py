@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import native
+from ..engines import ENGINES
 from ..numerics import dequantize
 from ..scaled import Granularity, ScaledTensor
 
@@ -23,17 +24,27 @@ def rows_of(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torc
     Raises:
         IndexError: an id is not that of a row.
     """
-    library = _compiled(weight, dtype, ids)
-    if library is not None:
-        flat = ids.reshape(-1).to(torch.int64).contiguous()
-        found = library.lookup(weight.data, weight.scale, *weight.granularity.block(weight.shape), flat, dtype)
-    else:
+    flat = ids.reshape(-1)
+    found = _looked_up(weight, flat, dtype)
+    if found is None:
         block = weight.granularity.block(weight.shape)[0]
-        flat = ids.reshape(-1)
         data = weight.data.view(torch.uint8).index_select(0, flat).view(weight.data.dtype)
         scale = weight.scale.index_select(0, torch.div(flat, block, rounding_mode="floor"))
         found = dequantize(ScaledTensor(data, scale, Granularity(1, weight.granularity.cols)), dtype)
     return found.view(*ids.shape, weight.shape[1])
+
+
+def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """By one kernel, where there is one for this device."""
+    if (library := _compiled(weight, dtype, ids)) is not None:
+        flat = ids.to(torch.int64).contiguous()
+        return library.lookup(weight.data, weight.scale, *weight.granularity.block(weight.shape), flat, dtype)
+    on_card = weight.device.type == "cuda" and weight.data.is_contiguous() and weight.scale.is_contiguous()
+    if not on_card or torch.compiler.is_compiling() or not native.plain(weight.data, weight.scale, ids):
+        return None
+    if torch.cuda.is_current_stream_capturing() or not ids.numel():
+        return None  # a kernel that was never compiled cannot be, while a graph is captured
+    return ENGINES["triton"].look_up(weight, ids.contiguous(), dtype)
 
 
 def _compiled(weight: ScaledTensor, dtype: torch.dtype, *others: torch.Tensor) -> native.Library | None:

@@ -21,5 +21,8 @@ def test_rows_have_the_bits_of_dequantize(dtype: torch.dtype, grid, native: bool
     for index in (ids, ids.to(torch.int32)):
         found = look_up(index, table.data, table.scale, *grid.block(table.shape), dtype, native=native)
         assert torch.equal(found.nan_to_num(nan=7.0), dequantize(table, dtype)[ids].nan_to_num(nan=7.0))
+    outside = torch.tensor([140, -1, 2])
+    found = look_up(outside, table.data, table.scale, *grid.block(table.shape), dtype, native=native)
+    assert found.isnan().all(dim=1).tolist() == [True, True, False]
     none = look_up(ids[:0], table.data, table.scale, *grid.block(table.shape), dtype, native=native)
     assert none.shape == (0, 1100)

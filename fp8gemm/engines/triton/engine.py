@@ -74,6 +74,10 @@ class TritonEngine(Engine):
             reasons.append(f"takes scales along K in steps of 16, found {spec.scheme.weight}")
         return reasons
 
+    def look_up(self, weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        usable = weight.device.type == "cuda" and installed() is not None and dtype in _DTYPES
+        return _looked_up(weight, ids, dtype) if usable and not failure(weight.device) else None
+
     def place(self, device: torch.device) -> Place:
         """What of a card decides which kernel runs."""
         return place_of(device)
@@ -233,6 +237,15 @@ def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     )
 
 
+def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from .kernels.lookup import look_up  # needs Triton
+
+    rows, cols = weight.granularity.block(weight.shape)
+    native = place_of(weight.device).native
+    y: torch.Tensor = look_up(ids, weight.data, weight.scale, rows, cols, dtype, native=native)
+    return y
+
+
 def _refuse_broken(device: torch.device) -> None:
     """Raises UnsupportedError on a card where our kernels fail."""
     if device.type == "cuda" and (problem := failure(device)):
@@ -284,6 +297,9 @@ def failure(device: torch.device) -> str:
             return f"Triton's kernels fail here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not y.equal(expected[:m]):
             return f"Triton's kernel for {m} tokens gives wrong products here"
+    ids = torch.tensor([127, 0, 5], dtype=torch.int64, device=device)
+    if not _looked_up(weight, ids, torch.float32).equal(w[ids].to(torch.float32)):
+        return "Triton's kernel for lookups gives wrong rows here"
     return ""
 
 

@@ -89,6 +89,20 @@ class Flat(nn.Module):
         return x
 
 
+class Grouped(nn.Linear):
+    """Block-diagonal: groups of rows, each with tokens of its own, as DeepSeek-V4 has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight.view(4, -1, x.shape[-1]).transpose(1, 2)
+        y = torch.bmm(x.reshape(-1, 4, x.shape[-1]).transpose(0, 1), w).transpose(0, 1)
+        rows = self.weight.unflatten(0, (4, -1))
+        return (
+            y.reshape(*x.shape[:-2], -1)
+            + torch.einsum("btgk,gnk->btgn", x, rows).flatten(2)
+            + F.linear(x, rows[1]).flatten(2)
+        )
+
+
 class Sideways(nn.Module):
     """The weight on the left, as in mixing along time; and inputs that are no rows in memory."""
 
@@ -184,6 +198,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
     "transposed": (lambda: nn.ConvTranspose2d(32, 24, 2, stride=2), (seeded(2, 32, 6, 5),)),
     "transposed in time": (lambda: nn.ConvTranspose1d(32, 24, 4, stride=4, bias=False), (seeded(2, 32, 6),)),
     "transposed 1x1": (lambda: nn.ConvTranspose3d(32, 24, 1), (seeded(2, 32, 2, 3, 4),)),
+    "grouped rows": (lambda: Grouped(32, 96, bias=False), (seeded(2, 5, 4, 32),)),
     "sideways": (Sideways, (X,)),
     "borrowed": (Borrowed, (seeded(2, 32, 6, 5),)),
     "tied": (Tied, (IDS,)),

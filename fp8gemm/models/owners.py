@@ -22,6 +22,10 @@ from .source import Uses
 
 # Linears whose forward is nn.Linear's own; the second is nn.MultiheadAttention's out_proj.
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 UNSEEN = "nothing says what it is for: enable_fp8_gemm(model, example_inputs=...) watches what the model does with it"
 
 
@@ -84,25 +88,29 @@ def _attention(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | 
 
 
 def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """A convolution whose windows do not overlap is a product of patches: ``[N, C * patch]``."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    """A convolution whose windows do not overlap is a product of patches: ``[N, C * patch]``, or, transposed, one that
+    makes them: ``[C, N * patch]``."""
+    if not isinstance(module, CONVOLUTIONS):
         return None
     if name != "weight":
         return Role(listed=False)
     size = f"{'x'.join(map(str, module.kernel_size))} convolution"
     if not is_patchwise(module):
         return Role(reason=f"a {size}, whose windows overlap or which has groups, padding or dilation")
-    n, *patch = parameter.shape
-    return Role(Layout((n, math.prod(patch)), folded=tuple(parameter.shape)), multiplied=True)
+    first, *rest = parameter.shape
+    shape = swapped((first, math.prod(rest)), module.transposed)
+    return Role(Layout(shape, module.transposed, tuple(parameter.shape)), multiplied=True)
 
 
 def is_patchwise(module: nn.Module) -> bool:
-    """Whether each input element of a convolution is in one window at most, of all channels, and none in padding."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups != 1 or module.transposed:
+    """Whether each input element of a convolution is in one window at most, of all channels, and none in padding; of a
+    transposed one, each output element."""
+    if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
         return False
-    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    forwards = [kind.forward for kind in CONVOLUTIONS]
     padding = module.padding
     unpadded = padding == "valid" or (not isinstance(padding, str) and not any(padding))
+    unpadded = unpadded and not any(module.output_padding)
     whole = module.kernel_size == module.stride and (set(module.dilation) == {1} or set(module.kernel_size) == {1})
     return type(module).forward in forwards and unpadded and whole
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from .syntax import arguments_of, in_groups, is_constant, is_method, is_module, last_name, matrix_letters
 
 # Attributes and methods that say something about a tensor and read none of its values.
 _ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize", "nbytes"} | {
@@ -54,6 +55,7 @@ class _Weight:
     turned: bool = False
     several: bool = False  # a tuple of such
     stacked: bool = False  # a stack of matrices
+    grouped: bool = False  # groups of rows of one matrix, as ``view(groups, -1, K)`` gives them, or one of those
 
 
 Names = dict[str, _Weight]
@@ -158,7 +160,9 @@ class Method:
         if name in _SAME or (name in ("contiguous", "clone") and not weight.turned):
             return weight
         if name in _TURNED or (name in ("transpose", "swapaxes", "permute") and len(arguments) == 2):
-            return _Weight(not weight.turned, stacked=weight.stacked)
+            return replace(weight, turned=not weight.turned)
+        if in_groups(name, arguments) and not (weight.turned or weight.stacked):
+            return _Weight(stacked=True, grouped=True)
         if name == "unsqueeze" and not weight.stacked:
             return weight
         if (name in _PARTS and not weight.turned and not weight.stacked) or (name == "unbind" and weight.stacked):
@@ -177,7 +181,7 @@ class Method:
             if weight.stacked or not weight.turned:
                 return weight
         elif weight.stacked and not isinstance(node.slice, ast.Tuple):
-            return _Weight(weight.turned)
+            return replace(weight, stacked=False)
         self.other(node)
         return None
 
@@ -208,23 +212,26 @@ class Method:
         if a is not None and b is not None:
             self.other(node)
         elif a is not None:
-            self.count(straight=not a.turned)
+            self.count(a, node, straight=not a.turned)
         elif b is not None:
-            self.count(straight=b.turned)
+            self.count(b, node, straight=b.turned)
 
-    def count(self, *, straight: bool) -> None:
+    def count(self, weight: _Weight, node: ast.AST, *, straight: bool) -> None:
+        """A product that sums over the last dimension of the parameter, or else over the one before."""
+        if weight.grouped and not straight:
+            self.other(node)  # over a part of its rows
         self.found.straight += straight
         self.found.turned += not straight
 
     def _Call(self, node: ast.Call) -> _Weight | None:
-        name = _last_name(node.func)
+        name = last_name(node.func)
         if self.follows(node, name):
             return None
         if isinstance(node.func, ast.Attribute):
-            owner = self.value(node.func.value) if not _is_module(node.func.value) else None
+            owner = self.value(node.func.value) if not is_module(node.func.value) else None
             if owner is not None and name in _ABOUT:
                 return None
-            if name in _PRODUCTS and not _is_module(node.func.value):
+            if name in _PRODUCTS and not is_module(node.func.value):
                 factors = [node.func.value, *node.args][_PRODUCTS[name] :]
                 if owner is not None and _PRODUCTS[name]:
                     self.other(node)
@@ -238,13 +245,13 @@ class Method:
         return self.function(node, name)
 
     def function(self, node: ast.Call, name: str) -> _Weight | None:
-        arguments = _arguments(node)
-        if name == "getattr" and len(node.args) >= 2 and _is_constant(node.args[1], self.reader.parameter):
+        arguments = arguments_of(node)
+        if name == "getattr" and len(node.args) >= 2 and is_constant(node.args[1], self.reader.parameter):
             return _Weight() if isinstance(node.args[0], ast.Name) and node.args[0].id == self.itself else None
         if name == "linear" and (weight := self.take(arguments, 1, "weight")) is not None:
             if weight.stacked:
                 self.other(node)
-            self.count(straight=not weight.turned)
+            self.count(weight, node, straight=not weight.turned)
         elif name == "embedding" and (weight := self.take(arguments, 1, "weight")) is not None:
             self.lookup(weight, node)
         elif name in _PRODUCTS and len(node.args) >= _PRODUCTS[name] + 2:
@@ -254,8 +261,8 @@ class Method:
             self.einsum(node, arguments)
         elif name == "multi_head_attention_forward":
             for keyword, place in _ATTENTION.items():
-                if self.take(arguments, place, keyword) is not None:
-                    self.count(straight=True)
+                if (weight := self.take(arguments, place, keyword)) is not None:
+                    self.count(weight, node, straight=True)
         for argument in arguments.values():
             if self.value(argument) is not None and name not in _NEUTRAL:
                 self.other(node)
@@ -283,11 +290,11 @@ class Method:
         weight = found[place]
         equation = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
         stacked = weight is not None and weight.stacked
-        letters = _matrix_letters(equation, place, stacked=stacked) if isinstance(equation, str) else None
+        letters = matrix_letters(equation, place, stacked=stacked) if isinstance(equation, str) else None
         if weight is None or found[1 - place] is not None or letters is None:
             self.other(node)
         else:
-            self.count(straight=(letters == "last") != weight.turned)
+            self.count(weight, node, straight=(letters == "last") != weight.turned)
         del arguments[1], arguments[2]
 
     def follows(self, node: ast.Call, name: str) -> bool:
@@ -298,7 +305,7 @@ class Method:
         owner = function.value
         above = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
         itself = isinstance(owner, ast.Name) and owner.id == self.itself
-        if not (above or itself) or (itself and not _is_method(self.reader.kind, name)):
+        if not (above or itself) or (itself and not is_method(self.reader.kind, name)):
             return False
         arguments = [self.value(argument) for argument in node.args]
         others = [self.value(keyword.value) for keyword in node.keywords]
@@ -306,43 +313,3 @@ class Method:
             self.other(node)  # handed on: what becomes of it there is not followed
         self.reader.method(name, self.owner if above else self.reader.kind, {}, above=above)
         return True
-
-
-def _is_method(kind: type, name: str) -> bool:
-    return inspect.isfunction(inspect.getattr_static(kind, name, None))
-
-
-def _arguments(node: ast.Call) -> dict[int | str, ast.expr]:
-    found: dict[int | str, ast.expr] = dict(enumerate(node.args))
-    return {**found, **{keyword.arg or "**": keyword.value for keyword in node.keywords}}
-
-
-def _last_name(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _is_module(node: ast.expr) -> bool:
-    """Whether this is the name of a module of torch's, as in ``torch.matmul`` and ``F.linear``."""
-    return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (
-        isinstance(node, ast.Attribute) and node.attr in ("functional", "linalg") and _is_module(node.value)
-    )
-
-
-def _is_constant(node: ast.expr, value: str) -> bool:
-    return isinstance(node, ast.Constant) and node.value == value
-
-
-def _matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
-    """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
-    which of the last two."""
-    inputs, arrow, y = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if not arrow or len(operands) != 2 or len(operands[place]) != 2 + stacked or "." in operands[place]:
-        return None
-    *_, first, last = list(operands[place])
-    if stacked and operands[place][0] not in y:
-        return None
-    x = operands[1 - place]
-    if last in x and last not in y and first in y and first not in x:
-        return "last"
-    return "first" if first in x and first not in y and last in y and last not in x else None

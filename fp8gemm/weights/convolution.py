@@ -1,4 +1,4 @@
-"""Convolutions whose windows do not overlap, and nn.Bilinear: matrix products in another shape."""
+"""Convolutions whose windows do not overlap, transposed or not, and nn.Bilinear: matrix products in another shape."""
 
 from __future__ import annotations
 
@@ -28,30 +28,55 @@ def _convolution(
     groups: int,
 ) -> Any:
     """``x [B, C, *spatial]`` cut into patches, rows ``[B * patches, C * patch]``, times ``[N, C * patch].T``."""
-    if not isinstance(weight, FP8Weight) or isinstance(x, FP8Weight) or weight.dim() < 3 or not weight.is_whole():
+    if not isinstance(weight, FP8Weight) or isinstance(x, FP8Weight) or weight.dim() < 3 or x.dim() != weight.dim():
         return NotImplemented
     window = tuple(weight.shape[2:])
     apart = window == _each(stride, len(window)) and (set(dilation) == {1} or set(window) == {1})
-    if (
-        transposed
-        or groups != 1
-        or any(padding)
-        or not apart
-        or x.dim() != weight.dim()
-        or x.shape[1] != weight.shape[1]
-    ):
+    if groups != 1 or any(padding) or any(output_padding) or not apart:
+        return NotImplemented
+    if transposed:
+        return _spread(x, weight, bias, window)
+    matrix = _matrix(weight)
+    if matrix is None or x.shape[1] != weight.shape[1]:
         return NotImplemented
     if any(size < extent for size, extent in zip(x.shape[2:], window, strict=True)):
         return NotImplemented  # torch says what is wrong
     rows, places = patches(x, window)
-    n, k = weight.shape[0], math.prod(weight.shape[1:])
-    y = linear(rows, weight.like(((n, k), (k, 1), 0)), bias)
+    n = weight.shape[0]
+    y = linear(rows, matrix, bias)
     if y is NotImplemented:
         return y
     y = y.view(x.shape[0], -1, n).transpose(1, 2)  # in three dimensions, in which torch transposes fastest
     if x.is_contiguous():  # as torch's own: a channels-last input gives a channels-last output
         y = y.contiguous()
     return y.unflatten(2, places)
+
+
+def _spread(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None, window: tuple[int, ...]) -> Any:
+    """Transposed: each place of ``x [B, K, *spatial]``, a row ``[K]`` times ``[K, N * window]``, becomes a window."""
+    matrix = _matrix(weight)
+    if matrix is None or x.shape[1] != weight.shape[0]:
+        return NotImplemented
+    y = linear(x.movedim(1, -1), matrix.turned_around())
+    if y is NotImplemented:
+        return y
+    n, axes = weight.shape[1], len(window)
+    y = y.unflatten(-1, (n, *window))  # [B, *spatial, N, *window]
+    order = [axis for place in range(axes) for axis in (1 + place, 2 + axes + place)]
+    y = y.permute(0, 1 + axes, *order)
+    y = y.reshape(x.shape[0], n, *(size * extent for size, extent in zip(x.shape[2:], window, strict=True)))
+    y = y.contiguous() if x.is_contiguous() else y
+    return y if bias is None else y + bias.view(-1, *[1] * axes)
+
+
+def _matrix(weight: FP8Weight) -> FP8Weight | None:
+    """``weight [N, C, *window]`` as ``[N, C * window]``; None where those are not contiguous."""
+    step = 1
+    for extent, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
+        if extent != 1 and stride != step:
+            return None
+        step *= extent
+    return weight.like(((weight.shape[0], step), (weight.stride(0), 1), weight.offset))
 
 
 def patches(x: torch.Tensor, window: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:

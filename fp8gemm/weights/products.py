@@ -148,8 +148,27 @@ def _bmm(a: Any, b: Any) -> Any:
     ends = torch.arange(m, m * batch + 1, m, device=a.device, dtype=torch.int32)[:batch] if m else None
     if ends is None:
         return a.new_empty(batch, 0, b.shape[2])
+    if len(b._home.layout.shape) == 2:
+        return _one_by_one(a, b)
     y = grouped(a.reshape(-1, k), b, ends)
     return y if y is NotImplemented else y.view(batch, m, -1)
+
+
+MOST_GROUPS = 32  # of rows of one matrix, multiplied by one after the other
+
+
+def _one_by_one(a: torch.Tensor, b: FP8Weight) -> Any:
+    """``y [G, M, N]``: ``a [G, M, K]`` times ``b [G, K, N]``, groups of the rows of one matrix."""
+    if b.shape[0] > MOST_GROUPS:
+        return NotImplemented
+    products = []
+    for group, x in enumerate(a):
+        rows = b.like((tuple(b.shape[1:]), b.stride()[1:], b.offset + group * b.stride(0)))
+        y = linear(x, rows.turned_around())
+        if y is NotImplemented:
+            return NotImplemented
+        products.append(y)
+    return torch.stack(products)
 
 
 def _chosen_product(a: torch.Tensor, b: FP8Weight, source: Home, ids: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from fp8gemm import FP8GemmOptions, FP8Weight, disable_fp8_gemm, enable_fp8_gemm, plan, report
-from fp8gemm.models.owners import UNSEEN, role_of
+from fp8gemm.models.owners import CONVOLUTIONS, UNSEEN, role_of
 from fp8gemm.models.reading import uses
 
 
@@ -89,6 +89,49 @@ class Flat(nn.Module):
         return x
 
 
+class Grouped(nn.Linear):
+    """Block-diagonal: groups of rows, each with tokens of its own, as DeepSeek-V4 has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight.view(4, -1, x.shape[-1]).transpose(1, 2)
+        y = torch.bmm(x.reshape(-1, 4, x.shape[-1]).transpose(0, 1), w).transpose(0, 1)
+        rows = self.weight.unflatten(0, (4, -1))
+        return (
+            y.reshape(*x.shape[:-2], -1)
+            + torch.einsum("btgk,gnk->btgn", x, rows).flatten(2)
+            + F.linear(x, rows[1]).flatten(2)
+        )
+
+
+class Sideways(nn.Module):
+    """The weight on the left, as in mixing along time; and inputs that are no rows in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(seeded(24, 5)), nn.Parameter(seeded(24, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.left @ x  # [24, 5] @ [2, 5, 32]
+        y = x.transpose(0, 1) @ self.right.T
+        return (
+            mixed @ self.right.mT
+            + torch.einsum("nk,btk->btn", self.right, mixed)
+            + y.mean()
+            + (torch.einsum("nk,btk->bnt", self.right, x) @ torch.ones(5, 24))
+        )
+
+
+class Borrowed(nn.Module):
+    """The weight of a Linear as that of a 1x1 convolution, as DETR's segmentation heads have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.linear.weight.unsqueeze(-1).unsqueeze(-1), self.linear.bias)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -152,6 +195,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
     "patches": (lambda: nn.Conv2d(3, 24, 4, stride=4), (seeded(2, 3, 13, 8),)),
     "patches in time": (lambda: nn.Conv3d(2, 24, (1, 4, 2), stride=(1, 4, 2), bias=False), (seeded(2, 2, 3, 8, 6),)),
     "one dimension": (lambda: nn.Conv1d(32, 24, 1), (seeded(2, 32, 9),)),
+    "transposed": (lambda: nn.ConvTranspose2d(32, 24, 2, stride=2), (seeded(2, 32, 6, 5),)),
+    "transposed in time": (lambda: nn.ConvTranspose1d(32, 24, 4, stride=4, bias=False), (seeded(2, 32, 6),)),
+    "transposed 1x1": (lambda: nn.ConvTranspose3d(32, 24, 1), (seeded(2, 32, 2, 3, 4),)),
+    "grouped rows": (lambda: Grouped(32, 96, bias=False), (seeded(2, 5, 4, 32),)),
+    "sideways": (Sideways, (X,)),
+    "borrowed": (Borrowed, (seeded(2, 32, 6, 5),)),
     "tied": (Tied, (IDS,)),
     "tied and scaled": (TiedScaled, (IDS,)),
 }
@@ -167,7 +216,7 @@ def against_its_own_weights(model: nn.Module, inputs: tuple[torch.Tensor, ...]) 
     assert not any(isinstance(parameter, FP8Weight) for parameter in dense.parameters())
     found, expected = first(model(*inputs)), first(dense(*inputs))
     assert found.shape == expected.shape
-    if isinstance(model, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(model, CONVOLUTIONS):
         assert found.is_contiguous() == expected.is_contiguous()
     # Both sum in float32, in different orders: K = 96 terms at most in a row, and up to eight products after another.
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -260,6 +309,8 @@ def test_what_does_more_than_multiply_stays_dense_with_its_reason() -> None:
             "overlapping": nn.Conv2d(4, 8, 3),
             "padded": nn.Conv2d(4, 8, 1, padding=1),
             "groups": nn.Conv2d(4, 8, 1, groups=2),
+            "spread": nn.ConvTranspose2d(4, 8, 3, stride=2),
+            "lengthened": nn.ConvTranspose2d(4, 8, 2, stride=2, output_padding=1),
             "recurrent": nn.LSTM(8, 8),
             "plain": nn.Linear(8, 8),
             "positions": nn.Embedding(9, 32),
@@ -269,7 +320,7 @@ def test_what_does_more_than_multiply_stays_dense_with_its_reason() -> None:
     reasons = {row.name: row.reason for row in report(model).kept}
     assert reasons.pop("equalized") == "Equalized does more than multiply by it: self.weight * 0.5"
     assert "by its transpose" in reasons.pop("both")
-    for name in ("overlapping", "padded", "groups"):
+    for name in ("overlapping", "padded", "groups", "spread", "lengthened"):
         assert "convolution, whose windows overlap or which has groups, padding or dilation" in reasons.pop(name)
     assert reasons.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0"}
     assert [row.name for row in report(model).converted] == ["plain"]

@@ -1,0 +1,56 @@
+"""What single expressions of a forward are, told from their syntax."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+
+def is_method(kind: type, name: str) -> bool:
+    """Whether a class has a method of this name."""
+    return inspect.isfunction(inspect.getattr_static(kind, name, None))
+
+
+def arguments_of(node: ast.Call) -> dict[int | str, ast.expr]:
+    """The arguments of a call, by place or keyword."""
+    found: dict[int | str, ast.expr] = dict(enumerate(node.args))
+    return {**found, **{keyword.arg or "**": keyword.value for keyword in node.keywords}}
+
+
+def last_name(node: ast.expr) -> str:
+    """What a function is called where it is called; empty for an expression without a name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def is_module(node: ast.expr) -> bool:
+    """Whether this is the name of a module of torch's, as in ``torch.matmul`` and ``F.linear``."""
+    return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (
+        isinstance(node, ast.Attribute) and node.attr in ("functional", "linalg") and is_module(node.value)
+    )
+
+
+def in_groups(name: str, arguments: list[ast.expr]) -> bool:
+    """Whether a view may be of the rows of a matrix in groups: ``view(groups, -1, K)``, ``unflatten(0, ...)``."""
+    if name == "unflatten":
+        return len(arguments) == 2 and is_constant(arguments[0], 0)
+    return name in ("view", "reshape") and len(arguments) == 3
+
+
+def is_constant(node: ast.expr, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value == value
+
+
+def matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
+    """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
+    which of the last two."""
+    inputs, arrow, y = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if not arrow or len(operands) != 2 or len(operands[place]) != 2 + stacked or "." in operands[place]:
+        return None
+    *_, first, last = list(operands[place])
+    if stacked and operands[place][0] not in y:
+        return None
+    x = operands[1 - place]
+    if last in x and last not in y and first in y and first not in x:
+        return "last"
+    return "first" if first in x and first not in y and last in y and last not in x else None

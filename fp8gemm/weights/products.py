@@ -131,6 +131,17 @@ def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> A
     return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
 
 
+@implements(OPERATIONS, aten.baddbmm.default)
+def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, FP8Weight):
+        return NotImplemented
+    y = _bmm(a, b)
+    if y is NotImplemented:
+        return NotImplemented
+    y = y if alpha == 1 else alpha * y
+    return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
+
+
 @implements(OPERATIONS, aten.bmm.default)
 def _bmm(a: Any, b: Any) -> Any:
     if not isinstance(b, FP8Weight):

@@ -115,17 +115,8 @@ def remembered_linear(
     data = weight.data
     if type(data) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % ALIGNMENT or not x.numel():
         return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
-    others = tuple(0 if t is None else t.data_ptr() for t in (bias, weight.input_scale))
-    key = (
-        x.shape,
-        x.dtype,
-        out_dtype,
-        weight.engine,
-        weight.accumulate,
-        data.data_ptr(),
-        weight.scale.data_ptr(),
-        others,
-    )
+    others = (bias, weight.input_scale)
+    key = _call_key(x, out_dtype, weight.engine, weight.accumulate, data, weight.scale, *others)
     calls: dict[Any, Any] = data.__dict__.setdefault("_fp8gemm_calls", {})
     call = calls.get(key)
     if call:
@@ -137,6 +128,23 @@ def remembered_linear(
         # Bound the second time, as what comes once may never come again; False where an engine has nothing to bind.
         calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
     return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+
+
+def _call_key(
+    x: torch.Tensor,
+    out_dtype: torch.dtype,
+    engine: str,
+    accumulate: str,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """What tells decided calls apart, beside the bytes of one weight."""
+    bias_at = 0 if bias is None else bias.data_ptr()
+    input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
+    ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)
+    return (x.shape, x.dtype, out_dtype, engine, accumulate, *ours)
 
 
 def grouped_forward(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -270,9 +278,15 @@ def _linear_operation(
 ) -> torch.Tensor:
     """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
     *facts, derive, out_dtype = facts_and_how
-    weight = _form_of(data, scale, input_scale, extra, 0, tuple(facts), derive)
     if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
         x = x.contiguous()
+    calls = data.__dict__.get("_fp8gemm_calls")
+    if calls and x_scale is None and not derive and x.data_ptr() % ALIGNMENT == 0:  # before anything is put together
+        call = calls.get(_call_key(x, out_dtype, facts[0], facts[1], data, scale, bias, input_scale))
+        if call:
+            y: torch.Tensor = call(x)
+            return y
+    weight = _form_of(data, scale, input_scale, extra, 0, tuple(facts), derive)
     if x_scale is None:
         return remembered_linear(x, weight, bias, out_dtype).contiguous()
     grid = _grid(*facts[-1])

@@ -1,4 +1,4 @@
-"""fp8gemm: one line makes any PyTorch model run its linear layers on FP8 weights."""
+"""fp8gemm: one line makes any PyTorch model run its matrix products on FP8 weights."""
 
 from .checkpoint import (
     Checkpoint,
@@ -32,7 +32,7 @@ from .scaled import (
     Scheme,
 )
 from .weights import FP8Linear, FP8Weight
-from .weights.report import Report, report
+from .weights.report import Coverage, Report, report
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Choice",
+    "Coverage",
     "FP8GemmOptions",
     "FP8Linear",
     "FP8Weight",

@@ -15,7 +15,7 @@ from torch import nn
 from ..engines import PackedWeight
 from ..errors import UnsupportedError
 from ..scaled import Granularity, ScaledTensor
-from ..weights import FP8Linear
+from ..weights import FP8Linear, own_weights
 
 # Names under which the Linears of one parent that may see the same tensor are found.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -68,6 +68,7 @@ def fuse_siblings(
     """
     groups: list[tuple[str, ...]] = []
     refused: dict[tuple[str, ...], str] = {}
+    owners = Counter(id(weight) for module in model.modules() for _, weight in own_weights(module))
     for prefix, parent in model.named_modules():
         for names in siblings:
             found = [(name, child) for name, child in parent._modules.items() if name in names]
@@ -77,7 +78,8 @@ def fuse_siblings(
             full = tuple(
                 f"{prefix}.{name}" if prefix else name for name, child in found if isinstance(child, FP8Linear)
             )
-            reason = _reason(members)
+            tied = any(owners[id(member._parameters["weight"])] > 1 for member in members)
+            reason = "the weight of one is tied to another layer's" if tied else _reason(members)
             if reason:
                 refused[full] = reason
                 continue

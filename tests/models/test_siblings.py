@@ -268,3 +268,13 @@ def test_warmup_runs_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(layer.materialized for layer in model)
     with pytest.raises(ValueError, match="tokens must be at least 1, found 0"):
         warmup(model, tokens=[0])
+
+
+def test_tied_weights_stay_tied() -> None:
+    """A weight that a layer elsewhere has too is not moved into a joined one."""
+    model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj")}) for _ in range(2))
+    model[1]["q_proj"].weight = model[0]["q_proj"].weight
+    found = fuse_siblings(enable_fp8_gemm(model))
+    assert not found.groups
+    assert set(found.refused.values()) == {"the weight of one is tied to another layer's"}
+    assert model[1]["q_proj"].weight is model[0]["q_proj"].weight

@@ -77,7 +77,7 @@ class Observer(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         weights = [tensor for tensor in tensors if isinstance(tensor, FP8Weight)]
         if weights:
-            return self.of_fp8(func, args, kwargs, weights)
+            return self.of_fp8(func, args, kwargs, tensors, weights)
         y = func(*args, **kwargs)
         if func in (torch.ops.fp8gemm.linear.default, torch.ops.fp8gemm.grouped.default):  # in a compiled region
             data = next(tensor for tensor in tensors if tensor.dtype in FP8_DTYPES)
@@ -108,15 +108,26 @@ class Observer(TorchDispatchMode):
             storage = made.untyped_storage()
             self.derived[storage._cdata] = (StorageWeakRef(storage), name)  # type: ignore[no-untyped-call]
 
-    def of_fp8(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[FP8Weight]) -> Any:
+    def of_fp8(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[FP8Weight],
+    ) -> Any:
         home = weights[0]._home
         home = getattr(home, "source", None) or home
         before = home.activity.dequantizations
         y = func(*args, **kwargs)
+        name = self.homes.get(id(home), "another weight")
         count = multiply_adds(func, args, y)
         if count:
             table = self.fp8 if home.activity.dequantizations == before else self.dequantized
-            table[self.homes.get(id(home), "another weight")] += count
+            table[name] += count
+        elif all(isinstance(tensor, FP8Weight) or self.source(tensor) is not None for tensor in tensors):
+            for made in tree_leaves(y):  # dequantized values
+                self.derive(made, name)
         return y
 
     def of_dense(
@@ -130,11 +141,12 @@ class Observer(TorchDispatchMode):
     ) -> None:
         factors = factors_of(func, args)
         matrices = [name for factor in factors if (name := self.source(factor)) is not None]
+        counts = dict.fromkeys(matrices[:1], multiply_adds(func, args, y))
         if is_layer(func):
-            for name in matrices:
-                self.dense[name] += tokens(args[0]) * self.parameters[name].numel()
-        elif matrices:
-            self.dense[matrices[0]] += multiply_adds(func, args, y)
+            counts = {name: tokens(args[0]) * self.parameters[name].numel() for name in matrices}
+        for name, count in counts.items():
+            table = self.dense if name in self.parameters else self.dequantized
+            table[name] += count
         for tensor, name in zip(tensors, sources, strict=True):
             if name is not None and tensor.untyped_storage()._cdata in self.names:
                 self.note(func, args, tensor, name, factors)

@@ -122,6 +122,16 @@ def _bilinear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | N
     return Role(Layout((outputs * first, second), folded=tuple(parameter.shape)), multiplied=True)
 
 
+def _headed(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
+    """A projection with a dimension for the heads, ``[C, heads, N]`` or ``[N, heads, C]``, as XLNet has them."""
+    found = uses(type(module), name) if parameter.dim() > 2 else None
+    if found is None or not found.is_factor or found.folded < found.products:
+        return None
+    first, *rest = parameter.shape
+    turned = found.turned > 0
+    return Role(Layout(swapped((first, math.prod(rest)), turned), turned, tuple(parameter.shape)), multiplied=True)
+
+
 def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
     """Experts ``[E, N, K]`` or ``[E, K, N]``: by what the forward does, else by a name that is known."""
     if name not in stacks(module):
@@ -208,6 +218,7 @@ KINDS: tuple[_Kind, ...] = (
     _convolution,
     _bilinear,
     _recurrent,
+    _headed,
     _stack,
     _flat_stack,
     _torchs_own,

@@ -26,11 +26,13 @@ _ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_fo
 @dataclass
 class Uses:
     """How often a forward multiplies by a parameter ``[N, K]`` (``straight``) or ``[K, N]`` (``turned``), looks up rows
-    of it, and what else it does with it, as the source has it."""
+    of it, and what else it does with it, as the source has it. ``folded`` counts the products for which it has more
+    dimensions: a matrix of its first one and the others taken together."""
 
     straight: int = 0
     turned: int = 0
     lookups: int = 0
+    folded: int = 0
     others: list[str] = field(default_factory=list)
 
     @property
@@ -295,6 +297,7 @@ class Method:
             self.other(node)
         else:
             self.count(weight, node, straight=(letters == "last") != weight.turned)
+            self.found.folded += len(str(equation).partition("->")[0].split(",")[place].strip()) > 2 + stacked
         del arguments[1], arguments[2]
 
     def follows(self, node: ast.Call, name: str) -> bool:

@@ -42,15 +42,17 @@ def is_constant(node: ast.expr, value: object) -> bool:
 
 def matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
     """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
-    which of the last two."""
+    which of the last two. For ``"last"`` that may be several, as of ``hnd`` in ``ibnd,hnd->ibh``; for ``"first"`` there
+    may be several others, as in ``ibh,hnd->ibnd``."""
     inputs, arrow, y = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    if not arrow or len(operands) != 2 or len(operands[place]) != 2 + stacked or "." in operands[place]:
+    if not arrow or len(operands) != 2 or "." in operands[place] or len(operands[place]) < 2 + stacked:
         return None
-    *_, first, last = list(operands[place])
-    if stacked and operands[place][0] not in y:
+    stack, matrix = operands[place][:stacked], operands[place][stacked:]
+    if stack not in y or (stacked and len(matrix) > 2):
         return None
-    x = operands[1 - place]
-    if last in x and last not in y and first in y and first not in x:
-        return "last"
-    return "first" if first in x and first not in y and last in y and last not in x else None
+    first, rest, x = {matrix[0]}, set(matrix[1:]), operands[1 - place]
+    for name, contracted, made in (("last", rest, first), ("first", first, rest)):
+        if contracted <= set(x) - set(y) and made <= set(y) - set(x):
+            return name
+    return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .dispatch import OPERATIONS, implements
-from .products import linear
+from .products import linear, matrix
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -36,14 +36,14 @@ def _convolution(
         return NotImplemented
     if transposed:
         return _spread(x, weight, bias, window)
-    matrix = _matrix(weight)
-    if matrix is None or x.shape[1] != weight.shape[1]:
+    w = matrix(weight)
+    if w is None or x.shape[1] != weight.shape[1]:
         return NotImplemented
     if any(size < extent for size, extent in zip(x.shape[2:], window, strict=True)):
         return NotImplemented  # torch says what is wrong
     rows, places = patches(x, window)
     n = weight.shape[0]
-    y = linear(rows, matrix, bias)
+    y = linear(rows, w, bias)
     if y is NotImplemented:
         return y
     y = y.view(x.shape[0], -1, n).transpose(1, 2)  # in three dimensions, in which torch transposes fastest
@@ -54,10 +54,10 @@ def _convolution(
 
 def _spread(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None, window: tuple[int, ...]) -> Any:
     """Transposed: each place of ``x [B, K, *spatial]``, a row ``[K]`` times ``[K, N * window]``, becomes a window."""
-    matrix = _matrix(weight)
-    if matrix is None or x.shape[1] != weight.shape[0]:
+    w = matrix(weight)
+    if w is None or x.shape[1] != weight.shape[0]:
         return NotImplemented
-    y = linear(x.movedim(1, -1), matrix.turned_around())
+    y = linear(x.movedim(1, -1), w.turned_around())
     if y is NotImplemented:
         return y
     n, axes = weight.shape[1], len(window)
@@ -67,16 +67,6 @@ def _spread(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None, windo
     y = y.reshape(x.shape[0], n, *(size * extent for size, extent in zip(x.shape[2:], window, strict=True)))
     y = y.contiguous() if x.is_contiguous() else y
     return y if bias is None else y + bias.view(-1, *[1] * axes)
-
-
-def _matrix(weight: FP8Weight) -> FP8Weight | None:
-    """``weight [N, C, *window]`` as ``[N, C * window]``; None where those are not contiguous."""
-    step = 1
-    for extent, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
-        if extent != 1 and stride != step:
-            return None
-        step *= extent
-    return weight.like(((weight.shape[0], step), (weight.stride(0), 1), weight.offset))
 
 
 def patches(x: torch.Tensor, window: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -113,8 +103,7 @@ def _trilinear(
     if not bilinear or not isinstance(weight, FP8Weight) or weight.dim() != 3 or not weight.is_whole():
         return NotImplemented
     outputs, first, second = weight.shape
-    matrix = weight.like(((outputs * first, second), (second, 1), 0))
-    y = linear(b, matrix)
+    y = linear(b, weight.like(((outputs * first, second), (second, 1), 0)))
     if y is NotImplemented:
         return NotImplemented
     return torch.einsum("moi,mi->mo", y.view(-1, outputs, first), a)

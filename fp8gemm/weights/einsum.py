@@ -1,4 +1,4 @@
-"""Which einsums are a product of tokens by a stack of experts, and how to lay their tokens out for it."""
+"""Which einsums are a product of tokens by a matrix or by a stack of experts, and how tokens are laid out for it."""
 
 from __future__ import annotations
 
@@ -55,3 +55,41 @@ def batched_operands(equation: str, stack_position: int, *, stack_is_transposed:
     plan = BatchedEinsum(x_letters=x, y_letters=y, expert=expert, contracted=contracted, made=made)
     fits = contracted in x and made not in x and sorted(y) == sorted(expert + made + plan.rest)
     return plan if fits else None
+
+
+@dataclass(frozen=True)
+class FoldedEinsum:
+    """The tokens of an einsum as ``[..., K]``, and ``[..., N]`` back as its output, for a matrix whose K or N may be
+    several dimensions."""
+
+    x_letters: str
+    y_letters: str
+    contracted: str
+    made: str
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        rest = "".join(letter for letter in self.x_letters if letter not in self.contracted)
+        x = x.permute([self.x_letters.index(letter) for letter in rest + self.contracted])
+        return x.flatten(len(rest))
+
+    def output(self, y: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+        rest = "".join(letter for letter in self.x_letters if letter not in self.contracted)
+        y = y.reshape(*y.shape[:-1], *sizes)
+        return y.permute([(rest + self.made).index(letter) for letter in self.y_letters])
+
+
+def folded_operands(equation: str, place: int) -> tuple[FoldedEinsum, bool] | None:
+    """The plan for an equation in which the operand at ``place`` is a matrix of its first dimension and the others
+    together, and whether it is the first that is summed over; None if it is no such product."""
+    inputs, arrow, y = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if not arrow or len(operands) != 2 or "." in equation or len(operands[place]) < 2:
+        return None
+    w, x = operands[place], operands[1 - place]
+    if len(set(w)) != len(w) or len(set(x)) != len(x):
+        return None
+    for contracted, made in ((w[1:], w[0]), (w[0], w[1:])):
+        rest = set(x) - set(contracted)
+        if set(contracted) <= set(x) and not set(w) & rest and sorted(y) == sorted((*rest, *made)):
+            return FoldedEinsum(x, y, contracted, made), contracted == w[0]
+    return None

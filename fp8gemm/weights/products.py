@@ -11,7 +11,7 @@ from .. import native
 from ..engines import ENGINES
 from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
-from .einsum import batched_operands
+from .einsum import FoldedEinsum, batched_operands, folded_operands
 from .geometry import Part
 from .home import Home
 from .lookup import rows_of
@@ -150,8 +150,8 @@ def _bmm(a: Any, b: Any) -> Any:
     if isinstance(a, FP8Weight) or a.dim() != 3 or a.shape[0] != b.shape[0]:
         return NotImplemented
     if b.stride(0) == 0 or b.size(0) == 1:  # one matrix for the whole batch
-        matrix = b.like((tuple(b.shape[1:]), b.stride()[1:], b.offset))
-        y = linear(a.reshape(-1, a.size(2)), matrix.turned_around())
+        shared = b.like((tuple(b.shape[1:]), b.stride()[1:], b.offset))
+        y = linear(a.reshape(-1, a.size(2)), shared.turned_around())
         return y if y is NotImplemented else y.view(a.size(0), a.size(1), -1)
     batch, m, k = a.shape
     if isinstance(b._home, ChosenExperts) and (source := b._home.source) is not None:
@@ -240,6 +240,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if not isinstance(equation, str) or len(operands) != 2 or len(stacks) != 1:
         return NotImplemented
     stack, x = operands[stacks[0]], operands[1 - stacks[0]]
+    if not torch.compiler.is_compiling() and (folded := folded_operands(equation, stacks[0])) is not None:
+        return _folded_product(x, stack, *folded)
     part = stack.part() if stack.dim() == 3 else None
     if part is None or torch.compiler.is_compiling():
         return NotImplemented
@@ -248,6 +250,28 @@ def _einsum(equation: Any, *operands: Any) -> Any:
         return NotImplemented
     tokens = plan.input(x, experts=stack.shape[0])
     return plan.output(torch.bmm(tokens, stack if part.flipped else stack.transpose(1, 2)))
+
+
+def _folded_product(x: torch.Tensor, weight: FP8Weight, plan: FoldedEinsum, first: bool) -> Any:
+    """An einsum with ``weight [N, ...]``, or ``[K, ...]`` where its first dimension is summed over."""
+    w = matrix(weight)
+    if w is None or x.dim() != len(plan.x_letters) or weight.dim() != len(plan.contracted + plan.made):
+        return NotImplemented
+    tokens = plan.input(x)
+    if tokens.shape[-1] != w.shape[0 if first else 1]:
+        return NotImplemented  # torch says what is wrong
+    y = F.linear(tokens, w.turned_around() if first else w)
+    return plan.output(y, tuple(weight.shape[1:] if first else weight.shape[:1]))
+
+
+def matrix(weight: FP8Weight) -> FP8Weight | None:
+    """``weight [N, ...]`` as ``[N, K]``, K all its other dimensions; None where those are not contiguous."""
+    step = 1
+    for extent, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
+        if extent != 1 and stride != step:
+            return None
+        step *= extent
+    return weight.like(((weight.shape[0], step), (weight.stride(0), 1), weight.offset))
 
 
 @implements(FUNCTIONS, F.embedding)

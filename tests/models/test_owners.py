@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from fp8gemm import FP8GemmOptions, FP8Weight, disable_fp8_gemm, enable_fp8_gemm, plan, report
 from fp8gemm.models.owners import CONVOLUTIONS, UNSEEN, role_of
 from fp8gemm.models.reading import uses
+from fp8gemm.weights.products import MOST_GROUPS
 
 
 def seeded(*size: int) -> torch.Tensor:
@@ -121,6 +122,17 @@ class Sideways(nn.Module):
         )
 
 
+class Headed(nn.Module):
+    """Projections with a dimension for the heads, as XLNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Parameter(seeded(32, 4, 16)), nn.Parameter(seeded(24, 4, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ibnd,hnd->ibh", torch.einsum("ibh,hnd->ibnd", x, self.q), self.o)
+
+
 class Borrowed(nn.Module):
     """The weight of a Linear as that of a 1x1 convolution, as DETR's segmentation heads have it."""
 
@@ -200,6 +212,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
     "transposed 1x1": (lambda: nn.ConvTranspose3d(32, 24, 1), (seeded(2, 32, 2, 3, 4),)),
     "grouped rows": (lambda: Grouped(32, 96, bias=False), (seeded(2, 5, 4, 32),)),
     "sideways": (Sideways, (X,)),
+    "heads": (Headed, (X,)),
     "borrowed": (Borrowed, (seeded(2, 32, 6, 5),)),
     "tied": (Tied, (IDS,)),
     "tied and scaled": (TiedScaled, (IDS,)),
@@ -338,6 +351,8 @@ def test_the_source_is_read_not_guessed() -> None:
             self.helper(self.c)
             z = [self.d[i] for i in range(3)]
             e = getattr(self, "e")  # noqa: B009
+            y = y + self.h.view(3, -1, 8)[0] @ self.i.unflatten(0, (3, -1))[1] + self.i.view(8, 8)
+            y = y + torch.einsum("bk,ckn->bcn", y, self.j).sum(1) + torch.einsum("bk,knm->bnm", y, self.k).sum(1)
             return torch.einsum("bk,kn->bn", y, e) @ z[0] + self.f @ self.b
 
         def helper(self, w: torch.Tensor) -> None:
@@ -350,6 +365,11 @@ def test_the_source_is_read_not_guessed() -> None:
     assert uses(Many, "d").others
     assert uses(Many, "e").turned == 1
     assert uses(Many, "f").straight == 1
+    assert uses(Many, "h").others == []
+    assert uses(Many, "h").straight == 1
+    assert len(uses(Many, "i").others) == 2  # a sum over some rows; a view of two dimensions
+    assert uses(Many, "j").others
+    assert (uses(Many, "k").turned, uses(Many, "k").folded) == (1, 1)
     assert uses(Many, "g").others == ["self.g.add_(1)"]
     assert uses(Many, "absent").products == 0
     scope: dict[str, Any] = {"nn": nn}
@@ -460,6 +480,38 @@ def test_products_that_are_dequantized_count_as_such() -> None:
     assert coverage.dequantized == {"linear.weight": 10 * 32 * 32}
     with pytest.raises(ValueError, match="dequantized at each call"):
         report(model).check()
+
+
+def test_products_by_values_made_of_a_weight_count_as_dequantized() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.other = nn.Linear(32, 32, bias=False), nn.Parameter(torch.ones(8, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (
+                F.linear(x, self.linear.weight * 0.5)
+                + F.linear(x, torch.cat([self.linear.weight, self.other]))[..., 8:]
+            )
+
+    model = enable_fp8_gemm(Halved())
+    model(X)
+    coverage = report(model).coverage
+    assert coverage is not None
+    assert not coverage.fp8
+    assert coverage.dequantized == {"linear.weight": 10 * 32 * (32 + 40)}
+
+
+def test_more_groups_of_rows_than_one_by_one_would_pay_are_dequantized() -> None:
+    class Many(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(x, self.weight.view(MOST_GROUPS + 1, -1, x.shape[-1]).transpose(1, 2))
+
+    model = enable_fp8_gemm(Many(16, 2 * (MOST_GROUPS + 1), bias=False))
+    x = seeded(MOST_GROUPS + 1, 3, 16)
+    with torch.no_grad():
+        against_its_own_weights(model, (x,))
+    assert report(model).rows[0].dequantizations
 
 
 def test_compiled_models_are_compiled_though_their_first_pass_is_watched() -> None:

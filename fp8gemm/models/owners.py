@@ -96,7 +96,9 @@ def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role 
         return Role(listed=False)
     size = f"{'x'.join(map(str, module.kernel_size))} convolution"
     if not is_patchwise(module):
-        return Role(reason=f"a {size}, whose windows overlap or which has groups, padding or dilation")
+        return Role(
+            reason=f"a {size}, whose windows overlap or which has groups, padding, dilation or a forward of its own"
+        )
     first, *rest = parameter.shape
     shape = swapped((first, math.prod(rest)), module.transposed)
     return Role(Layout(shape, module.transposed, tuple(parameter.shape)), multiplied=True)

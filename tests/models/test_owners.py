@@ -334,7 +334,10 @@ def test_what_does_more_than_multiply_stays_dense_with_its_reason() -> None:
     assert reasons.pop("equalized") == "Equalized does more than multiply by it: self.weight * 0.5"
     assert "by its transpose" in reasons.pop("both")
     for name in ("overlapping", "padded", "groups", "spread", "lengthened"):
-        assert "convolution, whose windows overlap or which has groups, padding or dilation" in reasons.pop(name)
+        assert (
+            "convolution, whose windows overlap or which has groups, padding, dilation or a forward of its own"
+            in reasons.pop(name)
+        )
     assert reasons.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0"}
     assert [row.name for row in report(model).converted] == ["plain"]
 

@@ -24,6 +24,7 @@ SMALLER: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|codebook_size", VOCABULARY),
     (r".*(experts_per_tok(en)?|moe_top_?k|moe_topk|num_selected_experts)|top_k", 2),
     (r"(.*_)?(num|n)_(routed_|local_)?experts|moe_num_experts", 4),
+    (r"rotary_dim", WIDTH // HEADS),
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"first_k_dense_replace|moe_layer_start_index", 1),
     (r"num_mtp_layers|num_nextn_predict_layers", 0),
@@ -47,11 +48,13 @@ FLOATS = {"initializer_range": 0.09, "init_std": 0.09, "initializer_factor": 1.0
 ESPECIALLY: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 32, "expand": 2, "chunk_size": 16},
-    "bart": {"scale_embedding": False},
-    "xlm": {"asm": False},
     "reformer": {
         **{"axial_pos_embds": False, "num_buckets": 4, "attn_layers": ["local", "local"], "is_decoder": True},
     },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "nemotron": {"num_key_value_heads": 2},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
 }
@@ -128,7 +131,9 @@ def shrunk(kind: type, name: str = "", *, width: bool = True, tied: bool = True)
     layers = next((value for key, value in vars(first).items() if key.endswith(("hidden_layers", "n_layer"))), None)
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     for key in fields - {"transformers_version", "architectures"}:
-        value = getattr(first, key, None)
+        value = vars(first).get(key)
+        if value is None and width and key == "head_dim":
+            values[key] = WIDTH // HEADS
         if value is None or callable(value):
             continue
         smaller = _smaller(key, value, layers, width=width, tied=tied)

@@ -96,9 +96,7 @@ def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role 
         return Role(listed=False)
     size = f"{'x'.join(map(str, module.kernel_size))} convolution"
     if not is_patchwise(module):
-        return Role(
-            reason=f"a {size}, whose windows overlap or which has groups, padding, dilation or a forward of its own"
-        )
+        return Role(reason=f"a {size}, whose windows overlap or which has groups, padding, dilation or another forward")
     first, *rest = parameter.shape
     shape = swapped((first, math.prod(rest)), module.transposed)
     return Role(Layout(shape, module.transposed, tuple(parameter.shape)), multiplied=True)
@@ -109,12 +107,18 @@ def is_patchwise(module: nn.Module) -> bool:
     transposed one, each output element."""
     if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
         return False
-    forwards = [kind.forward for kind in CONVOLUTIONS]
     padding = module.padding
     unpadded = padding == "valid" or (not isinstance(padding, str) and not any(padding))
     unpadded = unpadded and not any(module.output_padding)
     whole = module.kernel_size == module.stride and (set(module.dilation) == {1} or set(module.kernel_size) == {1})
-    return type(module).forward in forwards and unpadded and whole
+    return unpadded and whole and _convolves(module)
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether a convolution does with its weight what torch's own forward does, perhaps around it."""
+    kind, own = type(module), next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
+    inner = [getattr(one, "_conv_forward", None) for one in (kind, own)]
+    return inner[0] is inner[1] and (kind.forward is own.forward or uses(kind, "weight") == uses(own, "weight"))
 
 
 def _bilinear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:

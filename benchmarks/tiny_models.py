@@ -49,10 +49,11 @@ ESPECIALLY: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 32, "expand": 2, "chunk_size": 16},
     "reformer": {
-        **{"axial_pos_embds": False, "num_buckets": 4, "attn_layers": ["local", "local"], "is_decoder": True},
+        **{"axial_pos_embds": False, "num_buckets": 4, "attn_layers": ["local", "local"], "is_decoder": False},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "nemotron": {"num_key_value_heads": 2},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "bamba": {"attn_layer_indices": [1]},

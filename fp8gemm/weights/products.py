@@ -125,19 +125,10 @@ def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> A
         y = linear(a, b.turned_around())
     else:
         y = _left(a, b)
-    if y is NotImplemented:
-        return NotImplemented
-    y = y if alpha == 1 else alpha * y
-    return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
+    return y if y is NotImplemented else _plus(bias, y, beta, alpha)
 
 
-@implements(OPERATIONS, aten.baddbmm.default)
-def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(bias, FP8Weight):
-        return NotImplemented
-    y = _bmm(a, b)
-    if y is NotImplemented:
-        return NotImplemented
+def _plus(bias: torch.Tensor, y: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     y = y if alpha == 1 else alpha * y
     return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
 
@@ -163,6 +154,14 @@ def _bmm(a: Any, b: Any) -> Any:
         return _one_by_one(a, b)
     y = grouped(a.reshape(-1, k), b, ends)
     return y if y is NotImplemented else y.view(batch, m, -1)
+
+
+@implements(OPERATIONS, aten.baddbmm.default)
+def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, FP8Weight):
+        return NotImplemented
+    y = _bmm(a, b)
+    return y if y is NotImplemented else _plus(bias, y, beta, alpha)
 
 
 MOST_GROUPS = 32  # of rows of one matrix, multiplied by one after the other

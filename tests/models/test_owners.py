@@ -75,6 +75,19 @@ class Experts(nn.Module):
         return torch.cat([F.linear(x, self.weight[i]) for i in range(3)], dim=-1)
 
 
+class Biased(nn.Module):
+    """A stack of square blocks with their biases, as RecurrentGemma's gates are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.bias = nn.Parameter(seeded(2, 16, 16)), nn.Parameter(seeded(2, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(-1, 2, 16).transpose(0, 1)
+        y = torch.baddbmm(self.bias[:, None, :], x, self.gate)
+        return y + torch.baddbmm(self.bias[:, None, :], x, self.gate, beta=0.5, alpha=2)
+
+
 class Flat(nn.Module):
     """Experts one below the other in matrices, as DBRX has them."""
 
@@ -210,6 +223,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
     "doubling": (lambda: Doubling(32, 24), (X,)),
     "packed": (Packed, (X,)),
     "experts": (Experts, (X,)),
+    "biased blocks": (Biased, (X,)),
     "flat experts": (Flat, (X[0],)),
     "attention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), (X, X, X)),
     "cross attention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), (X, X.flip(1), X.flip(1))),

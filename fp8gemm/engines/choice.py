@@ -145,7 +145,7 @@ def _cpu_features() -> frozenset[str]:
     """Named as Linux names them; torch's questions are private, so an absent one counts as a no."""
     questions = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
     found = {name for name, question in questions.items() if getattr(torch.cpu, question, lambda: False)()}
-    if isinstance(native.find(), native.Library):
+    if native.loaded() is not None:
         found.add("native")
     return frozenset(found)
 

@@ -126,8 +126,7 @@ def _library(stored: torch.dtype, dtype: torch.dtype, *operands: torch.Tensor | 
     """The compiled kernels, where there are any and they take these dtypes and these operands."""
     if stored != torch.float8_e4m3fn or dtype == torch.float64 or not native.plain(*operands):
         return None
-    library = native.find()
-    return library if isinstance(library, native.Library) else None
+    return native.loaded()
 
 
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:

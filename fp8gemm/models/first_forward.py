@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from .. import native
+from ..weights.product import jit_tracing
 from .observation import Observer
 
 Then = Callable[[nn.Module, Observer], None]
@@ -105,6 +106,5 @@ def _undisturbed(args: Any) -> bool:
     """Whether nobody else watches, traces, captures or distributes the pass."""
     tensors: Iterator[torch.Tensor] = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    tracing = torch._C._get_tracing_state() is not None
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return native.plain(*tensors) and not (capturing or tracing or several)
+    return native.plain(*tensors) and not (capturing or jit_tracing() or several)

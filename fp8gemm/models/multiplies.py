@@ -57,7 +57,7 @@ def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
         turned = func is not aten.mkldnn_convolution.default and len(args) > 6 and bool(args[6])
         return int((x if turned else y).numel() * math.prod(weight.shape[1:]))
     if func is aten._trilinear.default:
-        return int(args[0].numel() // max(args[0].shape[-1], 1) * args[1].numel())
+        return tokens(args[0]) * int(args[1].numel())
     return 0
 
 

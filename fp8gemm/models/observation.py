@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..scaled import FP8_DTYPES
 from ..weights import FP8Weight
-from ..weights.geometry import Layout, swapped
+from ..weights.geometry import Layout
 from ..weights.report import Coverage
 from .multiplies import factors_of, is_layer, is_view, multiply_adds, tokens
 from .owners import Role
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Uses:
+class Seen:
     """What one parameter was used for: along which of its dimensions products contracted it, and what else."""
 
     contracted: set[tuple[int, int]] = field(default_factory=set)  # dimension, extent
@@ -46,7 +46,7 @@ class Observer(TorchDispatchMode):
         self.parameters: dict[str, nn.Parameter] = {}
         self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
         self.homes: dict[int, str] = {}
-        self.uses: dict[str, Uses] = defaultdict(Uses)
+        self.uses: dict[str, Seen] = defaultdict(Seen)
         self.fp8: dict[str, int] = defaultdict(int)
         self.dequantized: dict[str, int] = defaultdict(int)
         self.dense: dict[str, int] = defaultdict(int)
@@ -177,7 +177,7 @@ class Observer(TorchDispatchMode):
         return found
 
 
-def _layout(parameter: nn.Parameter, seen: Uses) -> Layout | None:
+def _layout(parameter: nn.Parameter, seen: Seen) -> Layout | None:
     """How a parameter's memory is a matrix, or a stack of them, for the products that it was seen in."""
     if seen.others or len(seen.contracted) != 1 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
         return None
@@ -185,9 +185,9 @@ def _layout(parameter: nn.Parameter, seen: Uses) -> Layout | None:
     size = tuple(parameter.shape)
     turned = axis == parameter.dim() - 2
     if extent == size[axis]:
-        return Layout(swapped(size, turned), turned)
+        return Layout.of(size, turned=turned)
     if parameter.dim() == 2 and turned and size[0] % extent == 0:  # experts one below the other
-        return Layout((size[0] // extent, size[1], extent), turned, size)
+        return Layout.of((size[0] // extent, extent, size[1]), turned=True, folded=size)
     return None
 
 

@@ -7,7 +7,7 @@ answers with what that parameter is to the module. The first row that has an ans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..weights import FP8Linear
-from ..weights.geometry import Layout, swapped
+from ..weights.geometry import Layout
 from ..weights.structure import STACK_NAMES, expert_count, is_transposed, stacks
 from .reading import uses
-from .source import Uses
 
 # Linears whose forward is nn.Linear's own; the second is nn.MultiheadAttention's out_proj.
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -74,8 +73,8 @@ def _linear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | Non
     if not isinstance(module, nn.Linear) or name != "weight" or parameter.dim() != 2:
         return None
     if is_plain_linear(module):
-        return Role(Layout(tuple(parameter.shape)), multiplied=True)
-    return replace(_told(uses(type(module), name), parameter, type(module).__name__), listed=True)
+        return Role(Layout.of(parameter.shape), multiplied=True)
+    return replace(_told(module, name, parameter), listed=True)
 
 
 def _attention(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
@@ -83,8 +82,8 @@ def _attention(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | 
     if not isinstance(module, nn.MultiheadAttention) or name not in projections:
         return None
     if type(module).forward is nn.MultiheadAttention.forward:
-        return Role(Layout(tuple(parameter.shape)), multiplied=True)
-    return _told(uses(type(module), name), parameter, type(module).__name__)
+        return Role(Layout.of(parameter.shape), multiplied=True)
+    return _told(module, name, parameter)
 
 
 def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
@@ -98,8 +97,8 @@ def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role 
     if not is_patchwise(module):
         return Role(reason=f"a {size}, whose windows overlap or which has groups, padding, dilation or another forward")
     first, *rest = parameter.shape
-    shape = swapped((first, math.prod(rest)), module.transposed)
-    return Role(Layout(shape, module.transposed, tuple(parameter.shape)), multiplied=True)
+    layout = Layout.of((first, math.prod(rest)), turned=module.transposed, folded=parameter.shape)
+    return Role(layout, multiplied=True)
 
 
 def is_patchwise(module: nn.Module) -> bool:
@@ -125,7 +124,7 @@ def _bilinear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | N
     if type(module) is not nn.Bilinear or name != "weight":
         return None
     outputs, first, second = parameter.shape
-    return Role(Layout((outputs * first, second), folded=tuple(parameter.shape)), multiplied=True)
+    return Role(Layout.of((outputs * first, second), folded=parameter.shape), multiplied=True)
 
 
 def _headed(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
@@ -134,8 +133,8 @@ def _headed(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | Non
     if found is None or not found.is_factor or found.folded < found.products:
         return None
     first, *rest = parameter.shape
-    turned = found.turned > 0
-    return Role(Layout(swapped((first, math.prod(rest)), turned), turned, tuple(parameter.shape)), multiplied=True)
+    layout = Layout.of((first, math.prod(rest)), turned=found.turned > 0, folded=parameter.shape)
+    return Role(layout, multiplied=True)
 
 
 def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
@@ -145,8 +144,8 @@ def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None
     seen = uses(type(module), name, stacked=True)
     turned = is_transposed(module, name)
     if name not in STACK_NAMES and seen is not None and seen.is_factor:
-        return Role(Layout(swapped(parameter.shape, seen.turned > 0), seen.turned > 0), multiplied=True)
-    layout = Layout(swapped(parameter.shape, turned), turned)
+        return Role(Layout.of(parameter.shape, turned=seen.turned > 0), multiplied=True)
+    layout = Layout.of(parameter.shape, turned=turned)
     if name in STACK_NAMES:
         return Role(layout, multiplied=True)
     reason = "a stack of matrices, perhaps no experts: a module_filter that names it converts it"
@@ -161,9 +160,8 @@ def _flat_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role |
     rows, columns = parameter.shape[0] // experts, parameter.shape[1]
     if rows not in _numbers(module):
         return None
-    turned = name in ("w2", "down_proj")
-    memory = (experts, rows, columns)
-    return Role(Layout(swapped(memory, turned), turned, tuple(parameter.shape)), multiplied=True)
+    layout = Layout.of((experts, rows, columns), turned=name in ("w2", "down_proj"), folded=parameter.shape)
+    return Role(layout, multiplied=True)
 
 
 def _numbers(module: nn.Module) -> set[int]:
@@ -189,23 +187,22 @@ def _torchs_own(module: nn.Module, name: str, parameter: torch.Tensor) -> Role |
 def _by_its_code(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
     if parameter.dim() != 2:
         return Role(listed=False)
-    found = uses(type(module), name)
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return Role(listed=False, reason="an embedding that renormalizes its rows in place (max_norm)")
-    role = _told(found, parameter, type(module).__name__)
+    role = _told(module, name, parameter)
     dull = isinstance(module, nn.Embedding) and not role.multiplied
     return replace(role, listed=False) if dull else role
 
 
-def _told(found: Uses | None, parameter: torch.Tensor, owner: str) -> Role:
-    """What the source of a forward says about a parameter."""
+def _told(module: nn.Module, name: str, parameter: torch.Tensor) -> Role:
+    """What the source of the module's forward says about a parameter."""
+    found, owner = uses(type(module), name), type(module).__name__
     if found is None:
         return Role(reason=f"the source of {owner} cannot be read; {UNSEEN}", listed=_large(parameter))
     if found.is_factor:
-        turned = found.turned > 0
-        return Role(Layout(swapped(parameter.shape, turned), turned), multiplied=True)
+        return Role(Layout.of(parameter.shape, turned=found.turned > 0), multiplied=True)
     if found.is_table:
-        return Role(Layout(tuple(parameter.shape)), looked_up=True)
+        return Role(Layout.of(parameter.shape), looked_up=True)
     if found.others:
         return Role(reason=f"{owner} does more than multiply by it: {found.others[0]}", listed=_large(parameter))
     if found.products:
@@ -230,11 +227,3 @@ KINDS: tuple[_Kind, ...] = (
     _torchs_own,
     _by_its_code,
 )
-
-
-def own_roles(module: nn.Module) -> Iterator[tuple[str, Role]]:
-    """The role of each parameter of a module's own that has one."""
-    for name in module._parameters:
-        role = None if module._parameters[name] is None else role_of(module, name)
-        if role is not None:
-            yield name, role

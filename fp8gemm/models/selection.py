@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -16,7 +16,6 @@ from ..errors import UnsupportedError
 from ..scaled import COMPUTE_DTYPES, SCHEMES, FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
-from ..weights.geometry import Layout
 from ..weights.packed import spec_of
 from ..weights.structure import routers
 from .owners import Role, is_plain_linear, role_of
@@ -25,7 +24,7 @@ ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
 
 @dataclass(frozen=True)
-class Place:
+class Holder:
     """Where a parameter is found: its module, its name there, and what it is to that module."""
 
     name: str  # of the layer: the module's, or the parameter's where that is not called weight
@@ -55,20 +54,31 @@ class Conversion:
     ``ties`` are the other places at which the model has the same parameter.
     """
 
-    name: str
-    module: nn.Module
+    places: tuple[Holder, ...]
     reason: str = ""
-    parameter: str = "weight"  # of ``module``
-    layout: Layout | None = None
-    ties: tuple[Place, ...] = ()
-    places: tuple[Place, ...] = field(default=(), repr=False)
-    listed: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.places[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.places[0].module
+
+    @property
+    def parameter(self) -> str:
+        """Its name in ``module``."""
+        return self.places[0].parameter
+
+    @property
+    def ties(self) -> tuple[Holder, ...]:
+        return self.places[1:]
 
     def make(self, options: FP8GemmOptions) -> nn.Parameter:
         """The FP8 parameter, without touching the module."""
         if not any(place.role.multiplied for place in self.places):  # a table: a scale for each of its rows
             options = replace(options, scheme=SCHEMES["row"])
-        found: nn.Parameter = made(self.module, self.parameter, options, layout=self.layout)
+        found: nn.Parameter = made(self.module, self.parameter, options, layout=self.places[0].role.layout)
         return found
 
     @property
@@ -121,9 +131,9 @@ def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options:
     warnings.warn("; ".join(problems), stacklevel=3)
 
 
-def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Place]]:
+def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]]:
     """Every parameter with a role, at all the places where it is found; a module with two parents is one place."""
-    found: dict[int, list[Place]] = {}
+    found: dict[int, list[Holder]] = {}
     for prefix, module in model.named_modules():
         for parameter, tensor in module._parameters.items():
             if tensor is None or isinstance(tensor, FP8Weight):
@@ -133,17 +143,17 @@ def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Place]]
             if role is None or role.layout is None or role.reason:
                 role = seen.get(f"{prefix}.{parameter}".strip("."), role)
             if role is not None:
-                found.setdefault(id(tensor), []).append(Place(name, module, parameter, role))
+                found.setdefault(id(tensor), []).append(Holder(name, module, parameter, role))
     yield from found.values()
     yield from _computed(model)
 
 
-def _computed(model: nn.Module) -> Iterator[list[Place]]:
+def _computed(model: nn.Module) -> Iterator[list[Holder]]:
     """Linears whose weight is no parameter."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
             reason = "its weight is no parameter but computed, as by weight_norm or spectral_norm"
-            yield [Place(name, module, "weight", Role(reason=reason))]
+            yield [Holder(name, module, "weight", Role(reason=reason))]
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ class _KeptModules:
         return self.adapters.get(id(module), "")
 
 
-def _step(places: list[Place], wanted: Filter, kept: _KeptModules, options: FP8GemmOptions) -> Conversion | None:
+def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, options: FP8GemmOptions) -> Conversion | None:
     """What becomes of one parameter; None for what is neither converted nor worth a word."""
     factors = [place for place in places if place.role.multiplied]
     tables = [place for place in places if place.role.looked_up]
@@ -181,21 +191,12 @@ def _step(places: list[Place], wanted: Filter, kept: _KeptModules, options: FP8G
     if not reason and len(layouts) > 1:
         reason = f"{' and '.join(place.full_name for place in places)} are one tensor, used in two layouts"
     reason = reason or _keep_reason(first, options)
-    others = tuple(place for place in places if place is not first)
-    step = Conversion(
-        first.name,
-        first.module,
-        reason,
-        first.parameter,
-        first.role.layout,
-        others,
-        (first, *others),
-        listed=any(place.role.listed for place in places),
-    )
-    return step if step.converts or step.listed else None
+    if reason and not any(place.role.listed for place in places):
+        return None
+    return Conversion((first, *(place for place in places if place is not first)), reason)
 
 
-def _keep_reason(place: Place, options: FP8GemmOptions) -> str:
+def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:
     """Why a matrix must stay as it is; empty if it can be converted."""
     weight, layout = place.module._parameters[place.parameter], place.role.layout
     assert weight is not None

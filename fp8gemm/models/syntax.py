@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 
+from ..weights.einsum import letters_of
+
 
 def is_method(kind: type, name: str) -> bool:
     """Whether a class has a method of this name."""
@@ -44,14 +46,14 @@ def matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
     """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
     which of the last two. For ``"last"`` that may be several, as of ``hnd`` in ``ibnd,hnd->ibh``; for ``"first"`` there
     may be several others, as in ``ibh,hnd->ibnd``."""
-    inputs, arrow, y = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if not arrow or len(operands) != 2 or "." in operands[place] or len(operands[place]) < 2 + stacked:
+    letters = letters_of(equation, place)
+    if letters is None or "." in letters[0] or len(letters[0]) < 2 + stacked:
         return None
-    stack, matrix = operands[place][:stacked], operands[place][stacked:]
+    w, x, y = letters
+    stack, matrix = w[:stacked], w[stacked:]
     if stack not in y or (stacked and len(matrix) > 2):
         return None
-    first, rest, x = {matrix[0]}, set(matrix[1:]), operands[1 - place]
+    first, rest = {matrix[0]}, set(matrix[1:])
     for name, contracted, made in (("last", rest, first), ("first", first, rest)):
         if contracted <= set(x) - set(y) and made <= set(y) - set(x):
             return name

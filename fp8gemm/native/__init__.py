@@ -8,7 +8,7 @@ from .build import Unavailable, build, cache_directory
 from .library import TYPES, Instructions, Library, open_library
 from .memory import plain
 
-__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "plain"]
+__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "loaded", "plain"]
 
 
 @functools.cache
@@ -20,3 +20,9 @@ def find() -> Library | Unavailable:
     """
     built = build()
     return built if isinstance(built, Unavailable) else open_library(built)
+
+
+def loaded() -> Library | None:
+    """The compiled kernels, or None where there are none."""
+    found = find()
+    return found if isinstance(found, Library) else None

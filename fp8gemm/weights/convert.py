@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTensor, Scheme
-from .geometry import Layout, swapped
+from .geometry import Layout
 from .home import Home
 from .kept import unwatch, watch
 from .packed import quantized
@@ -69,7 +69,7 @@ def made(
         raise ValueError(f"an FP8 weight is made from a floating parameter, found {found} in {type(module).__name__}")
     if isinstance(parameter, FP8Weight):
         raise ValueError(f"{name} of {type(module).__name__} is in FP8 already")
-    layout = layout or Layout(swapped(parameter.shape, turned), turned)
+    layout = layout or Layout.of(parameter.shape, turned=turned)
     values = parameter.detach()
     plain = layout.plain(values if layout.folded is None else values.contiguous())
     if weight is not None and tuple(weight.shape) != tuple(plain.shape):

@@ -38,17 +38,24 @@ class BatchedEinsum:
         return y.permute([letters.index(letter) for letter in self.y_letters])
 
 
+def letters_of(equation: str, place: int) -> tuple[str, str, str] | None:
+    """The letters of the operand at ``place``, of the other one and of the output; None unless it has two operands and
+    says its output."""
+    inputs, arrow, y = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    return (operands[place], operands[1 - place], y) if arrow and len(operands) == 2 else None
+
+
 def batched_operands(equation: str, stack_position: int, *, stack_is_transposed: bool) -> BatchedEinsum | None:
     """The plan for an equation of two operands, of which one is a stack; None if it is no such product.
 
     It is one where the stack's letters are expert, made and contracted (``enk``, or ``ekn`` for a transposed stack),
     x has the contracted letter and not the made one, and y has expert, made and every other letter of x.
     """
-    inputs, arrow, y = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if not arrow or len(operands) != 2 or "." in equation:
+    letters = letters_of(equation, stack_position)
+    if letters is None or "." in equation:
         return None
-    w, x = operands[stack_position], operands[1 - stack_position]
+    w, x, y = letters
     if len(w) != 3 or len(set(w)) != 3 or len(set(x)) != len(x):
         return None
     expert, made, contracted = (w[0], w[2], w[1]) if stack_is_transposed else (w[0], w[1], w[2])
@@ -67,25 +74,26 @@ class FoldedEinsum:
     contracted: str
     made: str
 
+    @property
+    def rest(self) -> str:
+        return "".join(letter for letter in self.x_letters if letter not in self.contracted)
+
     def input(self, x: torch.Tensor) -> torch.Tensor:
-        rest = "".join(letter for letter in self.x_letters if letter not in self.contracted)
-        x = x.permute([self.x_letters.index(letter) for letter in rest + self.contracted])
-        return x.flatten(len(rest))
+        x = x.permute([self.x_letters.index(letter) for letter in self.rest + self.contracted])
+        return x.flatten(len(self.rest))
 
     def output(self, y: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-        rest = "".join(letter for letter in self.x_letters if letter not in self.contracted)
         y = y.reshape(*y.shape[:-1], *sizes)
-        return y.permute([(rest + self.made).index(letter) for letter in self.y_letters])
+        return y.permute([(self.rest + self.made).index(letter) for letter in self.y_letters])
 
 
 def folded_operands(equation: str, place: int) -> tuple[FoldedEinsum, bool] | None:
     """The plan for an equation in which the operand at ``place`` is a matrix of its first dimension and the others
     together, and whether it is the first that is summed over; None if it is no such product."""
-    inputs, arrow, y = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if not arrow or len(operands) != 2 or "." in equation or len(operands[place]) < 2:
+    letters = letters_of(equation, place)
+    if letters is None or "." in equation or len(letters[0]) < 2:
         return None
-    w, x = operands[place], operands[1 - place]
+    w, x, y = letters
     if len(set(w)) != len(w) or len(set(x)) != len(x):
         return None
     for contracted, made in ((w[1:], w[0]), (w[0], w[1:])):

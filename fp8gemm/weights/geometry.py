@@ -32,6 +32,11 @@ class Layout:
     turned: bool = False
     folded: tuple[int, ...] | None = None
 
+    @staticmethod
+    def of(memory: Sequence[int], *, turned: bool = False, folded: Sequence[int] | None = None) -> Layout:
+        """The layout of memory of this shape: ``[(E,) N, K]``, or turned ``[(E,) K, N]``."""
+        return Layout(swapped(memory, turned), turned, None if folded is None else tuple(folded))
+
     @property
     def matrix(self) -> tuple[int, int]:
         return self.shape[-2], self.shape[-1]
@@ -59,7 +64,7 @@ class Layout:
             ValueError: a folded one, whose size does not tell what is N and what K.
         """
         if self.folded is None:
-            return Layout(swapped(size, self.turned), self.turned)
+            return Layout.of(size, turned=self.turned)
         if tuple(size) != self.folded:
             raise ValueError(f"the FP8 weight has shape {self.folded}, found {tuple(size)}")
         return self

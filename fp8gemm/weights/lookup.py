@@ -56,5 +56,4 @@ def _compiled(weight: ScaledTensor, dtype: torch.dtype, *others: torch.Tensor) -
         return None
     if any(other.device.type != "cpu" for other in others) or data.numel() == 0:
         return None
-    library = native.find()
-    return library if isinstance(library, native.Library) else None
+    return native.loaded()

@@ -147,11 +147,11 @@ def _bmm(a: Any, b: Any) -> Any:
     batch, m, k = a.shape
     if isinstance(b._home, ChosenExperts) and (source := b._home.source) is not None:
         return _chosen_product(a, b, source, b._home.ids)
-    ends = torch.arange(m, m * batch + 1, m, device=a.device, dtype=torch.int32)[:batch] if m else None
-    if ends is None:
+    if not m:
         return a.new_empty(batch, 0, b.shape[2])
     if len(b._home.layout.shape) == 2:
         return _one_by_one(a, b)
+    ends = torch.arange(m, m * batch + 1, m, device=a.device, dtype=torch.int32)[:batch]
     y = grouped(a.reshape(-1, k), b, ends)
     return y if y is NotImplemented else y.view(batch, m, -1)
 

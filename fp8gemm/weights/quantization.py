@@ -53,8 +53,7 @@ def _compiled(w: torch.Tensor, device: torch.device, dtype: torch.dtype) -> nati
     fits = w.dtype in native.TYPES and dtype == torch.float8_e4m3fn and (w.stride(-1) == 1 or w.shape[-1] <= 1)
     if device.type != "cpu" or w.device.type != "cpu" or not fits or w.requires_grad or not native.plain(w):
         return None
-    library = native.find()
-    return library if isinstance(library, native.Library) else None
+    return native.loaded()
 
 
 def _empty(shape: torch.Size, granularity: Granularity) -> ScaledTensor:

@@ -49,10 +49,10 @@ class Coverage:
         return count / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.share:.2%} of {self.total} multiply-adds on FP8".replace("%", " %")]
+        parts = [f"{_percent(self.share)} of {self.total} multiply-adds on FP8"]
         for what, table in (("dense", self.dense), ("dequantized", self.dequantized)):
             if count := sum(table.values()):
-                parts.append(f"{count / self.total:.2%} {what}".replace("%", " %"))
+                parts.append(f"{_percent(count / self.total)} {what}")
         return ", ".join(parts)
 
 
@@ -109,10 +109,10 @@ class Report:
             return
         reasons = {key: row.reason for row in self.rows for key in (row.name, f"{row.name}.weight") if row.reason}
         slow = sorted([*found.dense.items(), *found.dequantized.items()], key=lambda item: -item[1])
-        lines = [f"{found}; asked for {coverage:.2%}".replace("%", " %")]
+        lines = [f"{found}; asked for {_percent(coverage)}"]
         for name, count in slow[:20]:
             what = "dequantized at each call" if name in found.dequantized else reasons.get(name, "dense")
-            lines.append(f"  {name}: {count / found.total:.2%}".replace("%", " %") + f", {what}")
+            lines.append(f"  {name}: {_percent(count / found.total)}, {what}")
         raise ValueError("\n".join(lines))
 
     @property
@@ -258,6 +258,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         kernels,
         dequantized,
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _megabytes(size: int) -> str:

@@ -143,6 +143,14 @@ def test_transformers_loads_our_experts(kind: str, quantized: bool, tmp_path: Pa
     assert float((a - b).norm()) < 1e-5 * float(b.norm())
 
 
+def test_transformers_loads_a_tied_head_of_ours(tmp_path: Path) -> None:
+    model = enable_fp8_gemm(llama(tie_word_embeddings=True))
+    save_checkpoint(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight.dequantize())
+
+
 def test_transformers_loads_what_was_converted(tmp_path: Path) -> None:
     model = patched(llama(), "block")
     save_checkpoint(model, tmp_path / "fine", format="fine-grained")

@@ -79,7 +79,7 @@ class Observer(TorchDispatchMode):
         if weights:
             return self.of_fp8(func, args, kwargs, tensors, weights)
         y = func(*args, **kwargs)
-        if func in (torch.ops.fp8gemm.linear.default, torch.ops.fp8gemm.grouped.default):  # in a compiled region
+        if func.overloadpacket in (torch.ops.fp8gemm.linear, torch.ops.fp8gemm.grouped):  # in a compiled region
             data = next(tensor for tensor in tensors if tensor.dtype in FP8_DTYPES)
             self.fp8[self.homes.get(data.data_ptr(), "another weight")] += y.numel() * args[0].shape[-1]
             return y

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..engines import ENGINES, PackedWeight
 from .home import Home
-from .product import ALIGNMENT, in_forward_mode, wants_derivative
+from .product import in_forward_mode, wants_derivative
+from .remembered import ALIGNMENT
 from .weight import FP8Weight
 
 Key = tuple[torch.Size, torch.dtype, torch.device]

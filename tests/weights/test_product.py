@@ -15,7 +15,7 @@ from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton.engine import TritonEngine
 from fp8gemm.engines.triton.plan import place
-from fp8gemm.weights import product
+from fp8gemm.weights import operation, product, remembered
 
 BEYOND = 8
 
@@ -59,7 +59,7 @@ class Graphs:
 def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     engines = {**ENGINES, "reference": Apart()}
-    for room in (product, fp8gemm.engines.choice):
+    for room in (operation, product, remembered, fp8gemm.engines.choice):
         monkeypatch.setattr(room, "ENGINES", engines)
 
 

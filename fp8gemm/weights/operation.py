@@ -1,0 +1,245 @@
+"""The operations ``fp8gemm::linear`` and ``fp8gemm::grouped``: a product as tracers, modes and the profiler see it."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from ..engines import ENGINES, PackedWeight, restore
+from ..scaled import Granularity, ScaledTensor, Scheme
+from .remembered import ALIGNMENT, call_key, remembered_linear
+
+# What a form is beside its bytes, in the types of a schema: a block of 0 is all rows or columns, no block is none.
+# An argument that has its default is neither written into a graph nor converted at each call.
+_FORM: dict[str, tuple[str, Any]] = {
+    "engine": ("str", "cpu"),
+    "accumulate": ("str", "auto"),
+    "weight_block": ("int[]", [1, 0]),
+    "activation_block": ("int[]", []),
+    "static": ("bool", False),
+    "scale_format": ("str", "float32"),
+    "extra": ("Tensor[]?", None),
+    "extra_names": ("str", ""),  # joined by blanks, as torch.jit.trace has no lists of strings
+    "derive": ("bool", False),
+}
+_OF_LINEAR: dict[str, tuple[str, Any]] = {
+    "bias": ("Tensor?", None),
+    "input_scale": ("Tensor?", None),
+    "x_scale": ("Tensor?", None),
+    "x_block": ("int[]", []),
+}
+_DEFAULTS = {name: default for name, (_, default) in (_FORM | _OF_LINEAR).items()}
+
+
+def _schema(arguments: dict[str, tuple[str, Any]]) -> str:
+    return ", ".join(
+        f"{kind} {name}={json.dumps(default) if kind == 'str' else default}"
+        for name, (kind, default) in arguments.items()
+    )
+
+
+_library: Any = torch.library.Library("fp8gemm", "DEF")  # type: ignore[no-untyped-call]
+_OPERANDS = "Tensor x, Tensor data, Tensor scale, int[] shape, ScalarType out_dtype"
+_library.define(f"linear({_OPERANDS}, *, {_schema(_OF_LINEAR | _FORM)}) -> Tensor")
+# Inductor writes every default out, and twelve arguments are converted in 8 us. This one is for where all but the bias
+# are defaults: row scales on the CPU engine.
+_library.define(f"linear.rows({_OPERANDS}, Tensor? bias) -> Tensor")
+_library.define(f"grouped({_OPERANDS}, Tensor ends, *, {_schema(_FORM)}) -> Tensor")
+
+
+def call_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    x_grid: Granularity | None = None,
+) -> torch.Tensor:
+    """``y [M, N] = x [M, K] @ w.T + bias`` by the operation; ``x`` is FP8 where it comes with scales."""
+    shape, scales = [weight.n, weight.k], {"x_scale": x_scale, "input_scale": weight.input_scale}
+    form = _form(weight, bias=bias, x_block=_block(x_grid), **scales)
+    if form.keys() <= {"bias"}:
+        y: torch.Tensor = torch.ops.fp8gemm.linear.rows(x, weight.data, weight.scale, shape, out_dtype, bias)
+    else:
+        y = torch.ops.fp8gemm.linear.default(x, weight.data, weight.scale, shape, out_dtype, **form)
+    return y
+
+
+def call_grouped(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """``Engine.grouped`` by the operation."""
+    shape = [weight.experts, weight.n, weight.k]
+    y: torch.Tensor = torch.ops.fp8gemm.grouped.default(
+        x, weight.data, weight.scale, shape, out_dtype, ends, **_form(weight)
+    )
+    return y
+
+
+def _form(weight: PackedWeight, **others: Any) -> dict[str, Any]:
+    """The arguments of an operation by which ``weight`` differs from the defaults."""
+    scheme = weight.scheme
+    form = {
+        "engine": weight.engine,
+        "accumulate": weight.accumulate,
+        "weight_block": _block(scheme.weight),
+        "activation_block": _block(scheme.activation),
+        "static": scheme.static,
+        "scale_format": scheme.scale_format,
+        "extra": list(weight.extra.values()) or None,
+        "extra_names": " ".join(weight.extra),
+        "derive": weight.bare,
+        **others,
+    }
+    return {name: value for name, value in form.items() if _differs(value, _DEFAULTS[name])}
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return value is not None if default is None else value != default
+
+
+def _block(grid: Granularity | None) -> list[int]:
+    return [] if grid is None else [grid.rows or 0, grid.cols or 0]
+
+
+@cache
+def _grid(*block: int) -> Granularity | None:
+    return Granularity(block[0] or None, block[1] or None) if block else None
+
+
+@cache
+def _scheme(weight: tuple[int, ...], activation: tuple[int, ...], static: bool, scale_format: Any) -> Scheme:
+    grid = _grid(*weight)
+    assert grid is not None
+    return Scheme(weight=grid, activation=_grid(*activation), static=static, scale_format=scale_format)
+
+
+def _form_of(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    *,
+    engine: str = "cpu",
+    accumulate: Any = "auto",
+    weight_block: Sequence[int] = (1, 0),
+    activation_block: Sequence[int] = (),
+    static: bool = False,
+    scale_format: str = "float32",
+    extra: Sequence[torch.Tensor] | None = None,
+    extra_names: str = "",
+    derive: bool = False,
+    input_scale: torch.Tensor | None = None,
+) -> PackedWeight:
+    """The form that an operation was handed in pieces; ``shape`` is ``[N, K]``, or ``[E, N, K]`` of a stack."""
+    *experts, n, k = shape
+    weight = PackedWeight(
+        engine=engine,
+        scheme=_scheme(tuple(weight_block), tuple(activation_block), static, scale_format),
+        n=n,
+        k=k,
+        data=data,
+        scale=scale,
+        input_scale=input_scale,
+        extra=dict(zip(extra_names.split(), extra or (), strict=True)),
+        accumulate=accumulate,
+        experts=experts[0] if experts else 0,
+    )
+    return _derived(weight) if derive else weight
+
+
+def _linear_operation(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    out_dtype: torch.dtype,
+    *,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    x_block: Sequence[int] = (),
+    **form: Any,
+) -> torch.Tensor:
+    """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
+    if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
+        x = x.contiguous()
+    calls = data.__dict__.get("_fp8gemm_calls")
+    if calls and x_scale is None and "derive" not in form and x.data_ptr() % ALIGNMENT == 0:
+        engine, accumulate = form.get("engine", "cpu"), form.get("accumulate", "auto")
+        call = calls.get(call_key(x, out_dtype, engine, accumulate, data, scale, bias, input_scale))
+        if call:
+            y: torch.Tensor = call(x)
+            return y
+    weight = _form_of(data, scale, shape, input_scale=input_scale, **form)
+    if x_scale is None:
+        return remembered_linear(x, weight, bias, out_dtype).contiguous()
+    grid = _grid(*x_block)
+    assert grid is not None
+    return ENGINES[weight.engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
+
+
+# Forms by the id of their bytes, with those bytes as they were counted: derived once for each change of them.
+_derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, PackedWeight]] = {}
+
+
+def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) -> None:
+    table.pop(key, None)
+
+
+def _derived(bare: PackedWeight) -> PackedWeight:
+    """A form with what its engine derives from the bytes."""
+    data, key = bare.data, id(bare.data)
+    version = 0 if data.is_inference() else data._version
+    found = _derivations.get(key)
+    if found is not None and found[0]() is data and found[1] == version:
+        return found[2]
+    engine = ENGINES[bare.engine]
+    if bare.experts:
+        form = engine.prepare_stack(restore(bare.split()), bare.scheme)
+    else:
+        form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
+    form = replace(form, accumulate=bare.accumulate)
+    if not data.is_inference():
+        _derivations[key] = (weakref.ref(data, partial(_forget, _derivations, key)), version, form)
+    return form
+
+
+def _grouped_operation(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    out_dtype: torch.dtype,
+    ends: torch.Tensor,
+    **form: Any,
+) -> torch.Tensor:
+    """``Engine.grouped``."""
+    weight = _form_of(data, scale, shape, **form)
+    return ENGINES[weight.engine].grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
+
+
+def _linear_by_rows(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return _linear_operation(x, data, scale, shape, out_dtype, bias=bias)
+
+
+_library.impl("linear.rows", _linear_by_rows, "CompositeExplicitAutograd")
+_library.impl("linear", _linear_operation, "CompositeExplicitAutograd")
+_library.impl("grouped", _grouped_operation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fp8gemm::linear", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fp8gemm::linear.rows", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fp8gemm::grouped", lib=_library)  # type: ignore[untyped-decorator]
+def _(x: torch.Tensor, data: Any, scale: Any, shape: Sequence[int], out_dtype: torch.dtype, *_: Any, **__: Any) -> Any:
+    return x.new_empty(x.shape[0], shape[-2], dtype=out_dtype)

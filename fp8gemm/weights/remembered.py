@@ -1,0 +1,54 @@
+"""Products that were decided before: from the second of a shape on, only the decided call is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..engines import ENGINES, PackedWeight
+
+MOST_CALLS = 32  # that a weight keeps decided; one more and it starts again
+ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
+
+
+def remembered_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``Engine.linear``; from the second time on that an ``x`` of this shape comes, by a call that was decided then.
+
+    Decided calls lie beside the bytes that they are for, by the addresses of all that goes into them but ``x``.
+    """
+    data = weight.data
+    if type(data) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % ALIGNMENT or not x.numel():
+        return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+    others = (bias, weight.input_scale)
+    key = call_key(x, out_dtype, weight.engine, weight.accumulate, data, weight.scale, *others)
+    calls: dict[Any, Any] = data.__dict__.setdefault("_fp8gemm_calls", {})
+    call = calls.get(key)
+    if call:
+        y: torch.Tensor = call(x)
+        return y
+    if call is None:
+        if len(calls) >= MOST_CALLS:
+            calls.clear()
+        # Bound the second time, as what comes once may never come again; False where an engine has nothing to bind.
+        calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
+    return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+
+
+def call_key(
+    x: torch.Tensor,
+    out_dtype: torch.dtype,
+    engine: str,
+    accumulate: str,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """What tells decided calls apart, beside the bytes of one weight."""
+    bias_at = 0 if bias is None else bias.data_ptr()
+    input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
+    ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)
+    return (x.shape, x.dtype, out_dtype, engine, accumulate, *ours)

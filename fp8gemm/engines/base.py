@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from .. import native
 from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Scheme
 
 # Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
@@ -253,7 +254,8 @@ class Engine(ABC):
         """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
         pairs = zip(weight.data, weight.scale, strict=True)
         parts = [self.prepare(ScaledTensor(data, scale, weight.granularity), scheme) for data, scale in pairs]
-        shared = all(part.data.data_ptr() == data.data_ptr() for part, data in zip(parts, weight.data, strict=True))
+        both = zip(parts, weight.data, strict=True)
+        shared = native.plain(weight.data) and all(part.data.data_ptr() == data.data_ptr() for part, data in both)
         stack = replace(
             parts[0],
             data=weight.data if shared else torch.stack([part.data for part in parts]),

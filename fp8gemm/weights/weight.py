@@ -327,6 +327,14 @@ class FP8Weight(Shardable, torch.Tensor):
         return OPERATIONS[None](func, args, kwargs)
 
 
+# Dynamo runs in eager what it cannot trace, and would take up the frames below that as graphs of their own.
+_skip = torch._C._dynamo.eval_frame._FrameAction.SKIP
+for _function in (FP8Weight.__torch_function__, FP8Weight.__torch_dispatch__):
+    torch._C._dynamo.eval_frame.set_code_exec_strategy(
+        _function.__code__, torch._C._dynamo.eval_frame._FrameExecStrategy(_skip, _skip)
+    )
+
+
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
     """``type(parameter)(values, requires_grad=...)``, by which libraries make a parameter like another."""
     if getattr(values, "_weight", None) is not None:  # an entry of a state dict

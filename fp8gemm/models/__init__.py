@@ -1,1 +1,1 @@
-"""What one does to a model: patch it, choose what is converted, fuse, warm up."""
+"""Operations on whole models: patching, choosing what is converted, fusing and warming up."""

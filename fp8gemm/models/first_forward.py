@@ -1,4 +1,4 @@
-"""What happens at a model's first forward pass: it is watched, once."""
+"""Observing the first forward pass of a patched model, once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Then = Callable[[nn.Module, Observer], None]
 
 
 class FirstForward:
-    """Watches the first forward pass of a model, and then is gone: two hooks on the model itself.
+    """Observes the first forward pass of a model, by two hooks on the model that remove themselves afterwards.
 
-    What is compiled, traced, captured or watched already is left alone, and the next pass is waited for.
+    A pass that is compiled, traced, captured or observed by someone else is skipped, and the next one is observed.
     """
 
     def __init__(self, then: Then) -> None:
         self.then = then
-        self.thread: dict[str, int] = {}  # the one whose pass it is: set once, atomically
+        self.thread: dict[str, int] = {}  # the thread of the observed pass: set once, atomically
         self.observer: Observer | None = None
         self.depth = 0
         self.cancelled = False
@@ -40,7 +40,8 @@ class FirstForward:
         return (FirstForward, (self.then,))
 
     def install(self, model: nn.Module) -> None:
-        """Puts the hooks on a model, in the place of earlier ones; interrupted, it leaves none that begins only."""
+        """Registers the hooks on a model, replacing earlier ones; an interruption never leaves only the first of the
+        two."""
         remove(model)
         model.register_forward_hook(self.after, always_call=True)
         model.register_forward_pre_hook(self.before, prepend=True)
@@ -49,7 +50,7 @@ class FirstForward:
         if torch.compiler.is_compiling():
             return
         if self.observer is not None and self.thread["it"] == threading.get_ident():
-            if _running(model) > 1:  # it calls itself
+            if _running(model) > 1:  # the model calls itself
                 self.depth += 1
                 return
             self.end()  # torch calls no hook when a pass is left by Ctrl-C
@@ -69,7 +70,7 @@ class FirstForward:
                 self.then(model, observer)
 
     def end(self) -> Observer:
-        """Takes the mode away, if no other lies on it."""
+        """Removes the dispatch mode, unless another mode is on top of it."""
         observer = self.observer
         assert observer is not None
         self.observer, observer.over = None, True
@@ -79,7 +80,7 @@ class FirstForward:
 
 
 def remove(model: nn.Module) -> None:
-    """Takes the hooks of a FirstForward away; one that watches at this moment, in another thread, does so itself."""
+    """Removes the hooks of a FirstForward; one that is observing in another thread removes its own."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
             first = getattr(hook, "__self__", None)
@@ -93,7 +94,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _running(model: nn.Module) -> int:
-    """How many calls of a module are under way in this thread."""
+    """How many calls of a module are in progress in this thread."""
     code, count = nn.Module._call_impl.__code__, 0
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -103,7 +104,7 @@ def _running(model: nn.Module) -> int:
 
 
 def _undisturbed(args: Any) -> bool:
-    """Whether nobody else watches, traces, captures or distributes the pass."""
+    """Whether nothing else observes, traces, captures or distributes the pass."""
     tensors: Iterator[torch.Tensor] = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     several = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Gated MLPs, ``down(silu(gate(x)) * up(x))``: the activation and the rounding for ``down`` become one kernel."""
+"""Gated MLPs, ``down(silu(gate(x)) * up(x))``: fuses the activation function with the quantization for ``down``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Names = tuple[str, str, str]  # of the children gate, up and down
 
 
 def fuse_gated(model: nn.Module) -> Fused:
-    """Lets every gated MLP of ``model`` hand gate and up to its last layer as they are; patch the model first.
+    """Lets every gated MLP of ``model`` pass gate and up directly to its last layer; patch the model first.
 
-    That layer then multiplies them and rounds the product in one launch, where its engine rounds activations at all
-    (Triton's, beyond 64 tokens); ``silu(gate) * up`` is kept in float32 in between, where the model's own code would
-    round it twice. In every other case the model's own code runs: few tokens, other engines, gradients, autocast,
-    hooks on the layers, torch.compile (which fuses the same by itself).
+    That layer then computes ``silu(gate) * up`` in float32 and quantizes it in one launch, if its engine quantizes
+    activations (Triton's does, beyond 64 tokens); the model's own code would round the product twice. In all other
+    cases the model's own code runs: few tokens, other engines, gradients, autocast, hooks on the layers, and
+    torch.compile (which fuses the same by itself).
 
-    Nothing is guessed by name: a module's forward is traced, and has to be this very formula and nothing more.
+    MLPs are not recognized by name: a module's forward is traced and must be exactly this formula.
 
     Returns:
-        The (gate, up, down) of each MLP, and the reason for each module of three FP8 layers that is none.
+        The (gate, up, down) of each MLP, and for every other module with three FP8 layers, why it was not fused.
 
     Example:
         >>> from fp8gemm import enable_fp8_gemm
@@ -59,7 +59,7 @@ def fuse_gated(model: nn.Module) -> Fused:
 
 
 def split_gated(model: nn.Module) -> None:
-    """Gives every MLP that ``fuse_gated`` found its own code back."""
+    """Restores the code of every MLP that ``fuse_gated`` changed."""
     for module in model.modules():
         plain = getattr(type(module), "_fp8gemm_plain", None)
         if plain is not None:
@@ -67,7 +67,7 @@ def split_gated(model: nn.Module) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything but FP8 layers."""
+    """Traces into everything except FP8 layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, FP8Linear)
@@ -77,35 +77,35 @@ def _formula_of(module: nn.Module) -> tuple[Names | None, str]:
     """The children gate, up and down if the module's forward is ``down(silu(gate(x)) * up(x))``, else why it is not."""
     try:
         graph = _Tracer().trace(module)
-    except Exception as error:  # of any kind: tracing runs the module's own code on stand-ins
+    except Exception as error:  # of any kind: tracing runs the module's code on proxies
         return None, f"its forward cannot be traced: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     nodes = [node for node in graph.nodes if node.users or node.op != "placeholder"]
     if sorted(node.op for node in nodes) != [*["call_function"] * 2, *["call_module"] * 3, "output", "placeholder"]:
-        return None, f"its forward is {len(nodes)} steps, not down(silu(gate(x)) * up(x))"
+        return None, f"its forward has {len(nodes)} steps and is not down(silu(gate(x)) * up(x))"
     x: Any = next(node for node in nodes if node.op == "placeholder")
     down: Any = next(node for node in nodes if node.op == "output").args[0]
     product: Any = _input(down)
     if product is None or product.target not in (operator.mul, torch.mul) or len(product.args) != 2:
-        return None, "its last layer is not given a product"
+        return None, "the input of its last layer is not a product"
     activations = [factor for factor in product.args if getattr(factor, "target", None) is F.silu]
     if len(activations) != 1 or not activations[0].args:
-        return None, "its activation is not silu"
+        return None, "its activation function is not silu"
     gate = activations[0].args[0]
     up = next(factor for factor in product.args if factor is not activations[0])
     if _input(gate) is not x or _input(up) is not x:
-        return None, "its first two layers are not given the module's input"
+        return None, "the input of its first two layers is not the module's input"
     return (str(gate.target), str(up.target), str(down.target)), ""
 
 
 def _input(node: Any) -> Any:
-    """What a layer is called with, None if ``node`` is no such call."""
+    """The argument of a layer's call; None if ``node`` is not such a call."""
     called = isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
     return node.args[0] if called else None
 
 
 @cache
 def gated_class(base: Any, names: Names) -> type[nn.Module]:
-    """A subclass of ``base``, of the same name, whose last layer takes gate and up where nothing speaks against it."""
+    """A subclass of ``base``, of the same name, that passes gate and up to the last layer where this is possible."""
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         gate, up, down = (module._modules[name] for name in names)
@@ -120,10 +120,10 @@ def gated_class(base: Any, names: Names) -> type[nn.Module]:
 
 
 def renamed_subclass(base: Any, members: dict[str, Any], rebuild: Callable[..., Any], *key: Any) -> type[Any]:
-    """A subclass of ``base`` under its name and from its module; pickle makes an instance by ``rebuild(*key)``."""
+    """A subclass of ``base`` with its name and module; pickle recreates an instance by ``rebuild(*key)``."""
 
     def reduce(instance: Any, protocol: Any) -> Any:
-        get_state = getattr(instance, "__getstate__", None)  # every object has it from Python 3.11 on
+        get_state = getattr(instance, "__getstate__", None)  # Python 3.11 and newer define it for every object
         return (rebuild, key, instance.__dict__ if get_state is None else get_state())
 
     own = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
@@ -136,11 +136,11 @@ def _rebuild(base: Any, names: Names) -> nn.Module:
 
 
 def _inside(module: nn.Module, called: tuple[nn.Module | None, ...]) -> list[nn.Module]:
-    """The children whose own call is passed over."""
+    """The children whose own call is skipped."""
     return [child for child in module.children() if child not in called]
 
 
 def _observed(child: nn.Module) -> bool:
-    """Whether somebody hooked into the child's call."""
+    """Whether a child has hooks on its call."""
     hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
     return any(map(len, hooks)) or "forward" in vars(child)

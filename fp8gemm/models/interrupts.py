@@ -1,4 +1,4 @@
-"""Ctrl-C while a model changes: it waits until the layer at hand is whole."""
+"""Deferring Ctrl-C while a model changes, until the current layer is complete."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ T = TypeVar("T")
 
 
 class Interrupts:
-    """A handler of SIGINT that lets the former one act only where that does no harm.
+    """A SIGINT handler that calls the former handler only where that is safe.
 
-    While ``open`` that acts at once, and where it raises ``open`` is over. Else it acts at the next ``deliver``.
+    While ``open``, the former handler runs at once, and ``open`` ends if it raises. Otherwise it runs at the next
+    ``deliver``.
     """
 
     def __init__(self) -> None:
         self.open = False
-        self.former: Any = None  # the handler; None where there is nothing to put off
+        self.former: Any = None  # the handler; None if there is nothing to defer
         self._waiting: tuple[Any, ...] | None = None
 
     def begin(self) -> None:
         former = signal.getsignal(signal.SIGINT)
-        # Handlers run in the main thread, and only those that Python runs can raise there.
+        # Signal handlers run in the main thread, and only those written in Python can raise there.
         if callable(former) and threading.current_thread() is threading.main_thread():
             self.former = former
             signal.signal(signal.SIGINT, self)
@@ -37,18 +38,18 @@ class Interrupts:
         self.open = True
 
     def deliver(self) -> None:
-        """Lets the former handler act on what came in the meantime."""
+        """Calls the former handler if a signal arrived in the meantime."""
         given, self._waiting = self._waiting, None
         if given is not None:
             self.former(*given)
 
     def drop(self) -> None:
-        """Forgets what came in the meantime."""
+        """Forgets signals that arrived in the meantime."""
         self._waiting = None
 
 
 def undisturbed(act: Callable[[Interrupts], T]) -> T:
-    """Runs ``act``, which says when it may be interrupted by Ctrl-C."""
+    """Runs ``act``, which decides when Ctrl-C may interrupt it."""
     interrupts = Interrupts()
     try:
         interrupts.begin()

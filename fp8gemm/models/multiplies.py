@@ -1,4 +1,4 @@
-"""Which of torch's operations are products of matrices, their factors, and how many multiply-adds they take."""
+"""Which of torch's operations are matrix products, their factors, and the number of their multiply-adds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# Which arguments of a product are its factors: the first is summed over its last dimension, the second over its last
-# but one.
+# The positions of the arguments that are a product's factors. The first factor is contracted over its last dimension,
+# the second over its second to last.
 FACTORS: Mapping[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -26,7 +26,7 @@ FACTORS: Mapping[Any, tuple[int, int]] = {
     aten.linear.default: (0, 1),
 }
 _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default, aten.mkldnn_convolution.default)
-# Operations that run whole layers: each 2-D weight is multiplied by once for each token of the first operand.
+# Operations that run whole layers: each 2-D weight is multiplied once per token of the first operand.
 _LAYERS = (
     *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.mkldnn_rnn_layer.default),
     *(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
@@ -35,7 +35,7 @@ _LAYERS = (
 
 
 def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
-    """The operands of an operation that are multiplied as matrices, or no tensors."""
+    """The operands of an operation that are multiplied as matrices; empty if it is not a product."""
     if func in FACTORS:
         return [args[place] for place in FACTORS[func] if place < len(args)]
     if func in _CONVOLUTIONS:
@@ -48,7 +48,7 @@ def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
 
 
 def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
-    """How many multiply-adds an operation is, as far as it is a product of matrices or a convolution; else 0."""
+    """The number of multiply-adds of an operation, if it is a matrix product or a convolution; else 0."""
     if func in FACTORS:
         a = args[FACTORS[func][0]]
         return int(y.numel() * a.shape[-1]) if isinstance(y, torch.Tensor) else 0
@@ -62,7 +62,7 @@ def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
 
 
 def is_layer(func: Any) -> bool:
-    """Whether an operation multiplies by each of its factors once for every token of its first argument."""
+    """Whether an operation multiplies each of its factors once per token of its first argument."""
     return func in _LAYERS
 
 
@@ -71,7 +71,7 @@ def tokens(x: torch.Tensor) -> int:
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operation only looks at the same memory in another way."""
+    """Whether an operation only returns a view of the same memory."""
     arguments = func._schema.arguments
     alias = arguments[0].alias_info if arguments else None
     return alias is not None and not alias.is_write

@@ -1,7 +1,7 @@
-"""Which parameters of a module are factors of matrix products, told from the structure of its owner.
+"""Which parameters of a module are factors of matrix products, judging by the class and structure of the module.
 
-Each kind of owner is a row of ``KINDS``: a function that takes the module and the name of one of its parameters, and
-answers with what that parameter is to the module. The first row that has an answer counts.
+Each kind of module is a row of ``KINDS``: a function of the module and a parameter's name that returns the ``Role`` of
+that parameter in the module, or None. The first row that returns a role decides.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-UNSEEN = "nothing says what it is for: enable_fp8_gemm(model, example_inputs=...) watches what the model does with it"
+UNSEEN = "its use is unknown: enable_fp8_gemm(model, example_inputs=...) observes what the model does with it"
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is to its module.
+    """How a module uses one of its parameters.
 
-    ``layout`` is how its memory is a matrix, or a stack of them; None where it is none. ``multiplied`` says that the
-    module multiplies by it, ``looked_up`` that it takes rows of it. ``reason`` says why it must stay as it is, and
-    ``by_name`` that a filter that names it overrules that. ``listed`` is false for what nobody expects in a report.
+    ``layout`` is how the parameter's memory is a matrix or a stack of matrices; None if it is not one. ``multiplied``
+    means that the module multiplies by it, ``looked_up`` that it takes rows of it. ``reason`` says why it must stay
+    dense, and ``by_name`` that a filter that names it overrides this. ``listed`` is False if the report should not list
+    it.
     """
 
     layout: Layout | None = None
@@ -46,7 +47,7 @@ class Role:
 
 
 def role_of(module: nn.Module, name: str) -> Role | None:
-    """What the parameter ``name`` is to ``module``; None for what is certainly no matrix."""
+    """How ``module`` uses the parameter ``name``; None if it certainly is not a matrix."""
     parameter = module._parameters[name]
     if parameter is None or isinstance(parameter, nn.UninitializedParameter):
         return None
@@ -60,11 +61,9 @@ def role_of(module: nn.Module, name: str) -> Role | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear and nothing more, so that it may become an FP8Linear."""
+    """Whether a module is an nn.Linear with its own forward, so that it may become an FP8Linear."""
     return type(module) in (*PLAIN, FP8Linear)
 
-
-# --- the kinds -----------------------------------------------------------------------------------------------------
 
 _Kind = Callable[[nn.Module, str, torch.Tensor], "Role | None"]
 
@@ -87,8 +86,8 @@ def _attention(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | 
 
 
 def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """A convolution whose windows do not overlap is a product of patches: ``[N, C * patch]``, or, transposed, one that
-    makes them: ``[C, N * patch]``."""
+    """A convolution whose windows do not overlap is a matrix product of patches with ``[N, C * patch]``; if transposed,
+    it produces patches, with ``[C, N * patch]``."""
     if not isinstance(module, CONVOLUTIONS):
         return None
     if name != "weight":
@@ -102,8 +101,8 @@ def _convolution(module: nn.Module, name: str, parameter: torch.Tensor) -> Role 
 
 
 def is_patchwise(module: nn.Module) -> bool:
-    """Whether each input element of a convolution is in one window at most, of all channels, and none in padding; of a
-    transposed one, each output element."""
+    """Whether each input element of a convolution is in at most one window, of all channels, without padding; for a
+    transposed convolution, each output element."""
     if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
         return False
     padding = module.padding
@@ -114,7 +113,7 @@ def is_patchwise(module: nn.Module) -> bool:
 
 
 def _convolves(module: nn.Module) -> bool:
-    """Whether a convolution does with its weight what torch's own forward does, perhaps around it."""
+    """Whether a convolution uses its weight as torch's own forward does, perhaps with other code around that."""
     kind, own = type(module), next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
     inner = [getattr(one, "_conv_forward", None) for one in (kind, own)]
     return inner[0] is inner[1] and (kind.forward is own.forward or uses(kind, "weight") == uses(own, "weight"))
@@ -128,7 +127,7 @@ def _bilinear(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | N
 
 
 def _headed(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """A projection with a dimension for the heads, ``[C, heads, N]`` or ``[N, heads, C]``, as XLNet has them."""
+    """A projection with a separate dimension for heads, ``[C, heads, N]`` or ``[N, heads, C]``, as in XLNet."""
     found = uses(type(module), name) if parameter.dim() > 2 else None
     if found is None or not found.is_factor or found.folded < found.products:
         return None
@@ -138,7 +137,7 @@ def _headed(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | Non
 
 
 def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """Experts ``[E, N, K]`` or ``[E, K, N]``: by what the forward does, else by a name that is known."""
+    """Experts ``[E, N, K]`` or ``[E, K, N]``, recognized by the forward's code, else by a known name."""
     if name not in stacks(module):
         return None
     seen = uses(type(module), name, stacked=True)
@@ -148,12 +147,12 @@ def _stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None
     layout = Layout.of(parameter.shape, turned=turned)
     if name in STACK_NAMES:
         return Role(layout, multiplied=True)
-    reason = "a stack of matrices, perhaps no experts: a module_filter that names it converts it"
+    reason = "a stack of matrices, perhaps not experts: a module_filter that names it converts it"
     return Role(layout, multiplied=True, reason=reason, by_name=True)
 
 
 def _flat_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """Experts one below the other in a matrix ``[E * N, K]``, the last of them ``[E * K, N]``, as DBRX has them."""
+    """Experts concatenated in a matrix ``[E * N, K]``, the last one ``[E * K, N]``, as in DBRX."""
     experts = expert_count(module)
     if parameter.dim() != 2 or name not in STACK_NAMES or experts < 2 or parameter.shape[0] % experts:
         return None
@@ -177,7 +176,7 @@ def _recurrent(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | 
 
 
 def _torchs_own(module: nn.Module, name: str, parameter: torch.Tensor) -> Role | None:
-    """Norms, embedding bags and whatever else of torch multiplies by nothing."""
+    """Norms, embedding bags and other torch modules that do not multiply by their parameters."""
     if type(module).__module__.startswith("torch.nn") and not isinstance(module, (nn.Embedding, nn.Linear)):
         bare = isinstance(module, (nn.ParameterList, nn.ParameterDict))
         return Role(listed=bare and _large(parameter), reason=UNSEEN)
@@ -195,7 +194,7 @@ def _by_its_code(module: nn.Module, name: str, parameter: torch.Tensor) -> Role 
 
 
 def _told(module: nn.Module, name: str, parameter: torch.Tensor) -> Role:
-    """What the source of the module's forward says about a parameter."""
+    """What the source of the module's forward does with a parameter."""
     found, owner = uses(type(module), name), type(module).__name__
     if found is None:
         return Role(reason=f"the source of {owner} cannot be read; {UNSEEN}", listed=_large(parameter))
@@ -211,7 +210,7 @@ def _told(module: nn.Module, name: str, parameter: torch.Tensor) -> Role:
 
 
 def _large(parameter: torch.Tensor) -> bool:
-    """Whether it has the size of a matrix worth a product."""
+    """Whether it is large enough to be a matrix worth converting."""
     return parameter.dim() == 2 and min(parameter.shape) >= 16
 
 

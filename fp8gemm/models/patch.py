@@ -1,4 +1,4 @@
-"""Patching a model: plan every layer first, then convert; and the way back."""
+"""Patching a model: every layer is planned before the first is converted. And undoing that."""
 
 from __future__ import annotations
 
@@ -36,37 +36,38 @@ def enable_fp8_gemm(
     inplace: bool = True,
     example_inputs: object = None,
 ) -> Model:
-    """Makes every matrix that ``model`` multiplies by run as an FP8 weight.
+    """Converts every matrix that ``model`` multiplies by to FP8.
 
-    Those are the weights of Linears and what multiplies like them, attention's packed projections, stacks of experts,
-    heads with the embeddings they are tied to, and convolutions whose windows do not overlap. What a parameter is for
-    is told by its module's structure and code, never by running the model, unless ``example_inputs`` are given: then
-    one forward pass is watched, and bare parameters that turn out to be factors of products are converted as well.
+    These are the weights of Linears and similar layers, packed projections of attention, stacks of experts, output
+    heads with the embeddings tied to them, and convolutions whose windows do not overlap. They are found by the
+    structure and code of each module, without running the model. With ``example_inputs`` one forward pass is observed
+    as well, and bare parameters that turn out to be factors of products are converted, too.
 
-    Each layer stays the same object under the same name, so hooks, shared modules and references of any kind
-    survive; the model itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``.
-    ``save_pretrained`` of a transformers model writes what ``save_checkpoint`` does from then on.
+    Each layer stays the same object under the same name, so hooks, shared modules and references survive; the model
+    itself may be a Linear. What is not converted is kept with a reason: see ``report(model)``. From then on,
+    ``save_pretrained`` of a transformers model writes what ``save_checkpoint`` does.
 
-    The original weights are freed as it goes; ``FP8GemmOptions(fp16_weight_storage="keep")`` holds them for an exact
-    undo. Everything that can fail is checked before the first layer changes. What interrupts the work later, such as
-    Ctrl-C or want of memory, puts every layer back: with its own weight, or, where that was freed already, dequantized;
-    then the error and a warning say how many those are.
+    Each original weight is freed as it is converted; ``FP8GemmOptions(fp16_weight_storage="keep")`` keeps them for an
+    exact undo. Everything that can fail is checked before the first layer changes. If the conversion is interrupted
+    later, by Ctrl-C or a lack of memory, every layer is restored: with its own weight or, if that was freed already,
+    with a dequantized one; the error and a warning then say how many those are.
 
     Args:
         options: see ``FP8GemmOptions``.
-        module_filter: which layers: a callable ``(name, module) -> bool``, or one or more glob patterns over the
+        module_filter: the layers to convert: a callable ``(name, module) -> bool``, or one or more glob patterns over
+        the
             full names (``"*.mlp.*"``); a pattern that begins with ``!`` excludes.
-        inplace: False leaves ``model`` as it is and returns a converted copy that shares nothing with it.
-        example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords for ``model``, which is run
-            on them once before anything is converted; or ``"first call"``, to watch the first call instead and convert
-            what that has shown right after it.
+        inplace: False leaves ``model`` unchanged and returns a converted copy that shares nothing with it.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments, on which ``model``
+            is run once before anything is converted; or ``"first call"``, to observe the first call instead and convert
+            what it shows right after it.
 
     Returns:
         ``model`` itself, or the copy.
 
     Raises:
         ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
-        UnsupportedError: the engine that was named cannot run a layer. Nothing has been touched then.
+        UnsupportedError: the requested engine cannot run a layer. The model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
@@ -106,7 +107,7 @@ def _note_coverage(model: nn.Module, observer: Observer) -> None:
 
 @dataclass(frozen=True)
 class _ConvertSeen:
-    """Converts what the first forward pass has shown, and has the next one counted."""
+    """Converts what the first forward pass has shown, and observes the next one to measure the coverage."""
 
     options: FP8GemmOptions
     module_filter: ModuleFilter | None
@@ -120,7 +121,7 @@ class _ConvertSeen:
         FirstForward(_note_coverage).install(model)
 
     def __reduce__(self) -> Any:
-        """A filter that cannot be pickled is not: a pickled model notes its coverage and converts nothing more."""
+        """Filters may not be picklable: a pickled model only measures its coverage and converts nothing more."""
         return (_coverage_only, ())
 
 
@@ -129,16 +130,16 @@ def _coverage_only() -> Then:
 
 
 def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
-    """Gives every layer its former self back: the same object with its own weight, or, where that was discarded, with
-    the dequantized one. What was tied stays tied.
+    """Restores every layer: the same object with its original weight or, if that was discarded, a dequantized one. Tied
+    parameters stay tied.
 
-    Interrupted, it leaves every layer runnable, and a second call does the rest.
+    After an interruption every layer still runs, and a second call completes the undo.
 
     Returns:
         ``model``, and a report in which the ``reason`` of each layer says which of the two it got.
 
     Raises:
-        UnsupportedError: the model is distributed: other ranks hold the rest of its weights. It is as it was then.
+        UnsupportedError: the model is distributed, so other ranks hold parts of its weights. It is then unchanged.
 
     Example:
         >>> model = enable_fp8_gemm(nn.Linear(64, 32), options=FP8GemmOptions(fp16_weight_storage="keep"))
@@ -147,7 +148,9 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
         ('Linear', 'original weight')
     """
     if any(is_distributed(parameter) for parameter in model.parameters()):
-        raise UnsupportedError("the FP8 weights are distributed among ranks: disable_fp8_gemm before the model is")
+        raise UnsupportedError(
+            "the FP8 weights are distributed among ranks; call disable_fp8_gemm before sharding the model"
+        )
     return model, Report(tuple(undisturbed(lambda interrupts: _revert_all(model, interrupts))))
 
 
@@ -166,7 +169,7 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
             exact = revert(module, parameter)
             reason = "original weight" if exact else "dequantized weight: the original was discarded"
             rows.append(Row(name=name, status="kept", shape=shape, reason=reason, bytes_before=size, bytes_after=size))
-        leave(module)  # also where a dense weight has taken the place of the FP8 one
+        leave(module)  # even if a dense weight has replaced the FP8 one
         interrupts.deliver()
     return rows
 
@@ -179,7 +182,7 @@ def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOpti
         for step in progress(todo, what="quantizing to FP8", total=len(todo)):
             try:
                 interrupts.open = True
-                parameter = step.make(options)  # touches nothing
+                parameter = step.make(options)  # changes nothing
             finally:
                 interrupts.open = False
             change = Change(*((place.module, place.parameter, place.kind) for place in step.places))
@@ -188,7 +191,7 @@ def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOpti
             interrupts.deliver()
         _remember_kept(steps, model)
         redirect_saving(model)
-    except BaseException as error:  # of any kind: the model goes back to what it was, and the error goes on
+    except BaseException as error:  # of any kind: restore the model and raise it again
         _put_back(model, reasons, begun, error, len(steps))
         if isinstance(error, KeyboardInterrupt):
             interrupts.drop()
@@ -206,10 +209,10 @@ def _put_back(
     for change in reversed(begun):
         try:
             lost += not change.undo()
-        except (RuntimeError, MemoryError):  # no room for dense values: the layer stays FP8, and runs
+        except (RuntimeError, MemoryError):  # not enough memory for dense values: the layer stays FP8, and runs
             stuck += 1
     give_saving_back(model)
-    redirect_saving(model)  # of what was FP8 before
+    redirect_saving(model)  # of layers that were FP8 before
     for module, former in reasons:
         module.__dict__.pop(KEPT, None)
         if former:
@@ -217,7 +220,7 @@ def _put_back(
     if lost or stuck:
         text = (
             f"enable_fp8_gemm was interrupted: {lost} of {layers} layers, whose originals had been freed, came "
-            f"back dequantized from FP8{f', and {stuck} stay FP8 for want of memory' if stuck else ''}; load the model "
+            f"back dequantized from FP8{f', and {stuck} stay FP8 for lack of memory' if stuck else ''}; load the model "
             "again, or use FP8GemmOptions(fp16_weight_storage='keep')"
         )
         if hasattr(error, "add_note"):  # from Python 3.11 on
@@ -229,7 +232,7 @@ def _put_back(
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps what was freed below the top of its heap; in a patched model that is half of what it was."""
+    """Returns freed memory to the system: glibc keeps what lies below the top of its heap, half of a patched model."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
@@ -237,7 +240,7 @@ def _return_freed_memory() -> None:
 
 
 def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptions) -> Model:
-    """A deep copy in which FP8 weights take the place of dense ones, which are never copied themselves."""
+    """A deep copy with FP8 weights in place of the dense ones, which are not copied."""
     todo = [step for step in steps if step.converts]
     memo: dict[int, Any] = {}
     twins: list[nn.Parameter] = []
@@ -245,11 +248,11 @@ def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptio
         twin = step.make(options)
         assert isinstance(twin, FP8Weight)
         if twin._home.original is not None or twin._home.dense is not None:
-            twin = copy.deepcopy(twin)  # of its own, where it holds the original
+            twin = copy.deepcopy(twin)  # a copy of its own, where it has the original
             if twin._home.dense is None and not twin.is_meta:
                 twin._home.form(twin.dtype)
         twins.append(twin)
-        memo[id(step.module._parameters[step.parameter])] = twin  # at all its places
+        memo[id(step.module._parameters[step.parameter])] = twin  # for all its occurrences
     result = copy.deepcopy(model, memo)
     for step, twin in zip(todo, twins, strict=True):
         Change(*((result.get_submodule(place.owner), place.parameter, place.kind) for place in step.places)).put(twin)
@@ -259,7 +262,7 @@ def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptio
 
 
 def _remember_kept(steps: list[Conversion], model: nn.Module) -> None:
-    """Writes the reasons where the report reads them, in the modules of ``model``."""
+    """Stores the reasons in the modules of ``model``, where the report finds them."""
     for step in steps:
         if not step.converts:
             module = model.get_submodule(step.places[0].owner)

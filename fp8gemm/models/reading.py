@@ -1,7 +1,7 @@
-"""What a module's code does with one of its parameters, read from the source of its forward; nothing is run.
+"""What a module's code does with one of its parameters, read from the source of its forward without running it.
 
-A parameter that is only multiplied by, or whose rows are only looked up, can be FP8 without being dequantized. Where
-the source is not there, or does something else, the answer says so, and the parameter stays as it is.
+A parameter that is only multiplied by, or whose rows are only looked up, can be FP8 without being dequantized. If the
+source is unavailable or does anything else, the parameter stays dense.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .source import Method, Names, Uses
 
 
 def uses(kind: type, parameter: str, *, stacked: bool = False) -> Uses | None:
-    """What the forward of a class, with all its methods that it calls, does with ``self.<parameter>``.
+    """How the forward of a class, including the methods that it calls, uses ``self.<parameter>``.
 
-    ``stacked`` says that it is a stack of matrices. None where there is no source to read.
+    ``stacked`` means that the parameter is a stack of matrices. None if there is no source.
     """
     return _read(kind, parameter, stacked)
 
@@ -40,13 +40,13 @@ class _Reader:
         self.read: set[Any] = set()
 
     def method(self, name: str, after: type, names: Names, *, above: bool = False) -> None:
-        """Reads a method as looked up on ``after`` or, from there on, ``above`` it."""
+        """Reads a method as found on the class ``after``, or with ``above``, on the classes after it in the MRO."""
         order = self.kind.__mro__[self.kind.__mro__.index(after) + above :]
         owner = next((kind for kind in order if name in vars(kind)), None)
         function = None if owner is None else inspect.unwrap(_function(vars(owner)[name]))
         if owner is None or not inspect.isfunction(function):
             if name == "forward":
-                raise OSError(f"{self.kind.__name__} has no forward in Python")
+                raise OSError(f"{self.kind.__name__} has no forward written in Python")
             return
         key = (function, tuple(sorted(names)))
         if key in self.read:

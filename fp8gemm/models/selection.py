@@ -1,4 +1,4 @@
-"""The plan: what will become of every matrix that the model multiplies by, and why; nothing is touched."""
+"""Planning: which of a model's matrices will be converted, and why others are not. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
 @dataclass(frozen=True)
 class Holder:
-    """Where a parameter is found: its module, its name there, and what it is to that module."""
+    """One occurrence of a parameter: its module, its name there, and its ``Role`` in that module."""
 
-    name: str  # of the layer: the module's, or the parameter's where that is not called weight
+    name: str  # of the layer: the module's name, or the parameter's if that is not "weight"
     module: nn.Module
     parameter: str
     role: Role
@@ -43,15 +43,15 @@ class Holder:
 
     @property
     def kind(self) -> type[nn.Module] | None:
-        """The class that ``module`` becomes an instance of; None where it stays what it is."""
+        """The class that ``module`` becomes an instance of; None if it keeps its class."""
         return FP8Linear if self.parameter == "weight" and is_plain_linear(self.module) else None
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What will become of one matrix, or of one stack of experts: it is converted, or kept with a reason.
+    """What will happen to one matrix, or one stack of experts: it is converted, or kept with a reason.
 
-    ``ties`` are the other places at which the model has the same parameter.
+    ``ties`` are the other occurrences of the same parameter in the model.
     """
 
     places: tuple[Holder, ...]
@@ -67,7 +67,7 @@ class Conversion:
 
     @property
     def parameter(self) -> str:
-        """Its name in ``module``."""
+        """The parameter's name in ``module``."""
         return self.places[0].parameter
 
     @property
@@ -75,8 +75,8 @@ class Conversion:
         return self.places[1:]
 
     def make(self, options: FP8GemmOptions) -> nn.Parameter:
-        """The FP8 parameter, without touching the module."""
-        if not any(place.role.multiplied for place in self.places):  # a table: a scale for each of its rows
+        """The FP8 parameter; the module is not changed."""
+        if not any(place.role.multiplied for place in self.places):  # an embedding table: one scale per row
             options = replace(options, scheme=SCHEMES["row"])
         found: nn.Parameter = made(self.module, self.parameter, options, layout=self.places[0].role.layout)
         return found
@@ -105,7 +105,7 @@ def plan(
 def planned(
     model: nn.Module, options: FP8GemmOptions, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
 ) -> tuple[list[Conversion], Filter]:
-    """The plan, with the roles that were seen of parameters; nothing is complained about."""
+    """The plan, given the observed roles of parameters; does not raise if there is nothing to convert."""
     wanted = Filter(module_filter)
     kept = _KeptModules(routers(model), _adapters(model))
     found = [step for places in _places(model, seen) if (step := _step(places, wanted, kept, options)) is not None]
@@ -113,7 +113,7 @@ def planned(
 
 
 def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options: FP8GemmOptions) -> None:
-    """A filter or a model that gives nothing to do is an error, or a warning where that is asked for."""
+    """Raises, or with ``strict=False`` warns, if the filter or the model leaves nothing to do."""
     problems = [f"module_filter pattern {pattern!r} matches no layer" for pattern in wanted.unmatched()]
     if not any(step.converts for step in steps):
         already = sum(isinstance(parameter, FP8Weight) for parameter in model.parameters())
@@ -132,7 +132,7 @@ def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options:
 
 
 def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]]:
-    """Every parameter with a role, at all the places where it is found; a module with two parents is one place."""
+    """All parameters with a role, and their occurrences; a module with two parents is one occurrence."""
     found: dict[int, list[Holder]] = {}
     for prefix, module in model.named_modules():
         for parameter, tensor in module._parameters.items():
@@ -149,16 +149,16 @@ def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]
 
 
 def _computed(model: nn.Module) -> Iterator[list[Holder]]:
-    """Linears whose weight is no parameter."""
+    """Linears whose weight is not a parameter."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
-            reason = "its weight is no parameter but computed, as by weight_norm or spectral_norm"
+            reason = "its weight is not a parameter but computed, as by weight_norm or spectral_norm"
             yield [Holder(name, module, "weight", Role(reason=reason))]
 
 
 @dataclass(frozen=True)
 class _KeptModules:
-    """Modules that stay as they are unless a filter names them, by id, with what they belong to or the reason."""
+    """Modules that are kept unless a filter names them, by id, with their experts or the reason."""
 
     routers: Mapping[int, str]
     adapters: Mapping[int, str]
@@ -171,7 +171,7 @@ class _KeptModules:
 
 
 def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, options: FP8GemmOptions) -> Conversion | None:
-    """What becomes of one parameter; None for what is neither converted nor worth a word."""
+    """What will happen to one parameter; None if it is neither converted nor listed."""
     factors = [place for place in places if place.role.multiplied]
     tables = [place for place in places if place.role.looked_up]
     if not factors and tables and len(tables) == len(places) and not options.embeddings:
@@ -186,7 +186,7 @@ def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, options: FP8
         reason = reason or ("" if named else kept.reason(place.module))
         reason = reason or ("" if named and role.by_name else role.reason)
         if not reason and role.layout is None:
-            reason = f"it is {place.full_name} too, which is no factor of a product"
+            reason = f"it is also {place.full_name}, which is not a factor of a matrix product"
     layouts = {place.role.layout for place in places}
     if not reason and len(layouts) > 1:
         reason = f"{' and '.join(place.full_name for place in places)} are one tensor, used in two layouts"
@@ -197,7 +197,7 @@ def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, options: FP8
 
 
 def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:
-    """Why a matrix must stay as it is; empty if it can be converted."""
+    """Why a matrix must be kept; empty if it can be converted."""
     weight, layout = place.module._parameters[place.parameter], place.role.layout
     assert weight is not None
     assert layout is not None
@@ -210,16 +210,16 @@ def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:
     if weight.is_meta and getattr(place.module.__dict__.get("_hf_hook"), "offload", False):
         return "its weight is offloaded by accelerate: patch the model before it is offloaded"
     if weight.is_meta or not options.materialize_fp8_on_wrap:
-        return ""  # the engine is chosen where the weight will be
+        return ""  # the engine is chosen on the device where the weight will be
     return _engine_reason(place.name, place.parameter, weight, layout.shape, options)
 
 
-# Where peft keeps what an adapter wraps, and what trains in the place of a module.
+# The names of peft's children for the wrapped module, and for a trainable copy of a module.
 _WRAPPED, _TRAINED = "base_layer", "modules_to_save"
 
 
 def _adapters(model: nn.Module) -> dict[int, str]:
-    """The modules that are adapters, or train in the place of others, with the reason to keep them."""
+    """The modules that are adapters or trainable copies of others, with the reason to keep them."""
     found: dict[int, str] = {}
     for name, wrapper in model.named_modules():
         children = wrapper._modules
@@ -233,7 +233,7 @@ def _adapters(model: nn.Module) -> dict[int, str]:
 def _engine_reason(
     name: str, parameter: str, weight: nn.Parameter, shape: tuple[int, ...], options: FP8GemmOptions
 ) -> str:
-    """Why no engine can run a weight where it is; raises instead for an engine that the user named."""
+    """Why no engine can run a weight on its device; raises instead if the user requested an engine by name."""
     spec = spec_of(shape, options, scheme_for(options, parameter, shape), weight.dtype)
     try:
         choose(spec, probe(weight.device), options.engine)
@@ -245,7 +245,7 @@ def _engine_reason(
 
 
 class Filter:
-    """The user's choice of layers, and which of its patterns have matched."""
+    """The user's selection of layers, and which of its patterns have matched."""
 
     def __init__(self, module_filter: ModuleFilter | None) -> None:
         self.chosen = module_filter if callable(module_filter) else None
@@ -259,7 +259,7 @@ class Filter:
         self.hits: Counter[str] = Counter()
 
     def reason(self, name: str, module: nn.Module) -> str:
-        """Why a layer is not wanted; empty if it is."""
+        """Why a layer is excluded; empty if it is selected."""
         if self.chosen is not None:
             return "" if self.chosen(name, module) else "module_filter"
         included = [pattern for pattern in self.included if fnmatch.fnmatchcase(name, pattern)]
@@ -270,21 +270,21 @@ class Filter:
         return "" if included or not self.included else "module_filter"
 
     def reason_of_tied(self, places: list[tuple[str, nn.Module]]) -> str:
-        """Why the one weight of several layers is not wanted: one pattern that names it is enough to want it, one that
-        excludes it, or a callable that says no, not to."""
+        """Why a weight that several layers share is excluded: a pattern that names one of them selects it; a pattern
+        that excludes one of them, or a callable that returns False, does not."""
         reasons = [self.reason(name, module) for name, module in places]
         against = [reason for reason in reasons if reason]
         excluded = [reason for reason in against if self.chosen is not None or "!" in reason]
         return excluded[0] if excluded else "" if len(against) < len(reasons) else against[0]
 
     def exclusion(self, name: str) -> str:
-        """Why a place that comes along with a layer is not wanted; empty if nothing excludes it."""
+        """Why an occurrence that is converted along with a layer is excluded; empty if nothing excludes it."""
         excluded = [pattern for pattern in self.excluded if fnmatch.fnmatchcase(name, pattern)]
         self.hits.update(excluded)
         return f"module_filter: !{excluded[0]}" if excluded else ""
 
     def names(self, name: str, module: nn.Module) -> bool:
-        """Whether the user chose this very layer, not only did not exclude it."""
+        """Whether the user selected this layer explicitly, rather than only not excluding it."""
         if self.chosen is not None:
             return bool(self.chosen(name, module))
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.included)

@@ -1,4 +1,4 @@
-"""Linears that are given the very same tensor, such as q, k and v, run as one product."""
+"""Fusing Linears that receive the same tensor, such as q, k and v, into one product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from ..scaled import Granularity, ScaledTensor
 from ..weights import FP8Linear, own_weights
 
-# Names under which the Linears of one parent that may see the same tensor are found.
+# Names of children of one parent that may receive the same tensor.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("to_q", "to_k", "to_v"),
@@ -31,8 +31,7 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Fused:
-    """The groups of layers that were joined, by name, and the reason for each that was found but not joined.
-
+    """The groups of layers that were fused, by name, and the reason for each group that was not.
     Example:
         >>> Fused(groups=(("q_proj", "k_proj"),), refused={}).groups
         (('q_proj', 'k_proj'),)
@@ -45,20 +44,20 @@ class Fused:
 def fuse_siblings(
     model: nn.Module, siblings: Sequence[Sequence[str]] = SIBLINGS, *, share_in_inference_mode: bool = False
 ) -> Fused:
-    """Joins FP8 Linears of one parent that receive the same tensor; patch the model first.
+    """Fuses FP8 Linears of one parent that receive the same tensor; patch the model first.
 
-    The rows of their weights stand one after the other in one FP8 weight, with the scales that they have: no value is
-    rounded anew. Nothing is guessed. In the first pass every layer runs alone and notes what it is given; only layers
-    that were given one and the same tensor object, unchanged in between by torch's own count, are joined. After that a
-    layer hands out its part of the joined product only for that same object, unchanged; for any other it runs alone,
-    and its group is dissolved. While compiling every layer runs alone.
+    The rows of their weights are concatenated in one FP8 weight with their scales, so nothing is quantized again.
+    Fusing is verified, not assumed: in the first pass every layer runs alone and notes its input, and only layers that
+    received the same tensor object, with an unchanged version counter, are fused. Later, a layer returns its part of
+    the fused product only for that same object, unchanged; for any other input it runs alone, and its group is
+    dissolved. Inside torch.compile every layer runs alone.
 
-    For M > 1 the outputs are views of the joined one: their rows are not contiguous with each other.
+    For M > 1 the outputs are views of the fused one: their rows are not adjacent in memory.
 
     Args:
-        siblings: names of children of one parent that may be joined.
-        share_in_inference_mode: torch does not count changes to inference tensors. True promises that the model does
-            not write into a tensor between the siblings' calls; otherwise layers run alone on inference tensors.
+        siblings: names of children of one parent that may be fused.
+        share_in_inference_mode: torch does not count writes to inference tensors. True promises that the model does
+            not write to a tensor between the siblings' calls; otherwise layers run alone on inference tensors.
 
     Example:
         >>> from fp8gemm import enable_fp8_gemm
@@ -93,7 +92,7 @@ def fuse_siblings(
 
 
 def _reason(members: list[FP8Linear]) -> str:
-    """Why layers cannot be one product; empty if they can."""
+    """Why layers cannot be fused; empty if they can."""
     first = members[0]
     if len({id(member) for member in members}) < len(members):
         return "they are one shared module"
@@ -104,15 +103,15 @@ def _reason(members: list[FP8Linear]) -> str:
         if any(value != values[0] for value in values):
             return f"{name} differs: {', '.join(map(str, values))}"
     if first.scheme.static:
-        return "static activation scales are each layer's own"
+        return "each layer has its own static activation scale"
     rows = first.scheme.weight.rows
     if rows is not None and any(member.out_features % rows for member in members[:-1]):
-        return f"blocks of {rows} rows would straddle two layers"
+        return f"blocks of {rows} rows would span two layers"
     return ""
 
 
 class SiblingLinear(FP8Linear):
-    """An FP8Linear that may hand out its part of a joined product."""
+    """An FP8Linear that may return its part of a fused product."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         place = self.__dict__.get("_place")
@@ -120,7 +119,7 @@ class SiblingLinear(FP8Linear):
         if place is not None and not torch.compiler.is_compiling():
             group, index = place
             y = group.output(index, input)
-        # Not super(): the group may just have dissolved, and this be an FP8Linear again.
+        # Not super(): the group may just have dissolved, and this object may be an FP8Linear again.
         return FP8Linear.forward(self, input) if y is None else y
 
     def revert(self) -> bool:
@@ -128,7 +127,7 @@ class SiblingLinear(FP8Linear):
         return FP8Linear.revert(self)  # not super(): leaving has changed the class
 
     def leave(self) -> None:
-        """Runs alone again, for good."""
+        """Leaves the group; the layer runs alone from now on."""
         if "_place" in self.__dict__:
             del self.__dict__["_place"]
             self.__class__ = self.__dict__.pop("_kind")
@@ -136,7 +135,7 @@ class SiblingLinear(FP8Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """A tensor as it was given: the object, its count of changes, and what else a product of it depends on."""
+    """An input as it was received: the object, its version, and what else its product depends on."""
 
     tensor: weakref.ref[torch.Tensor]
     state: tuple[Any, ...]
@@ -147,7 +146,7 @@ class _Given:
 
 @dataclass(kw_only=True)
 class Group:
-    """The members of one joined product, what they were given in the first pass, and the parts not yet handed out."""
+    """The members of one fused product, their inputs in the first pass, and the parts not yet returned."""
 
     members: list[FP8Linear]
     trusting: bool
@@ -159,7 +158,7 @@ class Group:
     bias: tuple[tuple[Any, ...], torch.Tensor | None] | None = None
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
-        """A member's part of the joined product of ``x``; None where it has to run alone."""
+        """A member's part of the fused product of ``x``; None if it has to run alone."""
         state = self._state(x)
         if state is None or x.device != self.members[0].device:
             return None
@@ -173,7 +172,7 @@ class Group:
                 self.waiting = None
             return self._counted(index, y)
         if waiting is not None and waiting[0].tensor() is not None and len(waiting[1]) < len(self.members):
-            self._dissolve()  # a part was never asked for: these layers do not see the same tensor after all
+            self._dissolve()  # a part was never requested: these layers do not receive the same tensor after all
             return None
         layer = self._joined(x)
         if layer is None:
@@ -186,12 +185,12 @@ class Group:
         return self._counted(index, mine)
 
     def _forget(self, gone: weakref.ref[torch.Tensor]) -> None:
-        """The tensor is gone, so nobody can ask for its parts: they need not live on."""
+        """Frees the parts when the input tensor is freed, as nobody can request them any more."""
         if self.waiting is not None and self.waiting[0].tensor is gone:
             self.waiting = None
 
     def _state(self, x: torch.Tensor) -> tuple[Any, ...] | None:
-        """What must not change between siblings; None where torch does not count changes to ``x``."""
+        """What must not change between siblings; None if torch does not count writes to ``x``."""
         if x.is_inference():
             if not self.trusting:
                 return None
@@ -204,7 +203,7 @@ class Group:
         return (version, stream, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
 
     def _observe(self, index: int, x: torch.Tensor, state: tuple[Any, ...]) -> None:
-        """The first pass: once every member has been called, or one again, those that were given one tensor agree."""
+        """The first pass: when every member was called, or one again, fuses those that received the same tensor."""
         if index not in self.seen:
             self.seen[index] = _Given(tensor=weakref.ref(x), state=state)
             if len(self.seen) < len(self.members):
@@ -233,7 +232,7 @@ class Group:
                 member.leave()
 
     def _joined(self, x: torch.Tensor) -> FP8Linear | None:
-        """The layer of all members' weights, made again when one of them has changed."""
+        """The layer with all members' weights; rebuilt when one of them has changed."""
         sources = tuple(member.form(x.device) for member in self.members)
         if self.joined is None or any(a is not b for a, b in zip(sources, self.sources, strict=True)):
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -249,7 +248,7 @@ class Group:
         return self.joined
 
     def _bias(self) -> Any:
-        """All biases side by side, put together again only where one may have changed or needs a gradient."""
+        """All biases concatenated; concatenated again only if one may have changed or requires a gradient."""
         biases = [member.bias for member in self.members]
         if all(bias is None for bias in biases):
             return None
@@ -262,13 +261,13 @@ class Group:
         return self.bias[1]
 
     def _counted(self, index: int, y: torch.Tensor) -> torch.Tensor:
-        """Counts the call for the report, under the joined product's kernel."""
+        """Counts the call for the report, under the fused product's kernel."""
         assert self.joined is not None
         self.members[index].activity.count(self.joined.activity.latest)
         return y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        """A copy observes anew: what waits belongs to the original's tensors."""
+        """A copy starts observing anew: pending parts belong to the original's tensors."""
         twin = Group(members=[], trusting=self.trusting)
         memo[id(self)] = twin
         twin.members = [copy.deepcopy(member, memo) for member in self.members]
@@ -279,11 +278,11 @@ class Group:
 
 
 def join(members: Sequence[FP8Linear]) -> FP8Linear:
-    """A layer whose output is that of all ``members`` side by side: their FP8 bytes and scales, bit for bit."""
+    """A layer that computes the concatenated outputs of ``members``: their FP8 bytes and scales, bit for bit."""
     first = members[0]
     weights = [member.scaled() for member in members]
     scheme = first.scheme
-    if scheme.weight.rows is None:  # one scale each becomes one a row
+    if scheme.weight.rows is None:  # one scale per tensor becomes one per row
         scheme = replace(scheme, weight=Granularity(1, scheme.weight.cols))
         weights = [ScaledTensor(w.data, w.scale.expand(w.shape[0], -1).contiguous(), scheme.weight) for w in weights]
     weight = ScaledTensor(
@@ -298,7 +297,7 @@ def join(members: Sequence[FP8Linear]) -> FP8Linear:
 
 
 def share_memory(joined: FP8Linear, members: Sequence[FP8Linear]) -> None:
-    """Makes the members' FP8 bytes views of the joined ones, where its engine keeps those as plain rows."""
+    """Makes the members' FP8 bytes views of the fused ones, if the engine keeps those as plain rows."""
     data = joined.form(joined.device).data
     if tuple(data.shape) != (joined.out_features, joined.in_features) or not data.is_contiguous():
         return
@@ -310,7 +309,7 @@ def share_memory(joined: FP8Linear, members: Sequence[FP8Linear]) -> None:
 
 
 def joined_bias(members: Sequence[FP8Linear]) -> torch.Tensor | None:
-    """All biases side by side, zeros for a layer that has none; None if none has."""
+    """All biases concatenated, zeros for a layer without one; None if none has one."""
     if all(member.bias is None for member in members):
         return None
     parts: list[torch.Tensor] = [

@@ -1,4 +1,4 @@
-"""One method's source: which of its expressions are a certain parameter, and what is done with them."""
+"""Analyzing one method's source: which expressions are a certain parameter, and what is done with them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Protocol
 
 from .syntax import arguments_of, in_groups, is_constant, is_method, is_module, last_name, matrix_letters
 
-# Attributes and methods that say something about a tensor and read none of its values.
+# Attributes and methods of a tensor that do not read its values.
 _ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize", "nbytes"} | {
     *("size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous", "data_ptr"),
 }
 _SAME = {"to", "type_as", "detach", "data", "float", "half", "bfloat16", "view_as", "requires_grad_", "cuda", "cpu"}
 _TURNED = {"T", "mT", "t"}
 _PARTS = {"chunk", "split", "tensor_split"}
-_PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}  # and their first factor
+# and the position of their first factor
+_PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 _NEUTRAL = {"isinstance", "hasattr", "len", "has_torch_function", "has_torch_function_unary", "id", "type"}
-_ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_forward, and their places
+_ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_forward, and their positions
     **{"in_proj_weight": 5, "out_proj_weight": 11},
     **{"q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None},
 }
@@ -25,9 +26,12 @@ _ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_fo
 
 @dataclass
 class Uses:
-    """How often a forward multiplies by a parameter ``[N, K]`` (``straight``) or ``[K, N]`` (``turned``), looks up rows
-    of it, and what else it does with it, as the source has it. ``folded`` counts the products for which it has more
-    dimensions: a matrix of its first one and the others taken together."""
+    """How a forward uses a parameter, according to its source.
+
+    ``straight`` counts products with it as ``[N, K]``, ``turned`` as ``[K, N]`` (transposed), and ``lookups`` how often
+    its rows are looked up; ``others`` lists all other uses. ``folded`` counts products with a parameter of more
+    dimensions, which is a matrix of its first dimension and the others flattened.
+    """
 
     straight: int = 0
     turned: int = 0
@@ -41,30 +45,31 @@ class Uses:
 
     @property
     def is_factor(self) -> bool:
-        """Whether it is multiplied by, always the same way round, and nothing else."""
+        """Whether it is only multiplied by, and always in the same orientation."""
         return (self.straight > 0) != (self.turned > 0) and not self.lookups and not self.others
 
     @property
     def is_table(self) -> bool:
-        """Whether its rows are looked up and nothing else."""
+        """Whether its rows are looked up and it is not used otherwise."""
         return self.lookups > 0 and not self.products and not self.others
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """An expression that is the parameter, or some of its rows; ``turned`` around an odd number of times."""
+    """An expression that is the parameter, or some of its rows; ``turned`` if it was transposed an odd number of
+    times."""
 
     turned: bool = False
-    several: bool = False  # a tuple of such
+    several: bool = False  # a tuple of several of them
     stacked: bool = False  # a stack of matrices
-    grouped: bool = False  # groups of rows of one matrix, as ``view(groups, -1, K)`` gives them, or one of those
+    grouped: bool = False  # groups of rows of one matrix, as from ``view(groups, -1, K)``, or one of the groups
 
 
 Names = dict[str, _Weight]
 
 
 class Reader(Protocol):
-    """Who reads the methods of a class, for the sake of one parameter."""
+    """The protocol of a reader that follows one parameter through the methods of a class."""
 
     kind: type
     parameter: str
@@ -75,7 +80,7 @@ class Reader(Protocol):
 
 
 class Method:
-    """Its statements in their order, with the names that stand for the parameter."""
+    """A method's statements in order, with the names that refer to the parameter."""
 
     def __init__(self, reader: Reader, owner: type, tree: ast.FunctionDef | ast.AsyncFunctionDef, names: Names) -> None:
         self.reader, self.owner, self.tree, self.names = reader, owner, tree, dict(names)
@@ -126,12 +131,12 @@ class Method:
             self.found.others.append(text if len(text) <= 80 else text[:77] + "...")
 
     def consume(self, node: ast.AST) -> None:
-        """An expression in a place where the parameter itself has no business."""
+        """An expression in which any use of the parameter counts as another use."""
         if self.value(node) is not None and not isinstance(node, (ast.Name, ast.Attribute)):
             self.other(node)
 
     def value(self, node: ast.AST) -> _Weight | None:
-        """Whether an expression is the parameter; what is done with it inside of the expression is counted."""
+        """Whether an expression is the parameter; uses inside of the expression are counted."""
         handler = getattr(self, f"_{type(node).__name__}", None)
         if handler is not None:
             found: _Weight | None = handler(node)
@@ -143,8 +148,6 @@ class Method:
         for part in ast.iter_child_nodes(node):
             if isinstance(part, (ast.expr, ast.keyword, ast.comprehension)) and self.value(part) and not neutral:
                 self.other(node)
-
-    # --- expressions -----------------------------------------------------------------------------------------------
 
     def _Name(self, node: ast.Name) -> _Weight | None:
         return self.names.get(node.id)
@@ -219,7 +222,7 @@ class Method:
             self.count(b, node, straight=b.turned)
 
     def count(self, weight: _Weight, node: ast.AST, *, straight: bool) -> None:
-        """A product that sums over the last dimension of the parameter, or else over the one before."""
+        """A product that contracts the last dimension of the parameter, or else the second to last."""
         if weight.grouped and not straight:
             self.other(node)  # over a part of its rows
         self.found.straight += straight
@@ -271,7 +274,7 @@ class Method:
         return None
 
     def take(self, arguments: dict[int | str, ast.expr], place: int | None, keyword: str) -> _Weight | None:
-        """The argument, taken out, if it is the parameter."""
+        """The argument, removed from its place, if it is the parameter."""
         for key in (place, keyword):
             if key is not None and key in arguments and (weight := self.value(arguments[key])) is not None:
                 del arguments[key]
@@ -301,7 +304,7 @@ class Method:
         del arguments[1], arguments[2]
 
     def follows(self, node: ast.Call, name: str) -> bool:
-        """Whether a call is one of another method of the module's, which is read too."""
+        """Whether a call is one of another method of the module, which is then read too."""
         function = node.func
         if not isinstance(function, ast.Attribute):
             return False
@@ -313,6 +316,6 @@ class Method:
         arguments = [self.value(argument) for argument in node.args]
         others = [self.value(keyword.value) for keyword in node.keywords]
         if any(weight is not None for weight in (*arguments, *others)):
-            self.other(node)  # handed on: what becomes of it there is not followed
+            self.other(node)  # passed on to code that is not followed
         self.reader.method(name, self.owner if above else self.reader.kind, {}, above=above)
         return True

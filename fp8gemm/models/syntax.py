@@ -1,4 +1,4 @@
-"""What single expressions of a forward are, told from their syntax."""
+"""Classifying single expressions of a forward by their syntax."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ def is_method(kind: type, name: str) -> bool:
 
 
 def arguments_of(node: ast.Call) -> dict[int | str, ast.expr]:
-    """The arguments of a call, by place or keyword."""
+    """The arguments of a call, by position or keyword."""
     found: dict[int | str, ast.expr] = dict(enumerate(node.args))
     return {**found, **{keyword.arg or "**": keyword.value for keyword in node.keywords}}
 
 
 def last_name(node: ast.expr) -> str:
-    """What a function is called where it is called; empty for an expression without a name."""
+    """The name by which a function is called; empty for an expression without a name."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def is_module(node: ast.expr) -> bool:
-    """Whether this is the name of a module of torch's, as in ``torch.matmul`` and ``F.linear``."""
+    """Whether this is the name of a torch module, as in ``torch.matmul`` and ``F.linear``."""
     return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (
         isinstance(node, ast.Attribute) and node.attr in ("functional", "linalg") and is_module(node.value)
     )
 
 
 def in_groups(name: str, arguments: list[ast.expr]) -> bool:
-    """Whether a view may be of the rows of a matrix in groups: ``view(groups, -1, K)``, ``unflatten(0, ...)``."""
+    """Whether a view may split the rows of a matrix into groups: ``view(groups, -1, K)``, ``unflatten(0, ...)``."""
     if name == "unflatten":
         return len(arguments) == 2 and is_constant(arguments[0], 0)
     return name in ("view", "reshape") and len(arguments) == 3
@@ -43,9 +43,9 @@ def is_constant(node: ast.expr, value: object) -> bool:
 
 
 def matrix_letters(equation: str, place: int, *, stacked: bool) -> str | None:
-    """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; of a stack
-    which of the last two. For ``"last"`` that may be several, as of ``hnd`` in ``ibnd,hnd->ibh``; for ``"first"`` there
-    may be several others, as in ``ibh,hnd->ibnd``."""
+    """Which dimension of a matrix, the operand at ``place``, an einsum contracts: ``"first"`` or ``"last"``; for a
+    stack, which of its last two. ``"last"`` may be several dimensions, as in ``ibnd,hnd->ibh``; for ``"first"`` the
+    others may be several, as in ``ibh,hnd->ibnd``."""
     letters = letters_of(equation, place)
     if letters is None or "." in letters[0] or len(letters[0]) < 2 + stacked:
         return None

@@ -1,4 +1,4 @@
-"""Kernels compiled and weights quantized before the first request instead of in it."""
+"""Compiling kernels and quantizing weights before the first request instead of during it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 from ..engines import ENGINES, PackedWeight
 from ..weights import FP8Weight
 
-# The powers of two that kernels are chosen by, up to a prefill of some length.
+# The powers of two by which kernels are chosen, up to a prefill of moderate length.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @torch.no_grad()
 def warmup(model: nn.Module, tokens: Iterable[int] = TOKENS) -> int:
-    """Runs every kind of FP8 weight of ``model`` once for each M in ``tokens``, on zeros; how many products that were.
+    """Runs every kind of FP8 weight of ``model`` once per M in ``tokens``, on zeros; returns the number of products.
 
-    Weights that share shape, scales, dtypes, device and whether there is a bias are one kind. Weights that are not
-    quantized yet are. Call it before a CUDA graph is captured and before ``torch.compile``. Takes memory for the
-    largest M; over a stack of experts tokens are spread evenly.
+    Weights with the same shape, scales, dtypes, device and presence of a bias are of one kind. Weights that are not yet
+    quantized are quantized. Call it before capturing a CUDA graph and before ``torch.compile``. It needs memory for the
+    largest M; for a stack of experts, tokens are distributed evenly.
 
     Raises:
         ValueError: an M is below 1.

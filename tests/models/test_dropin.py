@@ -579,8 +579,8 @@ def test_22_linears_that_are_not_plain_are_kept_with_a_reason() -> None:
     reasons = {row.name: row.reason for row in report(model).kept}
     assert reasons == {
         "special": "Special does more than multiply by it: self.weight * 2",
-        "parametrized": "its weight is no parameter but computed, as by weight_norm or spectral_norm",
-        "spectral": "its weight is no parameter but computed, as by weight_norm or spectral_norm",
+        "parametrized": "its weight is not a parameter but computed, as by weight_norm or spectral_norm",
+        "spectral": "its weight is not a parameter but computed, as by weight_norm or spectral_norm",
         "empty": "its weight has no elements: (0, 4)",
         "integer": "its weight is torch.int8",
     }

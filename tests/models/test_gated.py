@@ -129,12 +129,12 @@ def test_names_and_order_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Mlp(nn.GELU()), "its activation is not silu"),
-        (Scaled, "its forward is 8 steps, not down"),
-        (Crossed, "its forward is 8 steps, not down"),
-        (Writing, "its forward is 8 steps, not down"),
-        (Dropped, "its forward is 8 steps, not down"),
-        (Summed, "its last layer is not given a product"),
+        (lambda: Mlp(nn.GELU()), "its activation function is not silu"),
+        (Scaled, "its forward has 8 steps and is not down"),
+        (Crossed, "its forward has 8 steps and is not down"),
+        (Writing, "its forward has 8 steps and is not down"),
+        (Dropped, "its forward has 8 steps and is not down"),
+        (Summed, "the input of its last layer is not a product"),
         (Branching, "its forward cannot be traced: TraceError"),
     ],
 )

@@ -371,4 +371,4 @@ def test_a_note_where_warnings_are_errors(room: bool, monkeypatch) -> None:
     assert watched.runs() == []
     assert watched.fp8() == ([] if room else ["first.weight"])
     if sys.version_info >= (3, 11):
-        assert ("1 of 5 layers" if room else "and 1 stay FP8 for want of memory") in caught.value.__notes__[0]
+        assert ("1 of 5 layers" if room else "and 1 stay FP8 for lack of memory") in caught.value.__notes__[0]

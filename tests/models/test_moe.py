@@ -314,7 +314,7 @@ def test_stacks_of_unknown_names_wait_for_a_filter() -> None:
 
     plain = Odd()
     model = enable_fp8_gemm(copy.deepcopy(plain))
-    assert report(model).kept[0].reason.startswith("a stack of matrices, perhaps no experts")
+    assert report(model).kept[0].reason.startswith("a stack of matrices, perhaps not experts")
     assert isinstance(model.banks, nn.Parameter)
     model = enable_fp8_gemm(copy.deepcopy(plain), module_filter="banks")
     x = torch.randn(5, 16)

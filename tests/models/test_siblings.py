@@ -248,7 +248,7 @@ def test_refusals_say_why(change: Callable[[nn.Module], object], reason: str) ->
 def test_blocks_must_not_straddle() -> None:
     model = Attention()
     enable_fp8_gemm(model, options=FP8GemmOptions(scheme="block"))
-    assert list(fuse_siblings(model).refused.values()) == ["blocks of 128 rows would straddle two layers"]
+    assert list(fuse_siblings(model).refused.values()) == ["blocks of 128 rows would span two layers"]
     model = Attention(sizes=(128, 128, 16))
     enable_fp8_gemm(model, options=FP8GemmOptions(scheme="block"))
     assert len(fuse_siblings(model).groups) == 1

@@ -1,8 +1,8 @@
-"""The FP8 weight: a parameter that multiplies by itself, whoever owns it."""
+"""``FP8Weight``: a parameter stored in FP8 that computes its own products, whichever module owns it."""
 
 import torch
 
-from . import convolution, copies, pickling, products, writes  # handlers register themselves
+from . import convolution, copies, pickling, products, writes  # importing them registers their handlers
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home

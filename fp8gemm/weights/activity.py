@@ -1,4 +1,4 @@
-"""What an FP8 weight has done since it was made."""
+"""Counters of what an FP8 weight has done."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Activity:
-    """Products, the kernels that ran, and how often the weight was dequantized."""
+    """The number of products, the kernels that ran, and the number of dequantizations."""
 
     calls: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
-    latest: str = ""  # kernel
+    latest: str = ""  # the kernel that ran last
     dequantizations: int = 0
 
     def count(self, kernel: str) -> None:
-        """One product, which ran ``kernel``."""
+        """Counts one product, which ran ``kernel``."""
         self.calls += 1
         self.kernels[kernel] += 1
         self.latest = kernel

@@ -1,4 +1,4 @@
-"""Many tensors as one flat one, as DistributedDataParallel broadcasts them: FP8 weights among them stay bytes."""
+"""Flat buckets of tensors, as DistributedDataParallel broadcasts them; FP8 weights in them are sent as bytes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ aten = torch.ops.aten
 
 
 class Bucket(torch.Tensor):
-    """The result of ``torch.cat`` on flat tensors; each stays by itself, and is what a slice of just its range gives.
+    """The result of ``torch.cat`` on flat tensors, kept apart so that the slice of one tensor's range returns it.
 
-    A broadcast moves them one by one. Any other operation is given dense values.
+    A broadcast sends them one by one. All other operations get dense values.
     """
 
     parts: list[torch.Tensor]
@@ -86,7 +86,7 @@ def _broadcast(func: Any, tensors: list[Bucket], *args: Any, **kwargs: Any) -> A
 
 @implements(OPERATIONS, aten.cat.default)
 def _cat(tensors: Any, dim: int = 0) -> Any:
-    """A bucket, where process groups are about."""
+    """Concatenates into a bucket, if torch.distributed is initialized."""
     if not torch.distributed.is_initialized() or torch.compiler.is_compiling() or watched_by_a_mode():
         return NotImplemented
     alike = len({(t.dtype, t.device) for t in tensors}) == 1 and all(t.dim() == 1 for t in tensors)
@@ -97,7 +97,7 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
 
 
 def _snapshot(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy: of a weight that would be sent by its bytes, one that shares them until either is written to."""
+    """A copy; that of a weight which can be sent as bytes shares them until either is written to."""
     if not isinstance(tensor, FP8Weight):
         return tensor.clone()
     message = Message.of(tensor)

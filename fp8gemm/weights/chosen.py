@@ -1,4 +1,4 @@
-"""Experts of a stack that were chosen by number, one for each token: their bytes are not copied until somebody asks."""
+"""Experts gathered from a stack by index, one per token; their bytes are copied only when somebody reads them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .stored import Stored
 
 
 class ChosenExperts(Home):
-    """The home of ``stack[ids]``, which transformers' ``batched_mm`` multiplies by and forgets.
+    """The home of ``stack[ids]``, which transformers' ``batched_mm`` experts use for one product.
 
-    ``source`` is the stack's home while nothing was copied. The experts are those of the moment when they were chosen,
-    whatever is written to the stack, or to the numbers, later.
+    ``source`` is the stack's home as long as nothing was copied. Later writes to the stack or to the indices do not
+    change the gathered experts.
     """
 
     def __init__(self, source: Home, ids: torch.Tensor) -> None:
@@ -32,7 +32,7 @@ class ChosenExperts(Home):
 
     @property
     def source(self) -> Home | None:
-        """Where the experts lie, as long as neither they nor this copy of them was written to."""
+        """The stack's home, as long as neither the stack nor this copy was written to."""
         if self._stored is None and self._source is not None and self._source.version == self._seen:
             return self._source
         return None

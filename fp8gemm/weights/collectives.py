@@ -1,7 +1,7 @@
-"""Collectives on FP8 weights. What only moves them sends bytes and scales, in one message; the rest works on values.
+"""Collectives on FP8 weights: those that only move data send bytes and scales in one message, others use values.
 
-The ranks first tell each other what they hold, so that all of them send bytes or all of them values. Between two ranks,
-by send and recv, there is no such word: both have to hand in FP8 weights of the same options.
+First the ranks exchange what they hold, so that all send bytes or all send values. ``send`` and ``recv`` exchange
+nothing beforehand: both ranks must pass FP8 weights with the same options.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from .sharding import coarsened, whole_scheme
 from .stored import Stored
 from .weight import FP8Weight
 
-# --- shards --------------------------------------------------------------------------------------------------------
-
 
 def _splitting(func: Any) -> Callable[..., Any]:
     def split(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
-        """Views; where some begin inside of a block of scales copies of them all are dense, so that ranks agree."""
+        """Views of the weight. If some start inside a scale block, copies of all of them are dense, so that ranks
+        agree."""
         views = OPERATIONS[None](func, (weight, *args), kwargs)
         if torch.distributed.is_initialized() and not all(map(begins_a_block, views)):
             for view in views:
@@ -45,19 +44,16 @@ for _split in (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.defa
 
 @implements(FUNCTIONS, torch.Tensor.contiguous)
 def _contiguous(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """A shard that cannot be sent by its bytes is dense from here on."""
+    """A copy, which is dense if the shard cannot be sent as bytes."""
     dense = isinstance(weight, FP8Weight) and COPIES_ARE_DENSE in weight.__dict__
     return weight.dequantize() if dense else NotImplemented
 
 
-# --- what ranks say to each other ----------------------------------------------------------------------------------
-
-
 def _agree(group: Any, key: FP8Weight, message: Message | None, others: Iterable[Any] = ()) -> bool:
-    """Whether all ranks of ``group`` can send bytes; asked of all of them, so that they do the same.
+    """Whether all ranks of ``group`` can send bytes; a collective call, so that they all get the same answer.
 
     Raises:
-        UnsupportedError: their weights differ in shape or dtype; on every rank.
+        UnsupportedError: the weights differ in shape or dtype; raised on every rank.
     """
     if torch.compiler.is_compiling() or watched_by_a_mode() or key.is_meta:
         return False
@@ -71,14 +67,14 @@ def _agree(group: Any, key: FP8Weight, message: Message | None, others: Iterable
     words = [tuple(word) for word in torch.stack(told).tolist()]
     if {word[0] for word in words} != {outside}:
         raise UnsupportedError(
-            f"a collective needs weights of one shape and dtype on all ranks; rank {group.rank()} has "
-            f"{tuple(key.shape)} in {key.dtype}, some other rank has not"
+            f"a collective needs weights of the same shape and dtype on all ranks; rank {group.rank()} has "
+            f"{tuple(key.shape)} in {key.dtype}, another rank has something else; patch the model alike on all"
         )
     return all(word[1:] == (facts, 1) for word in words)
 
 
 class _Finishing(torch.distributed.Work):
-    """Work that has something to do when it is waited for: what came is given to the weight then."""
+    """A handle whose ``wait`` also gives the received data to the weight."""
 
     waited_for: set[_Finishing] = set()  # noqa: RUF012  # C++ holds a Work without its Python part
 
@@ -99,12 +95,12 @@ class _Finishing(torch.distributed.Work):
 
 
 def finishing(work: Any, finish: Callable[[], Any]) -> Any:
-    """The work of an operation of c10d, and ``finish`` when it is waited for."""
+    """The handle of a c10d operation; ``finish`` runs when it is waited for."""
     return _Finishing(torch.distributed.Work.unbox(work), finish).boxed()
 
 
 def _started(func: Any, args: dict[str, Any], finish: Callable[[], None]) -> Any:
-    """Runs an operation of c10d on plain tensors; ``finish`` follows when it is done."""
+    """Runs a c10d operation on plain tensors; ``finish`` follows when it is done."""
     result = func(**args)
     at_once = args.get("async_op") is False
 
@@ -122,11 +118,8 @@ def _started(func: Any, args: dict[str, Any], finish: Callable[[], None]) -> Any
     return result
 
 
-# --- operations of process groups ----------------------------------------------------------------------------------
-
-
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, with defaults."""
+    """All arguments by name, including defaults."""
     names = [argument.name for argument in func._schema.arguments]
     defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
@@ -163,7 +156,7 @@ def _receive(func: Any, named: dict[str, Any]) -> Any:
 
 
 def _all_gather(func: Any, named: dict[str, Any]) -> Any:
-    """Also ``gather_``, whose lists are empty but on the root."""
+    """Also handles ``gather_``, whose output lists are empty except on the root."""
     lists = "output_tensors"
     (key,) = named["input_tensors"]
     message = Message.of(key)
@@ -199,7 +192,7 @@ def _scatter(func: Any, named: dict[str, Any]) -> Any:
 
 
 def _all_gather_single(func: Any, named: dict[str, Any]) -> Any:
-    """Into one tensor, the ranks' weights one behind the other along the first dimension."""
+    """All-gathers into one tensor, concatenated along the first dimension."""
     key, output, group = named["input_tensor"], named["output_tensor"], _group(named)
     message = Message.of(key)
     if not _agree(group, key, message) or message is None or output.numel() != key.numel() * group.size():
@@ -231,7 +224,7 @@ _READ_ONLY = ("input", "inputs", "input_list", "input_tensor", "input_tensors")
 
 
 def _by_values(func: Any, named: dict[str, Any]) -> Any:
-    """On dense values; what comes is written to the weights, and rounded to FP8 once, at their next product."""
+    """Runs on dense values; what is received is written to the weights, and their next product quantizes it."""
     dense: dict[int, tuple[FP8Weight, torch.Tensor]] = {}
 
     def values(weight: FP8Weight) -> torch.Tensor:
@@ -286,16 +279,14 @@ for _name in (
         OPERATIONS[getattr(torch.ops.c10d, _name).default] = _operation(_name)
 
 
-# --- functional collectives, of which DTensor is made ----------------------------------------------------------------
-
 functional = torch.ops._c10d_functional
 
 
 @implements(OPERATIONS, functional.all_gather_into_tensor.default)
 def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
-    """The ranks' weights one behind the other along the first dimension: in FP8 where their scales can be."""
+    """The ranks' weights concatenated along the first dimension, in FP8 where the scale blocks allow that."""
     group, message = _resolved(group_name), Message.of(weight)
-    if hasattr(functional, "_wrap_tensor_autograd"):  # of torch 2.13, in a file that is imported when it is needed
+    if hasattr(functional, "_wrap_tensor_autograd"):  # torch 2.13, imported only when needed
         OPERATIONS.setdefault(functional._wrap_tensor_autograd.default, _there_already)
     if not _agree(group, weight, message) or message is None:
         return NotImplemented
@@ -317,19 +308,19 @@ def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
 
 
 def _there_already(weight: FP8Weight) -> FP8Weight:
-    """In place of a tensor that waits when it is used."""
+    """The weight itself, which is already complete, in place of an asynchronous tensor."""
     return _waited_for(weight).like()  # type: ignore[no-any-return]
 
 
 @implements(OPERATIONS, functional.wait_tensor.default)
 def _waited_for(weight: FP8Weight) -> FP8Weight:
-    if weight._home.dense is not None:  # where functional collectives write
+    if weight._home.dense is not None:  # functional collectives write here
         functional.wait_tensor(weight._home.dense)
     return weight
 
 
 def _resolved(group: Any) -> Any:
-    """A process group, which functional collectives are given by name."""
+    """The process group, which functional collectives pass by name."""
     if not isinstance(group, str):
         return group
     return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]

@@ -1,4 +1,4 @@
-"""Making a parameter FP8, and back: all that can fail comes first, the last step cannot."""
+"""Converting a parameter to FP8 and back: everything that can fail comes first, and the last step cannot."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .stored import Stored, lock
 from .weight import FP8Weight
 
 _OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
-_FORMER = "_fp8gemm_former_class"  # of a module whose class was exchanged
-_OWN = (_FORMER, "_bound")  # what such a module is given
+_FORMER = "_fp8gemm_former_class"  # attribute of a module whose class was changed
+_OWN = (_FORMER, "_bound")  # attributes that such a module is given
 
 
 def convert(
@@ -33,18 +33,18 @@ def convert(
     input_scale: torch.Tensor | None = None,
     kind: type[nn.Module] | None = None,
 ) -> FP8Weight:
-    """Makes the parameter ``name`` of ``module`` an FP8Weight; the module stays the same object with the same code.
+    """Replaces the parameter ``name`` of ``module`` by an FP8Weight; the module stays the same object.
 
     Args:
-        turned: the parameter is ``[K, N]`` or ``[E, K, N]``, multiplied from the right.
-        layout: how it lies in memory, where ``turned`` does not say it all.
-        weight: FP8 bytes ``[(E,) N, K]`` and scales to hold as they are, instead of quantizing the parameter.
+        turned: the parameter is transposed, ``[K, N]`` or ``[E, K, N]``.
+        layout: how it lies in memory, where ``turned`` is not enough.
+        weight: FP8 bytes ``[(E,) N, K]`` and scales to use as they are, instead of quantizing the parameter.
         input_scale: the static activation scale, float32, for schemes that have one.
         kind: the class that the module becomes an instance of.
 
     Raises:
-        ValueError: the parameter is not floating, or ``weight`` has another shape.
-        UnsupportedError: no engine, or not the one that was named, can run it. The module is as it was then.
+        ValueError: the parameter is not floating point, or ``weight`` has another shape.
+        UnsupportedError: no engine, or not the requested one, can run it. The module is then unchanged.
     """
     new = made(module, name, options, turned=turned, layout=layout, weight=weight, input_scale=input_scale)
     put(module, name, new, kind)
@@ -62,7 +62,7 @@ def made(
     weight: ScaledTensor | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> Any:
-    """The parameter that ``convert`` would put in place; the module is not touched."""
+    """The parameter that ``convert`` would install; the module is not changed."""
     parameter = module._parameters.get(name)
     if parameter is None or not parameter.dtype.is_floating_point or parameter.dtype in FP8_DTYPES:
         found = f"no {name} parameter" if parameter is None else f"a {name} in {parameter.dtype}"
@@ -94,9 +94,9 @@ def made(
 
 
 class Change:
-    """A parameter that becomes FP8 at all its places, with what those modules were before.
+    """A parameter that becomes FP8 in all modules that share it, and the earlier state of these modules.
 
-    Interrupted anywhere, it can be undone: what is tied changes together, there and back.
+    It can be undone after an interruption at any point; tied parameters change together, in both directions.
     """
 
     def __init__(self, *places: tuple[nn.Module, str, type[nn.Module] | None]) -> None:
@@ -107,8 +107,8 @@ class Change:
         self.former_kind = type(self.former)
 
     def put(self, parameter: nn.Parameter) -> None:
-        """Puts a parameter that ``made`` made in its places, and lets the former one go. After each step the modules
-        are whole, for other threads too."""
+        """Installs a parameter from ``made`` in its places and drops the former one. Other threads see complete modules
+        after each step."""
         for place in self.places:
             place.put(parameter)
         assert isinstance(parameter, FP8Weight)
@@ -117,7 +117,7 @@ class Change:
             self.former = None
 
     def undo(self) -> bool:
-        """Makes the modules what they were; False if the weight had to be dequantized, as the original was freed."""
+        """Restores the modules; False if the weight had to be dequantized, as the original was freed."""
         parameter, exact = self.former, True
         if parameter is None:
             parameter, exact = _dense(self.places[0].module._parameters[self.places[0].name])
@@ -129,7 +129,7 @@ class Change:
 
 
 class _Before:
-    """What a module was before one of its parameters became FP8."""
+    """The state of a module before one of its parameters became FP8."""
 
     def __init__(self, module: nn.Module, name: str, kind: type[nn.Module] | None) -> None:
         self.module, self.name, self.kind, self.former_kind = module, name, kind, type(module)
@@ -157,13 +157,13 @@ class _Before:
 
 
 def _costs_nothing(parameter: nn.Parameter, home: Home) -> bool:
-    """Whether a former parameter takes no memory beside its FP8 weight."""
+    """Whether the former parameter takes no memory beside its FP8 weight."""
     waits = home.stored is None and home.dense is not None and home.dense.data_ptr() == parameter.data_ptr()
     return parameter.is_meta or parameter is home.original or waits
 
 
 def put(module: nn.Module, name: str, parameter: nn.Parameter, kind: type[nn.Module] | None = None) -> None:
-    """Puts a parameter that ``made`` made in its place; what interrupts that leaves the module as it was."""
+    """Installs a parameter from ``made``; an interruption leaves the module as it was."""
     change = Change((module, name, kind))
     try:
         change.put(parameter)
@@ -173,9 +173,9 @@ def put(module: nn.Module, name: str, parameter: nn.Parameter, kind: type[nn.Mod
 
 
 def revert(module: nn.Module, name: str) -> bool:
-    """Gives the module its parameter back; True if it is the original, not a dequantized one.
+    """Restores the module's dense parameter; True if it is the original, not a dequantized one.
 
-    Interrupted, the module runs, and ``leave`` completes it. What was tied stays so: each place gets the same one.
+    After an interruption the module still runs, and ``leave`` completes the restoration. Tied parameters stay tied.
     """
     module._parameters[name], exact = _dense(module._parameters[name])
     leave(module)
@@ -183,8 +183,8 @@ def revert(module: nn.Module, name: str) -> bool:
 
 
 def _dense(weight: Any) -> tuple[Any, bool]:
-    """The original of a weight, with what was written to it since, or else a dequantized parameter; and whether it is
-    the original. The same at every call, as long as nothing is written to the weight in between."""
+    """The original of a weight, including later writes, or else a dequantized parameter; and whether it is the
+    original. Repeated calls return the same object until the weight is written to."""
     home = weight._home
     with lock():
         if home.returned is None or home.returned[0] != home.version or home.pending:
@@ -201,7 +201,7 @@ def _made_dense(weight: Any) -> tuple[Any, bool]:
     if parameter is None:
         parameter = nn.Parameter(weight.dequantize(), requires_grad=home.trains)
     elif home.pending and home.dense is not None:
-        home.settle()  # what was written reaches the original
+        home.settle()  # writes reach the original
     if parameter.device != weight.device and not weight.is_meta:
         with torch.no_grad():
             parameter.data = parameter.data.to(weight.device)
@@ -213,7 +213,7 @@ def _made_dense(weight: Any) -> tuple[Any, bool]:
 
 
 def leave(module: nn.Module) -> None:
-    """Gives a module whose FP8 weights have gone its former class back, and takes the hooks away."""
+    """Restores the former class of a module that has no FP8 weight left, and removes its hooks."""
     if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
         return
     former = module.__dict__.get(_FORMER)
@@ -225,12 +225,12 @@ def leave(module: nn.Module) -> None:
 
 
 def _attributes(parameter: Any) -> dict[str, Any]:
-    """What others have written on a parameter, such as ``tensor_model_parallel``."""
+    """The attributes that others have set on a parameter, such as ``tensor_model_parallel``."""
     return {key: value for key, value in vars(parameter).items() if key not in _OURS}
 
 
 def scheme_for(options: FP8GemmOptions, name: str, shape: tuple[int, ...]) -> Scheme:
-    """The scheme that was asked; one scale a tensor means one for each expert and each half of a fused gate and up."""
+    """The requested scheme; one scale per tensor means one per expert and one per half of a fused gate and up."""
     scheme = options.resolved_scheme
     if len(shape) == 3 and scheme.weight == TENSOR and "gate_up" in name and shape[1] % 2 == 0:
         return replace(scheme, weight=Granularity(shape[1] // 2, None))

@@ -1,4 +1,4 @@
-"""Convolutions whose windows do not overlap, transposed or not, and nn.Bilinear: matrix products in another shape."""
+"""Convolutions whose windows do not overlap, transposed convolutions and nn.Bilinear, computed as matrix products."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Any:
-    """``x [B, C, *spatial]`` cut into patches, rows ``[B * patches, C * patch]``, times ``[N, C * patch].T``."""
+    """``x [B, C, *spatial]`` as patches, ``[B * patches, C * window]``, times ``[N, C * window].T``."""
     if not isinstance(weight, FP8Weight) or isinstance(x, FP8Weight) or weight.dim() < 3 or x.dim() != weight.dim():
         return NotImplemented
     window = tuple(weight.shape[2:])
@@ -40,20 +40,20 @@ def _convolution(
     if w is None or x.shape[1] != weight.shape[1]:
         return NotImplemented
     if any(size < extent for size, extent in zip(x.shape[2:], window, strict=True)):
-        return NotImplemented  # torch says what is wrong
+        return NotImplemented  # torch raises its own error
     rows, places = patches(x, window)
     n = weight.shape[0]
     y = linear(rows, w, bias)
     if y is NotImplemented:
         return y
-    y = y.view(x.shape[0], -1, n).transpose(1, 2)  # in three dimensions, in which torch transposes fastest
-    if x.is_contiguous():  # as torch's own: a channels-last input gives a channels-last output
+    y = y.view(x.shape[0], -1, n).transpose(1, 2)  # in three dimensions, which torch transposes fastest
+    if x.is_contiguous():  # as in torch, a channels-last input gives a channels-last output
         y = y.contiguous()
     return y.unflatten(2, places)
 
 
 def _spread(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None, window: tuple[int, ...]) -> Any:
-    """Transposed: each place of ``x [B, K, *spatial]``, a row ``[K]`` times ``[K, N * window]``, becomes a window."""
+    """Transposed: each position of ``x [B, K, *spatial]`` times ``[K, N * window]`` becomes one window."""
     w = matrix(weight)
     if w is None or x.shape[1] != weight.shape[0]:
         return NotImplemented
@@ -70,7 +70,7 @@ def _spread(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None, windo
 
 
 def patches(x: torch.Tensor, window: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """``x [B, C, *spatial]`` as rows ``[B * patches, C * window]``, and how many patches there are along each axis."""
+    """``x [B, C, *spatial]`` as rows ``[B * patches, C * window]``, and the number of patches along each axis."""
     if set(window) == {1}:
         return x.flatten(2).transpose(1, 2).contiguous().view(-1, x.shape[1]), tuple(x.shape[2:])
     batch, channels = x.shape[:2]
@@ -98,7 +98,7 @@ def _trilinear(
     summed: Sequence[int],
     unrolled: int = 1,
 ) -> Any:
-    """F.bilinear: ``y[m, o] = sum_ij a[m, i] * weight[o, i, j] * b[m, j]``, with ``weight`` as rows ``o, i``."""
+    """F.bilinear: ``y[m, o] = sum_ij a[m, i] * weight[o, i, j] * b[m, j]``, with ``weight`` as ``[o * i, j]``."""
     bilinear = (list(expand_a), list(expand_weight), list(expand_b), list(summed)) == ([1, 3], [0], [1, 2], [2, 3])
     if not bilinear or not isinstance(weight, FP8Weight) or weight.dim() != 3 or not weight.is_whole():
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Copies of weights, by their bytes: cast, moved, cloned, written over by one another."""
+"""Copies of weights by their bytes: casts, moves, clones and ``copy_``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .stored import Stored, lock
 from .weight import FP8Weight
 
 aten = torch.ops.aten
-COPIES_ARE_DENSE = "_copies_are_dense"  # an attribute of views
+COPIES_ARE_DENSE = "_copies_are_dense"  # attribute of views that cannot be copied as bytes on all ranks
 
 
 @implements(FUNCTIONS, torch.Tensor.detach)
 def _detach(weight: Any) -> Any:
-    """Past the dispatcher, for whose first operation on a subclass torch imports 40 MB of torch.distributed."""
+    """A shortcut past the dispatcher, whose first operation on a subclass makes torch import 40 MB of
+    torch.distributed."""
     if not isinstance(weight, FP8Weight) or not native.plain() or torch.compiler.is_compiling():
         return NotImplemented
     twin = weight.like()
@@ -31,7 +32,7 @@ def _detach(weight: Any) -> Any:
 
 
 def count_write(weight: FP8Weight) -> None:
-    """Lets autograd see a write to what ``_detach`` made, as the two share their version in torch."""
+    """Lets autograd see a write to a result of ``_detach``: torch's own detach shares the version counter."""
     source = weight.__dict__.get("_source")
     if source is not None and not source.is_inference():
         torch.autograd.graph.increment_version(source)
@@ -50,7 +51,7 @@ def _to_copy(
     device: torch.device | None = None,
     **others: Any,
 ) -> Any:
-    """A cast shares the bytes; a move copies them, or leaves them behind on meta."""
+    """A cast shares the bytes; a move copies them, except to meta."""
     home, dtype = weight._home, dtype or weight.dtype
     device = weight.device if device is None else torch.device(device)
     unmoved = device == weight.device
@@ -62,17 +63,17 @@ def _to_copy(
         if not unmoved:
             return weight.like(home=_moved_home(home, dtype, device), dtype=dtype).fresh()
         if home.stored is not None and home.settle() is None:
-            return NotImplemented  # a scratch copy that was written to: its exact values
+            return NotImplemented  # a temporary copy that was written to is cast by its exact values
         return weight.like(home=_cast_home(home, dtype), dtype=dtype).fresh()
 
 
 def _is_8_bits(dtype: Any) -> bool:
-    """Whether a cast to this dtype asks for what the weight is already: without its scales it would lose them."""
+    """Whether a dtype has 8 bits. Such a cast is ignored: the weight is FP8 already and would lose its scales."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
 
 
 def _converts(func: Any) -> None:
-    """Casts and moves by one of torch's methods: one to FP8 leaves the weight as it is."""
+    """Registers a method of torch.Tensor that casts or moves; a cast to FP8 leaves the weight as it is."""
 
     def convert(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, FP8Weight):
@@ -90,14 +91,15 @@ for _method in ("to", "type", "half", "bfloat16", "float", "double", "cpu", "cud
 
 
 def _or_its_own(asked: Any, weight: FP8Weight) -> Any:
-    """The weight's own dtype in place of an FP8 one, in an argument of ``Tensor.to``."""
+    """In an argument of ``Tensor.to``, the weight's own dtype in place of an FP8 dtype."""
     if isinstance(asked, torch.Tensor) and _is_8_bits(asked.dtype):
         return torch.empty((), dtype=weight.dtype, device=asked.device)
     return weight.dtype if _is_8_bits(asked) else asked
 
 
 def _alias(weight: FP8Weight) -> FP8Weight:
-    """The same parameter again. nn.Module would exchange a parameter with itself, which a weak reference forbids."""
+    """Another wrapper of the same parameter: nn.Module cannot swap a parameter with itself if it has weak
+    references."""
     twin = weight.like()
     twin.__dict__.update(weight.__dict__)
     return twin.fresh()
@@ -113,7 +115,7 @@ def _cast_home(home: Home, dtype: torch.dtype) -> Home:
     stored = home.settle()
     assert stored is not None
     if stored.packed is not None and dtype not in stored.packed.dtypes:
-        stored = Stored(stored.scaled())  # another engine may be the one for the new dtype
+        stored = Stored(stored.scaled())  # another engine may be chosen for the new dtype
     return _with_original(home, home.copy(stored), dtype, None)
 
 
@@ -129,12 +131,12 @@ def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
     if home.input_scale is not None:
         twin.input_scale = home.input_scale.to(device)
     if device.type == "meta":
-        twin.activity = home.activity  # accelerate leaves this in the place of a weight that comes back
+        twin.activity = home.activity  # accelerate puts this in place of a weight that will come back
     return _with_original(home, twin, dtype, device)
 
 
 def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.device | None) -> Home:
-    """A kept original goes along, cast and moved too; ``cpu_offload`` leaves it where it is."""
+    """Copies the kept original as well, cast and moved; ``cpu_offload`` leaves it on its device."""
     original = home.original
     if original is None:
         return twin
@@ -164,7 +166,7 @@ def _taken(
 
 
 def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype) -> FP8Weight:
-    """A weight of its own of these bytes, in the orientation of the view they were taken from."""
+    """A separate weight with these bytes, in the orientation of the view they come from."""
     layout = Layout(tuple(scaled.shape), turned=part.flipped)
     if tuple(weight.size()) == weight._home.layout.folded:
         layout = weight._home.layout
@@ -193,7 +195,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
 def _empty_like(
     weight: FP8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **others: Any
 ) -> Any:
-    """What ``to_empty`` asks for: an FP8 weight of the shape. Asking must not round what was just written."""
+    """An empty FP8 weight of the same shape, for ``to_empty``. Pending writes stay pending."""
     part = weight.part()
     if part is None or (dtype is not None and (not dtype.is_floating_point or _is_8_bits(dtype))):
         return NotImplemented
@@ -216,7 +218,7 @@ def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Sch
 
 @implements(OPERATIONS, aten.new_zeros.default)
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
-    """What FSDP2 asks for: room for some rows of the weight, or for some experts of a stack."""
+    """An empty weight for FSDP2: some rows of a matrix, or some experts of a stack."""
     home, part, size = weight._home, weight.part(), tuple(size)
     flipped = len(size) == 3 and home.layout.turned
     if len(size) != weight.dim() or dtype not in (None, weight.dtype) or home.layout.folded is not None:
@@ -224,7 +226,7 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
     if (part is None and weight.numel()) or (part is not None and part.flipped != flipped):
         return NotImplemented
     scheme = home.scheme
-    if 0 in size:  # DTensor's shard of a rank for which nothing is left
+    if 0 in size:  # DTensor's shard on a rank that holds nothing
         if COPIES_ARE_DENSE in weight.__dict__ or sum(a != b for a, b in zip(size, weight.shape, strict=True)) > 1:
             return NotImplemented
     elif size[1:] != tuple(weight.shape)[1:] or (len(size) == 2 and home.layout.turned):
@@ -235,7 +237,7 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
     layout = Layout((*experts, b, a) if flipped else size, flipped)
     blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
     if 0 not in size and 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
-        return NotImplemented  # uneven shards' scales must fit into their rows
+        return NotImplemented  # the scales of uneven shards must fit into their rows
     twin = home.copy(Stored(blank), layout)
     twin.scheme = scheme
     return FP8Weight(twin, weight.dtype)
@@ -243,14 +245,14 @@ def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any =
 
 @implements(OPERATIONS, aten.constant_pad_nd.default)
 def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
-    """Zeros behind the last rows or columns, with which DTensor makes shards even."""
+    """Pads with zeros after the last rows or columns, as DTensor does to make shards even."""
     home = weight._home
     taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
     nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
     if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0 or home.layout.folded is not None:
         return NotImplemented
     flipped = home.layout.turned if taken is None else taken[1].flipped
-    behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # by dimension
+    behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # one number per dimension
     padded = [size + more for size, more in zip(weight.shape, behind, strict=True)]
     blank = _blank(home, swapped(padded, flipped), weight.device)
     if taken is None:
@@ -263,7 +265,7 @@ def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
 
 @implements(OPERATIONS, aten.copy_.default)
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
-    """Between weights of the same scales' grid by bytes; into plain tensors as values."""
+    """Copies bytes between weights of the same granularity, and values into plain tensors."""
     if not isinstance(target, FP8Weight):
         target.copy_(source.dequantize())
         return target
@@ -285,7 +287,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     ):
         return NotImplemented
     if b.settle() is None or a.dense is not None:
-        return NotImplemented  # written to and not rounded yet: values, each rounded once
+        return NotImplemented  # pending writes: copy their values, so that each is rounded only once
     if torch.compiler.is_compiling() or watched_by_a_mode():
         return _copy_in_place(target, source)
     there, here = _taken(source, grid=grid), _taken(target, to_write=True)
@@ -305,7 +307,7 @@ def watched_by_a_mode() -> bool:
 
 
 def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
-    """For traced graphs, whose last step copies into the very tensors that they were given."""
+    """For traced graphs, which end by copying into the tensors they were given."""
     a, b = target._home.settle(), source._home.settle()
     if not (target.is_whole() and source.is_whole()) or a is None or b is None:
         return NotImplemented
@@ -321,7 +323,7 @@ def _copy_in_place(target: FP8Weight, source: FP8Weight) -> Any:
 
 
 def write_part(target: FP8Weight, scaled: ScaledTensor) -> None:
-    """Writes bytes and scales over those of a part of whole blocks; others see the weight before or after."""
+    """Overwrites the bytes and scales of a block-aligned part; readers see the weight before or after."""
     home, part = target._home, target.part()
     with lock():  # other threads may write to other parts
         stored = home.settle()

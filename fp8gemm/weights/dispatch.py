@@ -1,12 +1,12 @@
-"""What handles which function of torch's, and which operation below autograd."""
+"""The tables of handlers: for torch functions (above autograd) and for ATen operations (below autograd)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# The operation None takes all others. A handler gives NotImplemented for what it leaves to them. Filled by the files
-# beside this one.
+# The key None handles all other operations. A handler that returns NotImplemented passes the call on to it.
+# The other modules of this package register their handlers here.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 

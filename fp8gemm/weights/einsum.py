@@ -1,4 +1,4 @@
-"""Which einsums are a product of tokens by a matrix or by a stack of experts, and how tokens are laid out for it."""
+"""Recognizing einsums that are matrix products or products with a stack of experts, and arranging their operands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class BatchedEinsum:
-    """The tokens of an einsum as ``[E, M, K]``, and ``[E, M, N]`` back as the einsum's output."""
+    """Rearranges x of an einsum to ``[E, M, K]``, and the product ``[E, M, N]`` to the einsum's output."""
 
     x_letters: str
     y_letters: str
@@ -23,7 +23,7 @@ class BatchedEinsum:
         return "".join(letter for letter in self.x_letters if letter not in (self.expert, self.contracted))
 
     def input(self, x: torch.Tensor, *, experts: int) -> torch.Tensor:
-        if self.expert not in self.x_letters:  # every expert sees every token
+        if self.expert not in self.x_letters:  # every expert gets all tokens
             x = x.expand(experts, *x.shape)
             letters = self.expert + self.x_letters
         else:
@@ -39,18 +39,18 @@ class BatchedEinsum:
 
 
 def letters_of(equation: str, place: int) -> tuple[str, str, str] | None:
-    """The letters of the operand at ``place``, of the other one and of the output; None unless it has two operands and
-    says its output."""
+    """The subscripts of the operand at ``place``, of the other operand and of the output; None unless the equation has
+    two operands and an explicit output."""
     inputs, arrow, y = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
     return (operands[place], operands[1 - place], y) if arrow and len(operands) == 2 else None
 
 
 def batched_operands(equation: str, stack_position: int, *, stack_is_transposed: bool) -> BatchedEinsum | None:
-    """The plan for an equation of two operands, of which one is a stack; None if it is no such product.
+    """The plan for an equation of two operands, one of them a stack; None if it is not a batched matrix product.
 
-    It is one where the stack's letters are expert, made and contracted (``enk``, or ``ekn`` for a transposed stack),
-    x has the contracted letter and not the made one, and y has expert, made and every other letter of x.
+    It is one if the stack's subscripts are expert, output and contracted (``enk``, or ``ekn`` for a transposed stack),
+    x has the contracted subscript and not the output one, and y has expert, output and all other subscripts of x.
     """
     letters = letters_of(equation, stack_position)
     if letters is None or "." in equation:
@@ -66,8 +66,8 @@ def batched_operands(equation: str, stack_position: int, *, stack_is_transposed:
 
 @dataclass(frozen=True)
 class FoldedEinsum:
-    """The tokens of an einsum as ``[..., K]``, and ``[..., N]`` back as its output, for a matrix whose K or N may be
-    several dimensions."""
+    """Rearranges x of an einsum to ``[..., K]``, and the product ``[..., N]`` to the einsum's output, for a weight
+    whose K or N consists of several dimensions."""
 
     x_letters: str
     y_letters: str
@@ -88,8 +88,8 @@ class FoldedEinsum:
 
 
 def folded_operands(equation: str, place: int) -> tuple[FoldedEinsum, bool] | None:
-    """The plan for an equation in which the operand at ``place`` is a matrix of its first dimension and the others
-    together, and whether it is the first that is summed over; None if it is no such product."""
+    """The plan for an equation whose operand at ``place`` is a matrix of its first dimension and all others flattened,
+    and whether the first dimension is contracted; None if it is not such a product."""
     letters = letters_of(equation, place)
     if letters is None or "." in equation or len(letters[0]) < 2:
         return None

@@ -1,4 +1,4 @@
-"""What an FP8 weight is in a ``state_dict``: its bytes, which remember their scale."""
+"""``FP8Entry``: an FP8 weight in a ``state_dict``, as FP8 bytes together with their scales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CASTS = {
     torch.Tensor.double: torch.float64,
 }
 _MOVES = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.cpu, torch.Tensor.cuda, *_CASTS)
-# Copies of bytes that remember the weight.
+# These return FP8 entries again.
 _COPIES = {
     torch.Tensor.detach,
     torch.Tensor.clone,
@@ -32,7 +32,7 @@ _COPIES = {
     torch.detach,
     torch.clone,
 }
-# What says nothing of the values, by name.
+# These depend on shape, dtype or device only, not on values. By name.
 _FACTS = {
     "dim", "ndim", "size", "shape", "numel", "nelement", "dtype", "device", "layout", "get_device", "element_size",
     "itemsize", "nbytes", "requires_grad", "is_leaf", "grad", "grad_fn", "names", "is_floating_point", "is_complex",
@@ -40,7 +40,7 @@ _FACTS = {
     "is_mps", "is_hpu", "is_ipu", "is_vulkan", "is_maia", "is_xla", "is_mtia", "__hash__", "__len__", "_version",
     "_backward_hooks", "_is_view", "_base",
 }  # fmt: skip
-# What may see the bytes: who writes files, or asks where they are.
+# These may see the bytes, as serialization needs them. By name.
 _OF_BYTES = {
     "__repr__", "__str__", "__format__", "__dlpack__", "__dlpack_device__", "__reduce_ex__", "__setstate__",
     "data_ptr", "untyped_storage", "storage", "storage_type", "_typed_storage", "stride", "storage_offset",
@@ -52,22 +52,22 @@ _COMPARED = {torch.equal, torch.Tensor.equal, torch.eq, torch.Tensor.eq, torch.T
 
 
 class FP8Entry(torch.Tensor):
-    """FP8 bytes of a weight in a state dict; ``weight`` is that weight as it was then, with scales and values.
+    """The FP8 bytes of a weight in a state dict; ``weight`` is a copy of that weight, with scales and values.
 
-    Files, and models patched alike, take the bytes. All else is given the weight: copied into a dense tensor, made
-    dense parameters or computed with, entries are values and never codes. Writing to them is refused.
+    Serialization and patched models use the bytes. All other uses get the weight: copying an entry into a dense tensor,
+    making a dense parameter of it or computing with it gives its values, never its codes. Writing to it raises.
 
-    Cast to another floating dtype, an entry takes no memory until somebody looks at its values, and becomes an
-    ordinary dense tensor then. A layer in FP8 that it is handed to before takes the bytes.
+    An entry that is cast to another floating dtype takes no memory until its values are read, which makes it an
+    ordinary dense tensor. If it is loaded into an FP8 layer before that, the layer takes the bytes.
     """
 
-    scale: torch.Tensor  # beside the bytes in the state dict; not the model's own
-    _weight: FP8Weight | None  # None in a dense tensor that is to become a Parameter
+    scale: torch.Tensor  # a copy of the scales in the state dict
+    _weight: FP8Weight | None  # None in a dense tensor that is becoming an nn.Parameter
     _handed: bool
 
     @staticmethod
     def of(weight: FP8Weight) -> FP8Entry:
-        """The weight as it is now; later writes to it do not reach the entry."""
+        """The weight as it is now; later writes to it do not change the entry."""
         home = weight._home
         home.owned = True
         stored = home.settle()
@@ -82,18 +82,18 @@ class FP8Entry(torch.Tensor):
 
     @staticmethod
     def cast(weight: FP8Weight) -> FP8Entry:
-        """The values of ``weight`` in its dtype, made when somebody looks; until then its one element is a NaN."""
+        """The values of ``weight`` in its dtype, computed when they are read; until then its one element is a NaN."""
         nan = torch.full((1,) * weight.dim(), math.nan, dtype=weight.dtype, device=weight.device)
         return _entry(nan.expand(weight.shape), weight.like())
 
     @property
     def weight(self) -> FP8Weight:
-        """The weight that these bytes are, or that was cast."""
+        """The weight that these bytes represent, or that was cast."""
         assert self._weight is not None
         return self._weight
 
     def handed_over(self) -> FP8Weight:
-        """The weight, for a layer in FP8."""
+        """The weight, for an FP8 layer that loads the entry."""
         self._handed = True
         return self.weight
 
@@ -123,12 +123,13 @@ class FP8Entry(torch.Tensor):
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        """nn.Parameter marks tensors of other classes by this attribute: a dense one becomes a true Parameter."""
+        """nn.Parameter marks tensors of other classes by this attribute; a dense entry becomes a real Parameter
+        instead."""
         self.__dict__.clear()
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A plain tensor: in a file there is its scale beside it."""
+        """Pickles as a plain tensor: a file has the scales beside it."""
         with torch._C.DisableTorchFunctionSubclass():
             plain = self.as_subclass(torch.Tensor) if _is_codes(self) else _become_dense(self)
             return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
@@ -152,7 +153,7 @@ def _is_codes(value: Any) -> bool:
 
 
 def _name(func: Any) -> str:
-    """The name of a function, or of the attribute that it gets."""
+    """The name of a function, or of the attribute whose getter it is."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         owner = func.__self__
@@ -161,7 +162,7 @@ def _name(func: Any) -> str:
 
 
 def _about(entry: FP8Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is known without the values, or by the bytes alone; NotImplemented where values are asked for."""
+    """The result, where it needs no values or only the bytes; NotImplemented where it needs values."""
     name = _name(func)
     if entry._weight is None:
         return func(_become_dense(entry), *args, **kwargs)
@@ -174,7 +175,7 @@ def _about(entry: FP8Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return values.requires_grad_(*args, **kwargs)
     if _is_codes(entry):
         if name == "detach":
-            return entry  # torch.distributed.checkpoint loads into what this gives
+            return entry  # torch.distributed.checkpoint loads into the result
         plain = entry.as_subclass(torch.Tensor)
         if func in _COPIES or func is torch.empty_like:
             result = func(plain, *args, **kwargs)
@@ -191,7 +192,7 @@ def _about(entry: FP8Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if func in (torch.Tensor.detach, torch.Tensor.clone, torch.detach, torch.clone):
         return FP8Entry.cast(entry.weight)
     if name == "data_ptr" and entry._handed:
-        return 0  # nobody has looked at it
+        return 0  # its values were not read
     return NotImplemented
 
 
@@ -205,7 +206,7 @@ def _as_integers(plain: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _take_bytes(entry: FP8Entry, source: torch.Tensor) -> FP8Entry:
-    """Bytes of a checkpoint that is read into a state dict: into memory of its own, not that of the model."""
+    """Loads bytes of a checkpoint into the entry: into memory of its own, not the model's."""
     codes = source.as_subclass(torch.Tensor).to(entry.device, copy=True)
     if codes.shape != entry.shape:
         codes = codes.expand(entry.shape).contiguous()
@@ -217,7 +218,7 @@ def _take_bytes(entry: FP8Entry, source: torch.Tensor) -> FP8Entry:
 
 
 def _moved(func: Any, entry: FP8Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A cast gives values, once somebody looks at them; a move alone moves bytes and scales."""
+    """A cast gives values, computed when they are read; a move without a cast moves bytes and scales."""
     weight, device, copies = entry.weight, None, False
     dtype = _CASTS.get(func)
     if func is torch.Tensor.to:
@@ -248,7 +249,7 @@ def _moved(func: Any, entry: FP8Entry, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _copied(target: torch.Tensor, src: FP8Entry, non_blocking: bool = False) -> torch.Tensor:
-    """Into a weight and into tensors of the same dtype by bytes, into others as values."""
+    """Copies an entry: bytes into FP8 weights and tensors of the same dtype, values into others."""
     source: torch.Tensor
     if isinstance(target, FP8Weight):
         source = src.handed_over()
@@ -260,7 +261,7 @@ def _copied(target: torch.Tensor, src: FP8Entry, non_blocking: bool = False) -> 
 
 
 def _bytes_of(args: tuple[Any, ...]) -> list[torch.Tensor] | None:
-    """An entry and a plain tensor of bytes, such as one from a file, to compare; None for other pairs."""
+    """The bytes of an entry and of a plain FP8 tensor, to be compared; None for other pairs."""
     pair = [one for one in args if isinstance(one, torch.Tensor)]
     plain = [one for one in pair if not isinstance(one, FP8Entry) and one.dtype in FP8_DTYPES]
     if len(pair) != 2 or len(plain) != 1 or not any(_is_codes(one) for one in pair):
@@ -281,7 +282,7 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _seen(entry: FP8Entry, dense: bool) -> torch.Tensor:
-    """What a function is given in place of an entry."""
+    """What a function gets in place of an entry."""
     with torch._C.DisableTorchFunctionSubclass():
         if not _is_codes(entry):
             return _become_dense(entry)
@@ -289,7 +290,7 @@ def _seen(entry: FP8Entry, dense: bool) -> torch.Tensor:
 
 
 def _become_dense(entry: FP8Entry) -> torch.Tensor:
-    """Makes a cast entry, this very object, the plain dense tensor that it looked like."""
+    """Turns a cast entry, this very object, into the plain dense tensor that it looked like."""
     with torch.no_grad():
         if entry._weight is not None:
             torch.Tensor.data.__set__(entry, entry._weight.dequantize())  # type: ignore[attr-defined]

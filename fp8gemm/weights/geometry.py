@@ -1,4 +1,4 @@
-"""Which part of a stored weight a view is: told from its size, strides and offset, as torch computes them."""
+"""Which part of a stored weight a view covers, found from its size, strides and offset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..scaled import Granularity, ScaledTensor
 
 
 def swapped(size: Sequence[int], flipped: bool) -> tuple[int, ...]:
-    """A shape with its last two dimensions exchanged, if it is flipped."""
+    """A shape with its last two dimensions exchanged if ``flipped``."""
     *stack, a, b = size
     return (*stack, b, a) if flipped else (*stack, a, b)
 
@@ -22,10 +22,10 @@ def swapped(size: Sequence[int], flipped: bool) -> tuple[int, ...]:
 class Layout:
     """How a weight lies in the (virtual) memory of its dense values.
 
-    ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` memory is that of a parameter whose
-    last two dimensions are ``[K, N]``, as Conv1D and some stacks have them. ``folded`` is the parameter's own shape
-    where it has another number of dimensions over the same memory: ``[N, C, 1, 1]`` of a convolution, or ``[E * N, K]``
-    of a stack without a dimension for the experts.
+    ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack of experts. ``turned`` means transposed in memory: the last
+    two dimensions of the parameter are ``[K, N]``, as in transformers' Conv1D and some stacks. ``folded`` is the
+    parameter's own shape where it has another number of dimensions over the same memory: ``[N, C, 1, 1]`` for a
+    convolution, or ``[E * N, K]`` for a stack without a dimension for the experts.
     """
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Layout:
 
     @staticmethod
     def of(memory: Sequence[int], *, turned: bool = False, folded: Sequence[int] | None = None) -> Layout:
-        """The layout of memory of this shape: ``[(E,) N, K]``, or turned ``[(E,) K, N]``."""
+        """The layout of a parameter whose memory has this shape: ``[(E,) N, K]``, or ``[(E,) K, N]`` if ``turned``."""
         return Layout(swapped(memory, turned), turned, None if folded is None else tuple(folded))
 
     @property
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """How far apart in memory neighbours along N and along K are."""
+        """The strides along N and along K, in elements."""
         n, k = self.matrix
         return (1, max(n, 1)) if self.turned else (max(k, 1), 1)
 
@@ -54,34 +54,34 @@ class Layout:
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """The shape of its memory: one dimension each for experts, rows and columns."""
+        """The shape of the memory, with one dimension each for experts, rows and columns."""
         return swapped(self.shape, self.turned)
 
     def like(self, size: Sequence[int]) -> Layout:
-        """The layout of a parameter of another size that is laid out alike.
+        """The same layout for a parameter of another size.
 
         Raises:
-            ValueError: a folded one, whose size does not tell what is N and what K.
+            ValueError: the layout is folded, and ``size`` differs: it does not say which dimensions are N and K.
         """
         if self.folded is None:
             return Layout.of(size, turned=self.turned)
         if tuple(size) != self.folded:
-            raise ValueError(f"the FP8 weight has shape {self.folded}, found {tuple(size)}")
+            raise ValueError(f"the FP8 weight has shape {self.folded}, found {tuple(size)}; reshape the values")
         return self
 
     def plain(self, values: torch.Tensor) -> torch.Tensor:
-        """Values in the parameter's own shape as a view ``[(E,) N, K]``."""
+        """Values in the parameter's own shape, as a view ``[(E,) N, K]``."""
         values = values.view(self.memory) if self.folded is not None else values
         return values.transpose(-1, -2) if self.turned else values
 
     def shaped(self, plain: torch.Tensor) -> torch.Tensor:
-        """``plain [(E,) N, K]`` in the parameter's own shape, contiguous there."""
+        """``plain [(E,) N, K]`` in the parameter's own shape, contiguous."""
         values = plain.transpose(-1, -2).contiguous() if self.turned else plain
         return values.reshape(self.folded) if self.folded is not None else values
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """The parameter's own strides, which are those of contiguous memory."""
+        """The parameter's own strides, those of a contiguous tensor."""
         if self.folded is not None:
             return _contiguous(self.folded)
         n, k = self.matrix
@@ -99,10 +99,10 @@ def _contiguous(size: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows and columns of one matrix, or of consecutive experts of a stack.
+    """Consecutive rows and columns of one matrix, or consecutive experts of a stack.
 
-    ``experts`` is None for a matrix ``[N, K]`` by itself, else (first, count); of an expert taken out of its stack
-    ``single`` is true. ``flipped`` says that the view has K before N.
+    ``rows``, ``cols`` and ``experts`` are (first, count). ``experts`` is None for a matrix ``[N, K]``; ``single`` means
+    that one expert was taken out of its stack, without its dimension. ``flipped`` means that the view has K before N.
     """
 
     rows: tuple[int, int]
@@ -112,7 +112,7 @@ class Part:
     flipped: bool = False
 
     def whole(self, layout: Layout) -> bool:
-        """Whether it is all of the weight, flipped or not."""
+        """Whether the part is the whole weight, flipped or not."""
         n, k = layout.matrix
         everything = None if len(layout.shape) == 2 else (0, layout.shape[0])
         return self.rows == (0, n) and self.cols == (0, k) and self.experts == everything and not self.single
@@ -121,9 +121,9 @@ class Part:
         return self.cols == (0, layout.shape[-1])
 
     def take(self, weight: ScaledTensor, *, to_write: bool = False) -> ScaledTensor | None:
-        """Its bytes and scales, as views; None where no grid of blocks covers just it.
+        """The part's bytes and scales, as views; None where its start is inside a scale block.
 
-        A block may be cut at its end, unless the bytes are to be written: its scale then belongs to others as well.
+        The part may end inside a block, except with ``to_write``: others share the scale of that block.
         """
         (r, rows), (c, cols) = self.rows, self.cols
         n, k = weight.shape[-2:]
@@ -134,7 +134,7 @@ class Part:
         return ScaledTensor(self.cut(weight.data), self._of_experts(weight.scale)[..., by_row, by_col], grid)
 
     def take_finer(self, weight: ScaledTensor) -> ScaledTensor | None:
-        """``take``, with the scales of a block repeated for smaller ones where its rows begin inside of a block."""
+        """Like ``take``, but a part that starts inside a block gets smaller blocks with repeated scales."""
         rows, first = weight.granularity.rows, self.rows[0]
         if rows is None or first % rows == 0:
             return self.take(weight)
@@ -143,7 +143,7 @@ class Part:
         return self.take(ScaledTensor(weight.data, scale, Granularity(finer, weight.granularity.cols)))
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
-        """Its values, as a view of those of the whole weight ``[(E,) N, K]``."""
+        """The part's values, as a view of those of the whole weight ``[(E,) N, K]``."""
         (r, rows), (c, cols) = self.rows, self.cols
         return self._of_experts(values)[..., r : r + rows, c : c + cols]
 
@@ -155,7 +155,7 @@ class Part:
 
 
 def _cuts(block: int | None, first: int, count: int, total: int, to_write: bool) -> bool:
-    """Whether a range begins inside a block or, where that matters, ends inside one."""
+    """Whether a range starts inside a block or, with ``to_write``, ends inside one."""
     if block is None:
         return to_write and count != total
     end = first + count
@@ -168,7 +168,7 @@ def _blocks(block: int | None, first: int, count: int) -> slice:
 
 @lru_cache(maxsize=4096)
 def part_of(layout: Layout, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Part | None:
-    """The part that a view of this size, stride and offset is; None if it is no such rectangle."""
+    """The part that a view of this size, stride and offset covers; None if it is not such a rectangle."""
     n, k = layout.matrix
     stack = len(layout.shape) == 3
     if layout.folded is not None and tuple(size) == layout.folded and tuple(stride) == layout.stride:

@@ -1,4 +1,4 @@
-"""Who owns an FP8 weight: its bytes and scales, the forms that engines take, pending writes and a kept original."""
+"""``Home``: the state that an FP8 weight shares with its views and aliases, as dense tensors share a storage."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .stored import Stored, lock
 
 
 class Home:
-    """What a weight, its views and its aliases share.
+    """The bytes and scales of a weight, its pending writes, its packed weights and its original.
 
-    A weight begins unquantized where that was asked for (only ``dense`` exists), is quantized once, and collects what
-    is written to it in ``dense`` until the next product, copy or save needs it quantized.
+    A weight may start unquantized, with only ``dense``. It is quantized once, when a product, a copy or a save first
+    needs it. Writes are collected in ``dense`` (they are *pending*) until the next such need; ``settle`` then quantizes
+    them. The *form* of a weight is the ``PackedWeight`` that an engine multiplies by.
 
     Attributes:
-        layout: shape ``[(E,) N, K]`` and how the parameter lies in memory.
+        layout: the shape ``[(E,) N, K]`` and how the parameter lies in memory.
         stored: the quantized weight; None before there is one.
-        dense: values with what was written since, in the parameter's own layout; None if nothing was.
-        original: the parameter that was converted, where it is kept.
-        owned: whether a Parameter was seen. What never was one, such as a scratch copy, stays dense once written to.
-        version: grows with every change; a call that was bound for one version does not fit the next.
+        dense: the values including pending writes, in the parameter's own layout; None if no write is pending.
+        original: the dense parameter that was converted, if it is kept.
+        owned: whether the weight is a parameter. A temporary copy is not: it stays dense once it was written to.
+        version: incremented at every change; calls that were bound for an earlier version are no longer valid.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class Home:
         self.stored, self.dense, self.input_scale = stored, dense, input_scale
         self.original: nn.Parameter | None = None
         self.original_version: int | None = None
-        self.trains = trains  # whether the parameter that was converted did
+        self.trains = trains  # whether the converted parameter required gradients
         self.activity = Activity()
         self.owned = False
         self.version = 0
-        self.returned: tuple[int, nn.Parameter, bool] | None = None  # of a version: the dense parameter that undo gave
-        self.flat: tuple[list[str], Any] | None = None  # what graphs are handed of this version: names, the rest
-        self.inner_data: torch.Tensor | None = None  # the tensors, set with ``flat``
+        self.returned: tuple[int, nn.Parameter, bool] | None = None  # the dense parameter that undo gave for a version
+        # what traced graphs receive for this version: attribute names and context
+        self.flat: tuple[list[str], Any] | None = None
+        self.inner_data: torch.Tensor | None = None  # these tensors are set together with ``flat``
         self.inner_scale: torch.Tensor | None = None
         self.inner_input_scale: torch.Tensor | None = None
         self.inner_dense: torch.Tensor | None = None
@@ -79,7 +81,7 @@ class Home:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits to be quantized: the first time, a write, or a kept original that has changed."""
+        """Whether values wait to be quantized: the initial ones, a write, or a changed original."""
         return self.dense is not None or self.changed
 
     @property
@@ -88,10 +90,8 @@ class Home:
         original = self.original
         return original is not None and original._version != self.original_version
 
-    # --- writing ---------------------------------------------------------------------------------------------------
-
     def master(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dense values that writes go to, in the parameter's own layout; who writes adds one to ``version``."""
+        """The dense values that writes go to, in the parameter's own layout; the writer increments ``version``."""
         with lock():
             if self.dense is None:
                 self.dense = self._values(dtype)
@@ -110,8 +110,8 @@ class Home:
         return self.layout.shaped(w)
 
     def settle(self) -> Stored | None:
-        """The quantized weight, with every write so far rounded into it, once; None for a written scratch copy."""
-        stored = self.stored  # before asking what has changed since: other threads publish, and forget
+        """Quantizes pending writes and returns the quantized weight; None for a temporary copy that was written to."""
+        stored = self.stored  # read first: other threads may publish a new weight, or forget this one
         if stored is not None and not self.pending:
             return stored
         if stored is not None and not self.owned and self.dense is not None:
@@ -130,7 +130,7 @@ class Home:
                     f"materialize_fp8_weight({str(device)!r}) or run the model once before"
                 )
             if original is not None and dense is not None and dense.data_ptr() != original.data_ptr():
-                with torch.no_grad():  # written in another place, where the original is on another device
+                with torch.no_grad():  # writes went to another tensor, as the original is on another device
                     original.copy_(dense)
             version = None if original is None else original._version
             after = original.detach() if dense is None and original is not None else dense
@@ -148,7 +148,7 @@ class Home:
             return self.stored
 
     def touch(self) -> None:
-        """Notes a change: of what was bound or handed to a graph before nothing fits any more."""
+        """Marks a change: calls and graph inputs of earlier versions are no longer valid."""
         self.version += 1
         self.flat = None
         self.inner_data = self.inner_scale = self.inner_input_scale = self.inner_dense = None
@@ -160,29 +160,28 @@ class Home:
         self.touch()
 
     def take_bytes(self, weight: ScaledTensor) -> None:
-        """The same weight with some of its bytes and scales written over."""
+        """Replaces bytes and scales after some of them were overwritten; the weight is otherwise the same."""
         with lock():
             self._publish(Stored(weight))
 
     def keep(self, original: nn.Parameter) -> None:
-        """Keeps the parameter that was converted, as ``fp16_weight_storage`` says; discarded, it is let go."""
+        """Keeps the converted parameter as ``fp16_weight_storage`` says; with ``"discard"`` it is dropped."""
         if self.options.fp16_weight_storage == "discard":
             return
         if original.is_inference():
             with torch.inference_mode(mode=False):
-                original = nn.Parameter(original.detach().clone(), original.requires_grad)  # torch counts its changes
+                # a tensor of our own, whose version counter torch maintains
+                original = nn.Parameter(original.detach().clone(), original.requires_grad)
         if self.options.fp16_weight_storage == "cpu_offload" and original.device.type != "cpu":
             original = nn.Parameter(original.detach().to("cpu"), original.requires_grad)
         self.hold_original(original)
 
     def hold_original(self, original: nn.Parameter, *, behind: bool = False) -> None:
-        """Takes this very parameter for the original; ``behind`` says that it has changed since it was quantized."""
+        """Uses this very parameter as the original; ``behind`` means it has changed since it was quantized."""
         self.original, self.original_version = original, None if behind else original._version
 
-    # --- products --------------------------------------------------------------------------------------------------
-
     def scaled(self) -> ScaledTensor:
-        """The plain bytes and scales; quantizes first if that is still due."""
+        """The plain bytes and scales; quantizes pending writes first."""
         self.owned = True
         stored = self.settle()
         assert stored is not None
@@ -191,12 +190,13 @@ class Home:
     def form(
         self, dtype: torch.dtype, device: torch.device | None = None, part: Part | None = None
     ) -> PackedWeight | None:
-        """The weight, or rows or experts of it, as an engine takes them; None where scales forbid that part.
+        """The weight, or some of its rows or experts, packed by an engine; None where its blocks do not allow that
+        part.
 
         Raises:
             UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
         """
-        stored = self.stored  # before asking what has changed since
+        stored = self.stored  # read before asking what has changed since
         if stored is None:
             stored = self._settle(device)
         elif self.pending and (stored := self.settle()) is None:
@@ -242,7 +242,7 @@ class Home:
             except UnsupportedError:
                 if scheme == self.scheme:
                     raise
-                return None  # no engine takes blocks of so few rows
+                return None  # no engine supports blocks of so few rows
             if not native.plain(weight.data):  # inside a trace
                 form = replace(form, extra={}, bare=True)
                 stored.forms = {**stored.forms, key: form}
@@ -254,12 +254,12 @@ class Home:
 
     @property
     def engine(self) -> str | None:
-        """The engine that runs the weight where it is; None before it was chosen."""
+        """The name of the engine that runs the weight on its device; None before one was chosen."""
         stored = self.stored
         return None if stored is None or stored.packed is None else stored.packed.engine
 
     def forget(self) -> None:
-        """Lets go of what can be made again: the FP8 bytes if the original is kept, else the engines' forms."""
+        """Drops what can be computed again: the FP8 bytes if the original is kept, else only the packed weights."""
         with lock():
             if self.original is not None:
                 self.dense = self.dense if self.dense is not None else self._values(self.original.dtype)
@@ -268,10 +268,8 @@ class Home:
                 self.stored = Stored(self.stored.scaled())
             self.touch()
 
-    # --- copies ----------------------------------------------------------------------------------------------------
-
     def copy(self, stored: Stored | None = None, layout: Layout | None = None) -> Home:
-        """A home of its own for the same values, or for ``stored``; bytes are shared until one is written to."""
+        """A separate home with the same values, or with ``stored``; bytes are shared until either is written to."""
         twin = Home(
             self.options,
             layout or self.layout,
@@ -286,7 +284,7 @@ class Home:
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Home:
-        """Shares no memory with the original."""
+        """A copy that shares no memory."""
         with lock():
             stored = self.stored
             if stored is not None:
@@ -309,14 +307,14 @@ class Home:
 
     @property
     def fp8_nbytes(self) -> int:
-        """Bytes of the FP8 weight and its scales, 0 before they exist."""
+        """Bytes of the FP8 weight and its scales; 0 before they exist."""
         if self.stored is None:
             return 0
         return math.prod(self.layout.shape) + 4 * math.prod(self.scheme.weight.scale_shape(self.layout.shape))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is held: FP8, scales, pending writes, a kept original."""
+        """Bytes of everything held: FP8 data, scales, pending writes and a kept original."""
         dense, original = self.dense, self.original
         waiting = 0 if dense is None or self.dense_is_original() else dense.nbytes
         return self.fp8_nbytes + waiting + (0 if original is None else original.nbytes)

@@ -1,4 +1,4 @@
-"""Kept originals: parameters whose place in the model an FP8 weight has taken, and whose changes still count."""
+"""Kept originals: dense parameters that were replaced by FP8 weights, and whose later changes still count."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 class KeptParameter(nn.Parameter):
-    """A parameter that tells when it was written to, through ``data`` too.
+    """A parameter that counts writes through ``data``, too, in its version.
 
-    What torch's own ``data`` gives counts its writes for itself; ``detach()`` shares the count with its parameter.
+    torch's own ``data`` has a version counter of its own; ``detach()`` shares its parameter's.
     """
 
     @property
@@ -25,7 +25,7 @@ class KeptParameter(nn.Parameter):
 
 
 def watch(parameter: Any) -> None:
-    """Lets a plain parameter count what is written through its ``data``; it stays the same object."""
+    """Makes a plain parameter count writes through its ``data``; it stays the same object."""
     if type(parameter) is nn.Parameter:
         parameter.__class__ = KeptParameter
 

@@ -1,4 +1,4 @@
-"""``FP8Linear``: an ``nn.Linear`` whose weight is an ``FP8Weight``, with a short way to its products."""
+"""``FP8Linear``: an ``nn.Linear`` whose weight is an ``FP8Weight``, with less overhead per call."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from .weight import FP8Weight
 class FP8Linear(nn.Linear):
     """``y = x @ w.T + bias`` with ``w [N, K]`` in FP8; ``bias`` stays a Parameter.
 
-    Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (this very object). ``weight`` is an
-    ``FP8Weight``; ``state_dict`` saves it as ``weight`` (FP8) and ``weight_scale`` (float32). The class makes calls
-    short, and accepts inputs of other dtypes as ``FP8GemmOptions`` say; products are right without it.
+    Made from an existing layer by ``from_linear`` (a new module) or ``convert`` (the same object). ``weight`` is an
+    ``FP8Weight``; ``state_dict`` saves it as ``weight`` (FP8) and ``weight_scale`` (float32). The class only reduces
+    the overhead per call and casts inputs of other dtypes as ``FP8GemmOptions`` say; ``F.linear`` gives the same
+    result.
 
     Example:
         >>> layer = FP8Linear.from_linear(torch.nn.Linear(64, 32))
@@ -35,7 +36,7 @@ class FP8Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, options: FP8GemmOptions | None = None) -> FP8Linear:
-        """A new FP8Linear beside ``linear``, sharing its bias and hooks; ``linear`` itself stays as it is.
+        """A new FP8Linear that shares the bias and hooks of ``linear``; ``linear`` itself is not changed.
 
         Example:
             >>> layer = FP8Linear.from_linear(torch.nn.Linear(64, 32))
@@ -56,40 +57,39 @@ class FP8Linear(nn.Linear):
         weight: ScaledTensor | None = None,
         input_scale: torch.Tensor | None = None,
     ) -> FP8Linear:
-        """Turns this very object into an FP8Linear: references to it, hooks and parents need no change.
+        """Converts this very object to an FP8Linear: references to it, hooks and parents need no change.
 
         Args:
-            weight: FP8 bytes ``[N, K]`` and scales to hold as they are, instead of quantizing the layer's own weight.
+            weight: FP8 bytes ``[N, K]`` and scales to use as they are, instead of quantizing the layer's own weight.
             input_scale: the static activation scale, float32, for schemes that have one.
 
         Raises:
-            ValueError: the layer's weight is not a floating parameter, or ``weight`` has another shape.
-            UnsupportedError: no engine, or not the one that was named, can run it. The layer is as it was then.
+            ValueError: the layer's weight is not a floating-point parameter, or ``weight`` has another shape.
+            UnsupportedError: no engine, or not the requested one, can run it. The layer is then unchanged.
         """
         convert(linear, "weight", options, weight=weight, input_scale=input_scale, kind=cls)
         assert isinstance(linear, FP8Linear)
         return linear
 
     def revert(self) -> bool:
-        """Turns this very object back into the layer it was; True if its weight is the original, not dequantized."""
+        """Converts this very object back; True if its weight is the original, False if it is a dequantized one."""
         return revert(self, "weight")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A dense parameter that is assigned as ``weight`` is quantized, as the layer is one that runs on FP8."""
+        """Assigning a dense parameter to ``weight`` quantizes it, so that the layer keeps running on FP8."""
         weight = self._parameters.get("weight") if name == "weight" else None
         dense = isinstance(value, nn.Parameter) and not isinstance(value, FP8Weight)
-        if not isinstance(weight, FP8Weight) or not dense or hasattr(value, "_local_tensor"):  # a DTensor shards it
+        # a DTensor shards the weight
+        if not isinstance(weight, FP8Weight) or not dense or hasattr(value, "_local_tensor"):
             super().__setattr__(name, value)
             return
         if value.shape != weight.shape:
             raise ValueError(f"the layer's weight has shape {tuple(weight.shape)}, found {tuple(value.shape)}")
         weight.data = value.detach()
 
-    # --- what the weight is ----------------------------------------------------------------------------------------
-
     @property
     def home(self) -> Home:
-        """Who owns the weight's bytes.
+        """The state that the weight shares with its views and aliases.
 
         Raises:
             AttributeError: the weight was replaced by a dense one.
@@ -120,19 +120,19 @@ class FP8Linear(nn.Linear):
 
     @property
     def original_weight(self) -> nn.Parameter | None:
-        """The kept original, ``None`` if it was discarded. Writing to it quantizes the layer again."""
+        """The kept original; ``None`` if it was discarded. Writing to it makes the layer quantize again."""
         home = self.home
         dense = home.dense if home.original is None and home.stored is None else None
         return home.original if dense is None else nn.Parameter(dense, requires_grad=home.trains)
 
     @property
     def engine(self) -> str | None:
-        """The name of the engine that runs this layer, ``None`` before it was chosen."""
+        """The name of the engine that runs this layer; ``None`` before one was chosen."""
         return self.home.engine
 
     @property
     def fp8_nbytes(self) -> int:
-        """Bytes of the FP8 weight and its scales, 0 before they exist."""
+        """Bytes of the FP8 weight and its scales; 0 before they exist."""
         return self.home.fp8_nbytes
 
     @property
@@ -140,11 +140,11 @@ class FP8Linear(nn.Linear):
         return (self.out_features, self.in_features)
 
     def scaled(self) -> ScaledTensor:
-        """The plain FP8 bytes and float32 scales, bit for bit; quantizes first if that is still due."""
+        """The plain FP8 bytes ``[N, K]`` and float32 scales, bit for bit; quantizes pending values first."""
         return self.home.scaled()
 
     def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
-        """Quantizes the weight for ``device`` now (by default where it is) instead of at the first call there.
+        """Quantizes the weight for ``device`` now (by default its own) instead of at the first call.
 
         Raises:
             UnsupportedError: no engine can run it there, or a CUDA graph is being captured.
@@ -152,11 +152,11 @@ class FP8Linear(nn.Linear):
         self.form(self.device if device is None else torch.device(device))
 
     def invalidate_weight_cache(self) -> None:
-        """Forgets what can be made again: the FP8 bytes if the original is kept, else only the engine's views."""
+        """Drops what can be computed again: the FP8 bytes if the original is kept, else only the packed weights."""
         self.home.forget()
 
     def form(self, device: torch.device) -> PackedWeight:
-        """The weight as the engine of ``device`` takes it; makes it where that is still due."""
+        """The weight as the engine of ``device`` has packed it; packs it first if necessary."""
         return _form(self.home, held(self._parameters["weight"]), device)
 
     def extra_repr(self) -> str:
@@ -164,8 +164,6 @@ class FP8Linear(nn.Linear):
             return f"{super().extra_repr()}, dense"
         engine = self.engine or f"{self.options.engine}, not materialized"
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
-
-    # --- products --------------------------------------------------------------------------------------------------
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self._parameters.get("weight")
@@ -188,7 +186,7 @@ class FP8Linear(nn.Linear):
         return FP8Linear._run(input, weight, self.bias)
 
     def _as_operation(self, x: torch.Tensor, weight: FP8Weight) -> torch.Tensor:
-        """Where a mode or a transform has a say: what torch sees is its own linear, with the casts that are due."""
+        """What modes and transforms see: torch's own linear, with the casts that ``FP8GemmOptions`` ask for."""
         if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, self.bias)
         out_dtype, given = _dtypes(x, weight.dtype, weight._home.options)
@@ -197,25 +195,25 @@ class FP8Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
 
-    # Static, as in the middle of a call another thread may give the layer its former class back.
+    # Static, as another thread may restore the layer's former class in the middle of a call.
     @staticmethod
     def _run(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        """The long way, for plain inputs of any dtype, shape and stride."""
+        """The general path, for plain inputs of any dtype, shape and stride."""
         if x.dim() == 0 or x.shape[-1] != weight.shape[-1] or x.is_meta or not weight.is_whole():
-            return F.linear(x, weight, bias)  # raises what nn.Linear raises
+            return F.linear(x, weight, bias)  # raises the error of nn.Linear
         home = weight._home
         form = _form(home, weight, x.device)
         out_dtype, given = _dtypes(x, weight.dtype, home.options)
         run_dtype = form.dtype_for(out_dtype)
         if bias is not None:
-            # A view holds the memory, where another thread gives the bias new data; of another dtype it is for the
-            # moment in which the layer is cast.
+            # A view holds the memory in case another thread assigns new data to the bias. The dtypes differ for a
+            # moment while the layer is being cast.
             bias = bias.view_as(bias) if wants_derivative(x, bias) else bias.detach()
             if bias.device != x.device or bias.dtype not in (run_dtype, torch.float32):
                 bias = bias.to(x.device, run_dtype)
         kept = faster_kept(home, x, bias, form)
         rows = x.reshape(-1, x.shape[-1]).to(run_dtype)
-        if not rows.is_contiguous() or rows.numel() == 0:  # an empty one is contiguous whatever its strides
+        if not rows.is_contiguous() or rows.numel() == 0:  # an empty tensor is contiguous whatever its strides
             rows = rows.clone(memory_format=torch.contiguous_format)
         if kept is not None:
             y, kernel = F.linear(rows, kept, bias), KEPT_KERNEL
@@ -226,7 +224,7 @@ class FP8Linear(nn.Linear):
         return y.reshape(*x.shape[:-1], form.n).to(given)
 
     def _traced(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        """Inside a trace the graph is handed the bytes themselves, not the weight around them."""
+        """The product inside a trace: the graph receives the tensors of the packed weight instead of the wrapper."""
         if isinstance(weight, FP8Weight):
             home = weight._home
             if home.dense is None and home.stored is not None and home.stored.packed is not None and not exporting():
@@ -239,13 +237,13 @@ class FP8Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x [..., K] @ w.T + bias``, with another bias than the layer's own."""
+        """``x [..., K] @ w.T + bias``, with a bias other than the layer's own."""
         return F.linear(x, self.weight, bias)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """``self(silu(gate) * up)`` for ``gate`` and ``up`` ``[..., K]``.
+        """``self(silu(gate) * up)`` for ``gate`` and ``up`` of shape ``[..., K]``.
 
-        Where the engine can, one kernel makes the product in float32 and rounds it to FP8.
+        Where the engine supports it, one kernel computes ``silu(gate) * up`` in float32 and rounds it to FP8.
         """
         y = self._gated(gate, up)
         return self(F.silu(gate) * up) if y is None else y
@@ -274,7 +272,7 @@ class FP8Linear(nn.Linear):
         return y.view(*gate.shape[:-1], self.out_features)
 
 
-_NONE: dict[Any, Any] = {}  # of bound calls
+_NONE: dict[Any, Any] = {}  # the default where no call is bound
 
 
 def _form(home: Home, weight: Any, device: torch.device) -> PackedWeight:
@@ -282,14 +280,15 @@ def _form(home: Home, weight: Any, device: torch.device) -> PackedWeight:
     form = home.form(weight.dtype, device)
     assert form is not None
     if (stored := home.stored) is not None and stored.device != weight.device:
-        weight.data = FP8Weight(home, weight.dtype)  # quantized at its first call, on the device of the input
+        weight.data = FP8Weight(home, weight.dtype)  # a lazily quantized weight moves to the device of its first input
     return form
 
 
 def _dtypes(x: torch.Tensor, compute_dtype: torch.dtype, options: FP8GemmOptions) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype to compute in and the dtype to return, for an input: as ``nn.Linear`` has them, casts aside."""
+    """The dtype to compute in and the dtype to return for an input: those of ``nn.Linear``, plus the casts of
+    ``options``."""
     kind = x.device.type
-    # torch does not autocast float64, nor do we.
+    # torch does not autocast float64, and neither do we.
     if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
         autocast = torch.get_autocast_dtype(kind)
         return autocast, autocast

@@ -1,4 +1,4 @@
-"""Dense values of FP8 rows: all of a matrix, or those that are looked up; by the compiled kernel where there is one."""
+"""Dequantizing a whole matrix or some of its rows, by a compiled kernel where there is one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..scaled import Granularity, ScaledTensor
 
 
 def dequantized(weight: ScaledTensor, dtype: torch.dtype) -> torch.Tensor:
-    """``dequantize(weight [..., N, K])``, bit for bit."""
+    """``dequantize(weight [..., N, K])``, with the same bits."""
     library = _compiled(weight, dtype)
     if library is None or weight.data.dim() != 2:
         return dequantize(weight, dtype)
@@ -19,10 +19,10 @@ def dequantized(weight: ScaledTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rows_of(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ``ids`` (of any shape) of ``weight [N, K]``, dequantized: ``[*ids.shape, K]``. Only those are read.
+    """Rows ``ids`` (of any shape) of ``weight [N, K]``, dequantized: ``[*ids.shape, K]``. Reads only those rows.
 
     Raises:
-        IndexError: an id is not that of a row.
+        IndexError: an id is out of range.
     """
     flat = ids.reshape(-1)
     found = _looked_up(weight, flat, dtype)
@@ -35,7 +35,7 @@ def rows_of(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """By one kernel, where there is one for this device."""
+    """The same by one kernel; None where there is none for this device."""
     if (library := _compiled(weight, dtype, ids)) is not None:
         flat = ids.to(torch.int64).contiguous()
         return library.lookup(weight.data, weight.scale, *weight.granularity.block(weight.shape), flat, dtype)
@@ -43,12 +43,12 @@ def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> t
     if not on_card or torch.compiler.is_compiling() or not native.plain(weight.data, weight.scale, ids):
         return None
     if torch.cuda.is_current_stream_capturing() or not ids.numel():
-        return None  # a kernel that was never compiled cannot be, while a graph is captured
+        return None  # a kernel cannot be compiled during graph capture
     return ENGINES["triton"].look_up(weight, ids.contiguous(), dtype)
 
 
 def _compiled(weight: ScaledTensor, dtype: torch.dtype, *others: torch.Tensor) -> native.Library | None:
-    """The compiled kernels, where there are any and they take these tensors."""
+    """The library of compiled kernels; None if there is none or it does not support these tensors."""
     data, scale = weight.data, weight.scale
     takes = data.dtype == torch.float8_e4m3fn and dtype in native.TYPES and data.device.type == "cpu"
     lies = (data.stride(-1) == 1 or data.shape[-1] <= 1) and scale.is_contiguous() and scale.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What is sent of an FP8 weight to another rank: its bytes with their scales, or its values."""
+"""What a collective sends of an FP8 weight: its bytes with their scales, or its values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .weight import FP8Weight
 
 
 def begins_a_block(weight: FP8Weight) -> bool:
-    """Whether a view is a rectangle whose first scale is of nothing before it."""
+    """Whether a view is a rectangle that starts at a block boundary, so that its first scale covers nothing before
+    it."""
     part, grid = weight.part(), weight._home.scheme.weight
     return part is not None and not part.rows[0] % (grid.rows or 1) and not part.cols[0] % (grid.cols or 1)
 
 
 class Message:
-    """The bytes of a block-aligned part of a weight with the scales behind them, in one uint8 tensor."""
+    """The bytes of a block-aligned part of a weight, followed by its scales, in one uint8 tensor."""
 
     def __init__(self, weight: FP8Weight, part: Part) -> None:
         self.weight, self.part = weight, part
@@ -36,7 +37,7 @@ class Message:
 
     @staticmethod
     def of(tensor: Any) -> Message | None:
-        """That of a weight; None where a tensor is none, or a part that its scales do not fit, or keeps its original.
+        """The message of a weight; None if ``tensor`` is not one, is not block-aligned, or keeps its original.
 
         The answer is the same on all ranks that hold the same part of the same weight.
         """
@@ -50,13 +51,13 @@ class Message:
 
     @property
     def ready(self) -> bool:
-        """Whether the bytes are what the weight is; else there is none yet, or a scratch copy that was written to."""
+        """Whether the bytes are up to date: the weight is quantized and is not a temporary copy that was written to."""
         home = self.weight._home
         return home.stored is not None and home.settle() is not None
 
     @property
     def facts(self) -> int:
-        """What has to agree between ranks, as a number."""
+        """A checksum of everything that ranks have to agree on."""
         home = self.weight._home
         return zlib.crc32(
             repr((self.shape, self.part.flipped, whole_scheme(home.scheme), self.grid, self.fp8)).encode()
@@ -87,7 +88,7 @@ class Message:
         return ScaledTensor(data, scale, self.grid)
 
     def deliver(self, buffer: torch.Tensor, target: torch.Tensor) -> None:
-        """Gives ``target``, a weight or a dense tensor, what came."""
+        """Gives ``target``, a weight or a dense tensor, the received bytes or their values."""
         scaled, own = self.read(buffer), Message.of(target)
         alike = own is not None and (own.shape, own.grid, own.fp8) == (self.shape, self.grid, self.fp8)
         if own is not None and alike and own.part.flipped == self.part.flipped and own.take(scaled):
@@ -98,11 +99,11 @@ class Message:
             target._home.owned = True
 
     def take(self, scaled: ScaledTensor) -> bool:
-        """Writes bytes over the weight's; whether that was possible."""
+        """Overwrites the weight's bytes with received ones; False if their blocks do not fit."""
         home = self.weight._home
         if self.part.whole(home.layout):
             with lock():
-                home.dense = None  # written to before, and written over now
+                home.dense = None  # pending writes are overwritten
                 home.take_bytes(scaled)
                 home.owned = True
             return True
@@ -115,7 +116,7 @@ class Message:
 
 
 def values_to_send(weight: FP8Weight) -> torch.Tensor:
-    """Dense values, from which another rank quantizes the same bytes: those of the original where it is kept."""
+    """The dense values, of the original where it is kept, from which another rank quantizes the same bytes."""
     home = weight._home
     if home.original is None or home.dense is not None:
         return weight.dequantize().contiguous()

@@ -1,4 +1,4 @@
-"""From dense values to FP8 bytes, and from those to the layout of an engine."""
+"""Quantizing dense values to FP8, and packing the result for an engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from .quantization import quantize_weight
 
 
 def quantized(w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme, device: torch.device) -> ScaledTensor:
-    """Dense values ``[N, K]``, or a stack ``[E, N, K]``, in FP8 as the options ask, on ``device``; bit for bit the
-    same in parts or whole."""
+    """Dense values ``[N, K]``, or a stack ``[E, N, K]``, quantized as the options say, on ``device``.
+
+    A stack and its matrices one by one give the same bits.
+    """
 
     def one(matrix: torch.Tensor) -> ScaledTensor:
         return quantize_weight(
@@ -30,7 +32,7 @@ def quantized(w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme, device: 
 
 
 def spec_of(shape: tuple[int, ...], options: FP8GemmOptions, scheme: Scheme, compute_dtype: torch.dtype) -> MatmulSpec:
-    """What is asked of an engine for a weight ``[N, K]`` or a stack ``[E, N, K]``: planning and running ask alike."""
+    """The specification given to engines for a weight ``[N, K]`` or a stack ``[E, N, K]``, in planning and running."""
     *stack, n, k = shape
     return MatmulSpec(
         scheme=scheme,
@@ -50,6 +52,6 @@ def prepare_for(
     input_scale: torch.Tensor | None,
     scheme: Scheme,
 ) -> PackedWeight:
-    """The weight, or stack, in the layout of the engine that is chosen for it on its device."""
+    """The weight, or stack, packed by the engine that is chosen for it on its device."""
     spec = spec_of(tuple(weight.shape), options, scheme, compute_dtype)
     return prepare(weight, spec, probe(weight.device), options.engine, input_scale=input_scale)

@@ -1,7 +1,7 @@
-"""FP8 weights in state dicts, for any module that owns one: ``weight``, ``weight_scale`` and ``input_scale``.
+"""State-dict hooks for any module that owns FP8 weights: ``weight``, ``weight_scale`` and ``input_scale``.
 
-Those are compressed-tensors' names; of a parameter ``name`` other than ``weight`` they are ``name``, ``name_scale`` and
-``name_input_scale``.
+These are compressed-tensors' names. For a parameter ``name`` other than ``weight`` the keys are ``name``,
+``name_scale`` and ``name_input_scale``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .weight import FP8Weight
 
 
 def install_hooks(module: nn.Module) -> None:
-    """Lets ``module`` save and load its FP8 weights."""
+    """Registers the hooks that save and load the FP8 weights of ``module``."""
     if not hooked(module):
         module.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether ``install_hooks`` has been here."""
+    """Whether ``install_hooks`` has been called on the module."""
     return any(hook is _save for hook in module._state_dict_hooks.values())
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Undoes ``install_hooks`` once the last FP8 weight is gone."""
+    """Undoes ``install_hooks`` once the module has no FP8 weight left."""
     if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
         return
     for key in [key for key, hook in module._state_dict_hooks.items() if hook is _save]:
@@ -42,19 +42,19 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 def own_weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
-    """The FP8 weights among a module's own parameters."""
+    """The names and values of the FP8 weights among a module's own parameters."""
     parameters: dict[str, Any] = module._parameters
     return [(name, p) for name, p in parameters.items() if isinstance(p, FP8Weight)]
 
 
 def input_scale_key(key: str) -> str:
-    """Where a state dict holds the activation scale of the weight ``key``."""
+    """The state-dict key of the activation scale of the weight ``key``."""
     owner, dot, name = key.rpartition(".")
     return f"{owner}{dot}input_scale" if name == "weight" else f"{key}_input_scale"
 
 
 def _save(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    """Plain bytes and scales in place of each FP8 weight, the scales right behind it."""
+    """Replaces each FP8 weight in the state dict by its bytes, followed by its scales."""
     ours = {prefix + name: weight for name, weight in own_weights(module) if prefix + name in state}
     if not ours:
         return
@@ -84,7 +84,7 @@ def _load(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Hands nn.Module an FP8 weight for each that the state dict holds, or dense values, which are quantized."""
+    """Prepares the entries of the state dict for nn.Module: FP8 weights, or dense values, which are quantized later."""
     assign = bool(metadata.get("assign_to_params_buffers", False))
     for name, weight in own_weights(module):
         key = prefix + name
@@ -95,7 +95,7 @@ def _load(
                 missing.append(key + "_scale")
             continue
         if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
-            data = data.handed_over()  # it remembers its scale
+            data = data.handed_over()  # it has its scale
         codes = data.dtype in FP8_DTYPES and not isinstance(data, FP8Weight)
         if codes and scale is None:
             missing.append(key + "_scale")
@@ -103,7 +103,7 @@ def _load(
         if problem:
             errors.append(problem)
         if problem or (codes and scale is None):
-            state[key] = weight.like()  # itself: it stays as it is
+            state[key] = weight.like()  # the weight itself: it stays unchanged
             continue
         if codes:
             data = _loaded(weight, data, scale, input_scale, assign)
@@ -113,7 +113,7 @@ def _load(
             data = data.detach() if assign else data.detach().to(weight.device, weight.dtype, copy=True)
         if assign:
             state[key] = data if isinstance(data, FP8Weight) else weight.adopt(data)
-        else:  # not by copy_, for which dense values would be a change to the weight that was
+        else:  # not by copy_, which would treat the values as an update of the old weight
             weight.data = data
             state[key] = weight.like()
 
@@ -137,7 +137,7 @@ def _problem(weight: FP8Weight, key: str, data: torch.Tensor, scale: torch.Tenso
 def _loaded(
     weight: FP8Weight, data: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None, assign: bool
 ) -> FP8Weight:
-    """An FP8 weight of the state dict's own tensors, or of copies on the layer's device."""
+    """An FP8 weight made of the state dict's own tensors, or of copies on the layer's device."""
     home = weight._home
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:

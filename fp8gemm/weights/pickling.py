@@ -1,4 +1,4 @@
-"""Homes in pickles and in ``torch.save``: plain bytes, whatever engine had packed them."""
+"""Pickling of FP8 weights and ``torch.save``: plain bytes, whatever engine has packed them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .weight import weight_from
 
 
 def _reduced(home: Home) -> Any:
-    """As uint8, since torch 2.13 cannot unpickle FP8 tensors."""
+    """The bytes as uint8, since torch 2.13 cannot unpickle FP8 tensors."""
     with lock():
         facts: dict[str, Any] = {
             "options": replace(home.options, generator=None),
@@ -45,7 +45,7 @@ def _reduced(home: Home) -> Any:
 
 
 def _rebuild(facts: dict[str, Any]) -> Home:
-    """A home as ``_reduced`` wrote it."""
+    """The home that ``_reduced`` wrote."""
     stored = None
     if "bytes" in facts:
         data = facts["bytes"].view(getattr(torch, facts["fp8"]))
@@ -64,7 +64,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
 for kind in (Home, ChosenExperts, Gathered):
     copyreg.pickle(kind, _reduced)
 
-# What torch.load(weights_only=True) has to make of a weight that was saved as itself, such as a shard.
+# What torch.load(weights_only=True) needs to rebuild a weight that was saved directly, for example a shard.
 torch.serialization.add_safe_globals(
     [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
 )

@@ -1,4 +1,4 @@
-"""Products with a weight or a view of one: each is one FP8 product where the view is whole rows of a matrix."""
+"""Matrix products with a weight or a view: one FP8 product where the view consists of whole rows of a matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ aten = torch.ops.aten
 
 
 def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None) -> Any:
-    """``x [..., K] @ weight[N, K].T + bias [N]`` on an engine; NotImplemented where ``weight`` is no whole rows."""
+    """``x [..., K] @ weight[N, K].T + bias [N]`` on an engine; NotImplemented unless ``weight`` is a range of whole
+    rows."""
     home = weight._home
     part = weight.part()
     if part is None or isinstance(x, FP8Weight) or weight.dim() != 2:
@@ -34,7 +35,7 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
         return NotImplemented
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k or x.dtype != weight.dtype or x.device != weight.device:
-        return NotImplemented  # torch says what is wrong
+        return NotImplemented  # torch raises its own error
     if x.is_meta:
         return x.new_empty(*x.shape[:-1], n)
     form = home.form(x.dtype, x.device, part)
@@ -50,7 +51,7 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
 
 @implements(FUNCTIONS, F.linear)
 def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
-    """Past the dispatcher, where nobody else has a say."""
+    """A shortcut past the dispatcher, where nothing else intercepts the call."""
     if not isinstance(weight, FP8Weight) or not _is_ours_alone(input, bias):
         return NotImplemented
     if getattr(weight, "_is_param", False):
@@ -65,9 +66,10 @@ def _matmul_directly(input: Any, weight: Any) -> Any:
     return linear(input, weight.turned_around())
 
 
-@implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+# type: ignore[attr-defined]
+@implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)
 def _transpose(weight: FP8Weight) -> Any:
-    """Past the dispatcher, where autograd need not see it: what ``x @ weight.T`` asks for at every call."""
+    """A shortcut past the dispatcher, which autograd need not see: ``x @ weight.T`` transposes at every call."""
     if weight.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.plain():
         return NotImplemented
     return weight.turned_around()
@@ -75,12 +77,12 @@ def _transpose(weight: FP8Weight) -> Any:
 
 @implements(OPERATIONS, aten.t.default)
 def _turned(weight: Any) -> Any:
-    """What autograd makes of ``F.linear`` first; other views are told from torch's own, which takes longer."""
+    """The shortest way to the first step of autograd's ``F.linear``; other views take torch's slower general way."""
     return weight.turned_around() if weight.dim() == 2 else NotImplemented
 
 
 def _is_ours_alone(x: Any, bias: torch.Tensor | None) -> bool:
-    """Whether neither autograd, a tracer, a mode, a transform nor autocast has a say in a product."""
+    """Whether no autograd, tracer, mode, functional transform or autocast intercepts a product."""
     return not (
         torch.compiler.is_compiling()
         or not native.plain(x, bias)
@@ -164,11 +166,11 @@ def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) ->
     return y if y is NotImplemented else _plus(bias, y, beta, alpha)
 
 
-MOST_GROUPS = 32  # of rows of one matrix, multiplied by one after the other
+MOST_GROUPS = 32  # most groups of rows of one matrix that are multiplied one by one
 
 
 def _one_by_one(a: torch.Tensor, b: FP8Weight) -> Any:
-    """``y [G, M, N]``: ``a [G, M, K]`` times ``b [G, K, N]``, groups of the rows of one matrix."""
+    """``y [G, M, N]``: ``a [G, M, K]`` times ``b [G, K, N]``, where ``b`` is row groups of one matrix."""
     if b.shape[0] > MOST_GROUPS:
         return NotImplemented
     products = []
@@ -182,7 +184,7 @@ def _one_by_one(a: torch.Tensor, b: FP8Weight) -> Any:
 
 
 def _chosen_product(a: torch.Tensor, b: FP8Weight, source: Home, ids: torch.Tensor) -> Any:
-    """``y [B, M, N]``: ``a [B, M, K]`` times expert ``ids[b]`` each, where the experts lie."""
+    """``y [B, M, N]``: ``a [B, M, K]`` times expert ``ids[b]`` each, without copying the experts."""
     batch, m, k = a.shape
     part = b.part()
     if part is None or not part.whole(b._home.layout) or not part.flipped:
@@ -208,7 +210,8 @@ def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: A
 
 
 def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
-    """``y [T, N]``: rows of ``x [T, K]`` sorted by expert, times ``weight [E, K, N]``; ``ends`` is one past each."""
+    """``y [T, N]``: rows of ``x [T, K]`` sorted by expert, times ``weight [E, K, N]``; ``ends [E]`` is one past the
+    last row of each expert."""
     home, part = weight._home, weight.part()
     if isinstance(x, FP8Weight) or x.dim() != 2 or part is None or weight.dim() != 3 or not part.flipped:
         return NotImplemented
@@ -232,7 +235,7 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
 
 @implements(FUNCTIONS, torch.einsum)
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """``einsum("ebk,enk->ebn", x, stack)`` and its likes: the expert letter in x and y, one letter contracted."""
+    """An einsum such as ``einsum("ebk,enk->ebn", x, stack)``: batched by expert, with one dimension contracted."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     stacks = [place for place, operand in enumerate(operands) if isinstance(operand, FP8Weight)]
@@ -252,19 +255,19 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _folded_product(x: torch.Tensor, weight: FP8Weight, plan: FoldedEinsum, first: bool) -> Any:
-    """An einsum with ``weight [N, ...]``, or ``[K, ...]`` where its first dimension is summed over."""
+    """An einsum with ``weight [N, ...]``, or with ``weight [K, ...]`` contracted over its first dimension."""
     w = matrix(weight)
     if w is None or x.dim() != len(plan.x_letters) or weight.dim() != len(plan.contracted + plan.made):
         return NotImplemented
     tokens = plan.input(x)
     if tokens.shape[-1] != w.shape[0 if first else 1]:
-        return NotImplemented  # torch says what is wrong
+        return NotImplemented  # torch raises its own error
     y = F.linear(tokens, w.turned_around() if first else w)
     return plan.output(y, tuple(weight.shape[1:] if first else weight.shape[:1]))
 
 
 def matrix(weight: FP8Weight) -> FP8Weight | None:
-    """``weight [N, ...]`` as ``[N, K]``, K all its other dimensions; None where those are not contiguous."""
+    """``weight [N, ...]`` viewed as ``[N, K]``, where K is all other dimensions; None if those are not contiguous."""
     step = 1
     for extent, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
         if extent != 1 and stride != step:
@@ -277,7 +280,7 @@ def matrix(weight: FP8Weight) -> FP8Weight | None:
 def _embedding_directly(
     input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **more: Any
 ) -> Any:
-    """Past the dispatcher, where nobody else has a say."""
+    """A shortcut past the dispatcher, where nothing else intercepts the call."""
     alone = isinstance(input, torch.Tensor) and not torch.compiler.is_compiling() and native.plain(input)
     if not isinstance(weight, FP8Weight) or not alone or max_norm is not None or jit_tracing() or in_forward_mode():
         return NotImplemented
@@ -288,7 +291,7 @@ def _embedding_directly(
 
 @implements(OPERATIONS, aten.embedding.default)
 def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
-    """Gathers rows and dequantizes those only."""
+    """Gathers rows and dequantizes only those."""
     part = weight.part() if isinstance(weight, FP8Weight) else None
     if part is None or part.flipped or not part.all_columns(weight._home.layout) or weight.dim() != 2:
         return NotImplemented
@@ -302,7 +305,7 @@ def _index_select(weight: Any, dim: int, indices: Any) -> Any:
 
 @implements(OPERATIONS, aten.index.Tensor)
 def _index(weight: Any, indices: Any) -> Any:
-    """Experts of a stack by number, in FP8; rows of a matrix, dequantized."""
+    """Experts of a stack, indexed in FP8; rows of a matrix, dequantized."""
     whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None
     if not whole or indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Quantizing a weight by the compiled kernel, where there is one, and else in parts: never much beside the result."""
+"""Quantizing a weight with a compiled kernel, or else in parts, so that the peak memory stays close to the result's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .. import native
 from ..numerics import block_scale, quantize
 from ..scaled import Granularity, ScaledTensor, ScaleFormat
 
-_PART_ELEMENTS = 2**19  # of one step: 2 MiB of float32, a few times over
+_PART_ELEMENTS = 2**19  # elements of one part: 2 MiB in float32, and a few temporaries of that size
 
 
 def quantize_weight(
@@ -19,7 +19,7 @@ def quantize_weight(
     scale_format: ScaleFormat = "float32",
     device: torch.device | str | None = None,
 ) -> ScaledTensor:
-    """``quantize(w [N, K])`` bit for bit, on ``device``, in parts of rows: never much more memory than the result."""
+    """``quantize(w [N, K])`` with the same bits, on ``device``, in parts; needs little memory beside the result."""
     device = w.device if device is None else torch.device(device)
     n, k = w.shape
     compiled = _compiled(w, device, dtype)
@@ -33,7 +33,7 @@ def quantize_weight(
     part = rows if granularity.rows is None else max(1, _PART_ELEMENTS // (rows * max(k, 1))) * rows
     scale = None
     if granularity.rows is None:
-        # One scale spans all rows: find it in parts too.
+        # One scale spans all rows, so its amax is found in parts too.
         part = max(1, _PART_ELEMENTS // max(k, 1))
         pieces = (piece.to(device) for piece in torch.split(w, part))
         amounts = [block_scale(piece, granularity, dtype=dtype, scale_format=scale_format) for piece in pieces]
@@ -49,7 +49,7 @@ def quantize_weight(
 
 
 def _compiled(w: torch.Tensor, device: torch.device, dtype: torch.dtype) -> native.Library | None:
-    """The compiled quantizer, where there is one and it takes this weight; it gives the same bits, ten times sooner."""
+    """The compiled quantizer, if it supports this weight: the same bits, about ten times as fast."""
     fits = w.dtype in native.TYPES and dtype == torch.float8_e4m3fn and (w.stride(-1) == 1 or w.shape[-1] <= 1)
     if device.type != "cpu" or w.device.type != "cpu" or not fits or w.requires_grad or not native.plain(w):
         return None

@@ -1,4 +1,4 @@
-"""The report: what became of every Linear, what it takes, and what really ran."""
+"""The report: which Linears and other matrices were converted, their memory, and which kernels ran."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .sharding import held
 from .structure import STACK_NAMES, stacks
 from .weight import FP8Weight
 
-COVERAGE = "_fp8gemm_coverage"  # attribute of a model: what its first forward pass was seen to do
-KEPT = "_fp8gemm_kept"  # attribute of a module: reasons by the parameter that was left as it is
+COVERAGE = "_fp8gemm_coverage"  # attribute of a model: the coverage of its first forward pass
+KEPT = "_fp8gemm_kept"  # attribute of a module: why each of its dense parameters was kept, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How many multiply-adds with parameters one forward pass made: on FP8, on dense weights, and on FP8 weights that
-    had to be dequantized for it; each by the name of the parameter. Attention scores, which have no parameter, do not
-    count.
+    """The multiply-adds with parameters in one forward pass, by the name of the parameter.
+
+    ``fp8`` ran on FP8, ``dense`` on dense weights, and ``dequantized`` on FP8 weights that were dequantized for it.
+    Attention scores do not count, as they involve no parameter.
 
     Example:
         >>> str(Coverage(fp8={"a.weight": 990}, dense={"b.weight": 10}, dequantized={}))
@@ -40,11 +41,11 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share on FP8, 0 to 1; 1 where nothing was multiplied."""
+        """The share on FP8, from 0 to 1; 1 if there were no multiply-adds."""
         return sum(self.fp8.values()) / self.total if self.total else 1.0
 
     def of(self, parameter: str) -> float:
-        """The share of the products with one parameter, however they ran."""
+        """The share of one parameter in all multiply-adds, whatever they ran on."""
         count = sum(table.get(parameter, 0) for table in (self.fp8, self.dense, self.dequantized))
         return count / self.total if self.total else 0.0
 
@@ -58,12 +59,12 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layer: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of its weight.
+    """One weight: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of the weight.
 
-    ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` are
-    counted since patching, outside torch.compile. ``ties`` are the other names of the same weight, such as that of the
-    embeddings of a tied head. ``share`` is that of all multiply-adds with parameters in the first forward pass after
-    patching, 0 to 1; None before there was one.
+    ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` count
+    from patching on, outside torch.compile. ``ties`` lists other names of the same weight, for example the embedding of
+    a tied output head. ``share`` is the weight's share, from 0 to 1, of all multiply-adds with parameters in the first
+    forward pass after patching; None before that pass.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Every Linear of a model, converted or kept; ``str`` of it is a table.
+    """Every Linear of a model, converted or kept; ``str(report)`` is a table.
 
     Example:
         >>> from fp8gemm import enable_fp8_gemm
@@ -96,15 +97,16 @@ class Report:
     coverage: Coverage | None = None
 
     def check(self, *, coverage: float = 0.99) -> None:
-        """Raises where less than this share of the multiply-adds of the first forward pass ran on FP8.
+        """Checks that at least this share of the multiply-adds of the first forward pass ran on FP8.
 
         Raises:
-            ValueError: naming what ran on dense or dequantized weights, the largest first, with the reason; or that
-                there was no forward pass of the whole model yet.
+            ValueError: the share is smaller; the message lists the dense and dequantized weights, the largest first,
+            with
+                the reasons. Or the whole model has not run yet.
         """
         found = self.coverage
         if found is None:
-            raise ValueError("no forward pass was seen yet: run the patched model itself once, not compiled, then ask")
+            raise ValueError("no forward pass was seen yet: run the patched model itself once, not compiled, first")
         if found.share >= coverage:
             return
         reasons = {key: row.reason for row in self.rows for key in (row.name, f"{row.name}.weight") if row.reason}
@@ -125,7 +127,7 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Of all these layers' weights, before patching."""
+        """Bytes of all these weights before patching."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
@@ -133,7 +135,7 @@ class Report:
         return sum(row.bytes_after for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """The whole report in plain Python types."""
         rows = [{**asdict(row), "kernels": dict(row.kernels)} for row in self.rows]
         found = None if self.coverage is None else {**asdict(self.coverage), "share": self.coverage.share}
         return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": found, "rows": rows}
@@ -154,7 +156,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of every Linear of ``model`` and every other matrix that was seen, and what has run since.
+    """A table of every Linear of ``model`` and every other matrix that was seen: what became of it and what has run.
 
     Example:
         >>> from fp8gemm import enable_fp8_gemm
@@ -171,14 +173,14 @@ def report(model: nn.Module) -> Report:
 def _rows(model: nn.Module) -> Iterator[Row]:
     modules = list(model.named_modules())
     patched = any(_weights(module) or KEPT in module.__dict__ for _, module in modules)
-    places: dict[int, list[tuple[str, nn.Module]]] = {}  # of each home: a tied weight has one row
+    places: dict[int, list[tuple[str, nn.Module]]] = {}  # by home, so that a tied weight has one row
     for name, module in modules:
         for parameter, weight in _weights(module):
             places.setdefault(id(weight._home), []).append((_layer_name(name, parameter), module))
     for name, module in modules:
         for _, weight in _weights(module):
             if (found := places.pop(id(weight._home), None)) is not None:
-                found.sort(key=lambda place: not isinstance(place[1], nn.Linear))  # a head before its embeddings
+                found.sort(key=lambda place: not isinstance(place[1], nn.Linear))  # an output head before its embedding
                 yield _converted_row([place for place, _ in found], weight)
         reasons = module.__dict__.get(KEPT, {})
         for parameter, reason in reasons.items():
@@ -193,13 +195,13 @@ def _layer_name(module: str, parameter: str) -> str:
 
 
 def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
-    """A module's own FP8 weights; of those that are distributed, what this rank holds."""
+    """A module's own FP8 weights; for distributed ones, the local shard."""
     parts = [(name, held(parameter)) for name, parameter in module._parameters.items()]
     return [(name, part) for name, part in parts if isinstance(part, FP8Weight)]
 
 
 def _later_rows(name: str, module: nn.Module, known: Collection[str]) -> Iterator[Row]:
-    """Dense Linears and stacks of experts that nobody decided about: they came after patching."""
+    """Dense Linears and stacks of experts that were added to the model after patching."""
     own = held(module._parameters.get("weight"))
     if isinstance(module, nn.Linear) and "weight" not in known and own is not None and not isinstance(own, FP8Weight):
         replaced = isinstance(module, FP8Linear)
@@ -230,7 +232,7 @@ def _converted_row(names: list[str], weight: FP8Weight) -> Row:
 def _kept_row(name: str, module: nn.Module, parameter: str, reason: str) -> Row:
     matrix = module._parameters.get(parameter)
     if matrix is None or isinstance(matrix, nn.UninitializedParameter):
-        matrix = getattr(module, parameter, None)  # computed, as by weight_norm
+        matrix = getattr(module, parameter, None)  # computed at each access, as by weight_norm
     known = isinstance(matrix, torch.Tensor) and not isinstance(matrix, nn.UninitializedParameter)
     size = matrix.nbytes if matrix is not None and known else 0
     return Row(

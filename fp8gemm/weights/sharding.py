@@ -1,4 +1,4 @@
-"""FSDP2's shards of FP8 weights: it gathers their bytes and scales, and frees them, as it does dense parameters."""
+"""Sharding of FP8 weights by FSDP2: all-gathers move bytes and scales, and resharding frees them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .stored import Stored
 
 @dataclass(frozen=True, kw_only=True)
 class Sharded(Scheme):
-    """Of some rows of a weight whose own scales, those of ``whole``, belong to the rows of several ranks."""
+    """The scheme of a shard whose scales, in the scheme ``whole``, would be shared by the rows of several ranks."""
 
     whole: Scheme
 
 
 def whole_scheme(scheme: Scheme) -> Scheme:
-    """The scheme of the weight that this is a shard of, or of the weight itself."""
+    """The scheme of the unsharded weight."""
     return scheme.whole if isinstance(scheme, Sharded) else scheme
 
 
 def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
-    """How ``rows`` a rank of ``[n, K]`` are scaled: each scale is repeated until none spans two ranks."""
+    """The scheme of a shard of ``rows`` rows of ``[n, K]``: scales are repeated until none spans two ranks."""
     whole = whole_scheme(scheme)
     block, uneven = whole.weight.rows, n % rows != 0
     if rows == n or block == 1:
@@ -47,7 +47,7 @@ def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
 
 
 def refined(weight: ScaledTensor, grid: Granularity) -> ScaledTensor:
-    """The same bytes with each scale repeated for the finer blocks of rows of ``grid``."""
+    """The same bytes with each scale repeated for the smaller row blocks of ``grid``."""
     if weight.granularity == grid or grid.rows is None:
         return weight
     n = weight.shape[-2]
@@ -57,9 +57,9 @@ def refined(weight: ScaledTensor, grid: Granularity) -> ScaledTensor:
 
 
 def coarsened(weight: ScaledTensor, scheme: Scheme) -> ScaledTensor:
-    """Undoes ``refined``. A weight whose shards were written to is rounded again, alike on every rank.
+    """Undoes ``refined``. If a shard was written to, the weight is quantized again, identically on every rank.
 
-    Where scales were repeated the device is asked whether they still agree.
+    Whether repeated scales still agree is computed on the device, which synchronizes with it.
     """
     grid = scheme.weight
     if weight.granularity == grid:
@@ -73,12 +73,12 @@ def coarsened(weight: ScaledTensor, scheme: Scheme) -> ScaledTensor:
 
 
 class Gathered(Home):
-    """The home of a weight while FSDP2 holds all of it; its bytes lie in memory that FSDP2 frees and fills again."""
+    """The home of a weight that FSDP2 has all-gathered; FSDP2 frees its memory and fills it again."""
 
     lease: Lease
 
     def copy(self, stored: Stored | None = None, layout: Layout | None = None) -> Home:
-        """Shares no memory: a copy may outlive the gathered weight."""
+        """A copy that shares no memory, as it may outlive the gathered weight."""
         kept = self.stored if stored is None else stored
         if kept is not None:
             kept = Stored(kept.scaled().clone())
@@ -86,7 +86,8 @@ class Gathered(Home):
 
 
 class Lease:
-    """Stands among the tensors that FSDP2 frees when it reshards, and lets go of what engines made of the weight."""
+    """Poses as one of the tensors that FSDP2 frees on resharding, to drop what engines packed from the gathered
+    weight."""
 
     itemsize = 1
 
@@ -115,30 +116,30 @@ class Lease:
 
 @dataclass(frozen=True)
 class Facts:
-    """What of a shard is no tensor, for the weight that is gathered."""
+    """What the gathered weight needs to know of a shard, apart from its bytes and scales."""
 
     options: FP8GemmOptions
     scheme: Scheme  # of the shard
     layout: Layout  # of the whole weight
     scale: torch.Tensor  # of the shard
-    packed: bool  # whether scales are gathered in a tensor of the data's shape
+    packed: bool  # whether the scales are gathered in a tensor of the data's shape
     trains: bool
     input_scale: torch.Tensor | None
     activity: Activity
 
 
 class Shardable:
-    """What FSDP2 looks up on the class of a parameter's shard."""
+    """The methods that FSDP2 looks up on the class of a sharded parameter."""
 
     _home: Home
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[torch.Tensor, ...], Facts]:
-        """The shard's bytes as uint8, with padding, and its scales; of one size on all ranks.
+        """The shard's bytes as uint8, padded, and its scales; the sizes are the same on all ranks.
 
-        Where some rank holds fewer rows torch wants every tensor in the size of the padded shard: the scales then lie
-        at the beginning of each row of a second one.
+        Where some rank holds fewer rows, torch requires every tensor to have the size of the padded shard: the scales
+        then are at the beginning of each row of a second tensor.
         """
         home = self._home
         home.owned = True
@@ -163,7 +164,7 @@ class Shardable:
             home.input_scale,
             home.activity,
         )
-        return (raw, scale) if mesh.size() > 1 else (raw,), facts  # one rank is handed the first alone
+        return (raw, scale) if mesh.size() > 1 else (raw,), facts  # a mesh of one rank receives only the first tensor
 
     def fsdp_post_all_gather(
         self,
@@ -173,7 +174,8 @@ class Shardable:
         *,
         out: Any = None,
     ) -> Any:
-        """The whole weight, made of what was gathered; or ``out``, the one of the last time, given it."""
+        """The whole weight from the gathered tensors, or None after updating ``out``, the result of the previous
+        gather."""
         raw, scale = outputs if len(outputs) > 1 else (outputs[0], facts.scale)
         shape, grid = facts.layout.shape, facts.scheme.weight
         expected = grid.scale_shape(shape)
@@ -194,7 +196,7 @@ class Shardable:
         )
         home.owned, home.activity = True, facts.activity
         if out is not None:
-            weight = held(out)  # of a DTensor, under tensor parallelism as well
+            weight = held(out)  # ``out`` may be a DTensor, under tensor parallelism
             weight._home.lease.renew(home)
             weight._home = home
             return None
@@ -202,11 +204,11 @@ class Shardable:
 
 
 def held(parameter: Any) -> Any:
-    """What of a parameter this rank holds: of a DTensor its local tensor."""
+    """The local tensor of a DTensor; any other parameter itself."""
     return getattr(parameter, "_local_tensor", parameter)
 
 
 def is_distributed(parameter: Any) -> bool:
-    """Whether it is an FP8 weight that DTensor or FSDP2 has placed."""
+    """Whether it is an FP8 weight that DTensor or FSDP2 has distributed."""
     home = getattr(held(parameter), "_home", None)
     return isinstance(home, Gathered) or (isinstance(home, Home) and hasattr(parameter, "_local_tensor"))

@@ -1,4 +1,4 @@
-"""The bytes of a quantized weight, and the forms that engines made of them."""
+"""The bytes of a quantized weight, and the forms that engines packed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _lock = threading.RLock()
 
 
 def lock() -> threading.RLock:
-    """Of quantizing, packing, writing and settling, which are rare; one for all weights."""
+    """The lock of all weights for quantizing, packing and writing, which are rare."""
     return _lock
 
 
@@ -33,22 +33,22 @@ def _renew() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # A process is forked between changes, so that no weight is half written in the child, where nobody would end it.
+    # Fork only while no change is in progress: in the child, no thread would complete it.
     os.register_at_fork(before=_acquire, after_in_parent=_release, after_in_child=_renew)
 
 
 class Stored:
-    """A quantized weight at one moment. Its bytes are never written to: a change makes another, published at once.
+    """A quantized weight at one moment. Its bytes are never written to: a change publishes a new object.
 
-    Copies of a weight share it until they are written to. Either ``plain`` bytes ``[..., N, K]`` are there, or the form
-    that an engine ``packed`` them into, from which they can be restored; both where they share memory.
+    Copies of a weight share it until one is written to. It holds ``plain`` bytes ``[..., N, K]``, or the weight that an
+    engine has ``packed`` and from which they can be restored, or both if they share memory.
     """
 
     __slots__ = ("forms", "packed", "plain")
 
     def __init__(self, plain: ScaledTensor | None, packed: PackedWeight | None = None) -> None:
         self.plain, self.packed = plain, packed
-        self.forms: dict[Any, PackedWeight] = {}  # of parts, other devices and other dtypes
+        self.forms: dict[Any, PackedWeight] = {}  # packed weights of parts, for other devices and for other dtypes
 
     @property
     def device(self) -> torch.device:
@@ -57,20 +57,20 @@ class Stored:
         return holder.device
 
     def scaled(self) -> ScaledTensor:
-        """The plain bytes and float32 scales, bit for bit; new memory where an engine packed them."""
+        """The plain bytes and float32 scales, bit for bit; in new memory if only the packed weight is held."""
         if (plain := self.plain) is not None:
             return plain
         assert self.packed is not None
         return restore(self.packed)
 
     def forget_calls(self) -> None:
-        """Lets go of calls that were decided for these bytes, which may hold them: see ``remembered_linear``."""
+        """Drops calls that were bound for these bytes and may hold them; see ``remembered_linear``."""
         for holder in (self.plain, self.packed):
             if holder is not None:
                 holder.data.__dict__.pop("_fp8gemm_calls", None)
 
     def hold(self, packed: PackedWeight) -> None:
-        """Takes the form that products use; plain bytes that it does not share memory with are let go."""
+        """Keeps the packed weight that products use; plain bytes are dropped unless the two share memory."""
         plain = self.plain
         shares = plain is not None and _same_memory(plain.data, packed.data)
         self.packed = packed

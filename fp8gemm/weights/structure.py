@@ -1,4 +1,4 @@
-"""Mixture-of-experts by structure: which parameters are stacks of experts, which way round, and which Linears route."""
+"""Detecting mixture-of-experts layers: stacks of experts' matrices, their orientation, and their routers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Names under which models keep stacks of experts' matrices; others are converted where a filter names them.
+# The usual parameter names of stacked experts. Other names are converted only where a filter names them.
 STACK_NAMES = (
     "gate_up_proj",
     "gate_proj",
@@ -24,7 +24,7 @@ ROUTER_NAMES = ("gate", "router", "gate_proj_router", "wg")
 
 
 def stacks(module: nn.Module) -> Iterator[str]:
-    """The names of a module's own floating 3-D parameters of at least two matrices with both sides of 16 or more."""
+    """The names of the module's own 3-D floating-point parameters: at least two matrices, both sides at least 16."""
     for name, parameter in module._parameters.items():
         if parameter is None or isinstance(parameter, nn.UninitializedParameter) or parameter.dim() != 3:
             continue
@@ -33,10 +33,11 @@ def stacks(module: nn.Module) -> Iterator[str]:
 
 
 def is_transposed(owner: nn.Module, name: str) -> bool:
-    """Whether a stack is ``[E, K, N]``: what the owner says (transformers' experts do), else what the shapes say.
+    """Whether a stack is ``[E, K, N]``: by the owner's ``is_transposed`` (as in transformers), else by the shapes.
 
-    A fused gate and up makes twice what down takes: ``[E, 2I, H]`` with ``[E, H, I]``, or transposed ``[E, H, 2I]``
-    with ``[E, I, H]``. Where nothing tells, ``[E, N, K]`` as ``nn.Linear`` has it.
+    A fused gate and up projection has twice as many outputs as the down projection has inputs: ``[E, 2I, H]`` with
+    ``[E, H, I]``, or transposed ``[E, H, 2I]`` with ``[E, I, H]``. Otherwise the stack is taken to be ``[E, N, K]``,
+    as in ``nn.Linear``.
     """
     said = getattr(owner, "is_transposed", None)
     if isinstance(said, bool):
@@ -50,7 +51,7 @@ def is_transposed(owner: nn.Module, name: str) -> bool:
 
 
 def expert_count(module: nn.Module) -> int:
-    """How many experts a module says that it has; 0 where it does not say."""
+    """The number of experts in a module's attributes; 0 if it has none."""
     for name in ("num_experts", "moe_num_experts", "num_local_experts", "n_experts", "n_routed_experts"):
         if type(count := getattr(module, name, None)) is int:
             return count
@@ -58,10 +59,10 @@ def expert_count(module: nn.Module) -> int:
 
 
 def routers(model: nn.Module) -> dict[int, str]:
-    """The modules that choose experts, by id, with the experts they choose from: one output each, beside them.
+    """The router modules, by id, with the name of the experts they choose from.
 
-    A router is named as one, or is the child of what is named so, has one matrix, and stands beside, or beside the
-    parent of, as many experts as that has rows: a stack, or a ModuleList.
+    A router has a router's name, or its parent has; it has one matrix, with as many rows as there are experts beside
+    it or beside its parent, in a stack or in a ModuleList.
     """
     found: dict[int, str] = {}
     for parent_name, parent in model.named_modules():
@@ -84,7 +85,7 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def _expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
-    """What a module has that looks like experts, and how many."""
+    """The names of a module's experts, stacked or in a ModuleList, and their number."""
     for name, child in parent._modules.items():
         if isinstance(child, nn.ModuleList) and len(child) > 1:
             yield name, len(child)

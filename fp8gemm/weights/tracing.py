@@ -1,4 +1,4 @@
-"""A weight as the plain tensors that a traced graph is handed, and back."""
+"""Taking a weight apart into the plain tensors that a traced graph receives, and putting it together again."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .stored import Stored
 
 @dataclass(frozen=True)
 class Context:
-    """What of a home is no tensor; compared by guards."""
+    """The part of a home that is not a tensor; guards compare it."""
 
     options: FP8GemmOptions
     scheme: Scheme
     layout: Layout
     owned: bool
-    packed: tuple[Any, ...] | None  # of the engine's form, without its tensors
+    packed: tuple[Any, ...] | None  # of the engine's packed weight, without its tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return self  # guards keep a copy, and compare by identity first
 
 
 def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
-    """The names of the attributes that hold the tensors, and the rest.
+    """The names of the attributes that hold the tensors, and the rest as a ``Context``.
 
-    What an engine packed is handed over packed, without what it derives.
+    A weight that an engine has packed is handed over packed, without the tensors that the engine derives from it.
     """
-    if home.flat is not None and not home.pending:  # guards ask for it at every call
+    if home.flat is not None and not home.pending:  # guards ask at every call
         return home.flat
     stored = home.settle()
     if stored is not None and stored.packed is None and native.plain(stored.scaled().data) and not home.is_meta:
         home.form(dtype)
-    if stored is None:  # a scratch copy that was written to is dense in truth
+    if stored is None:  # a temporary copy that was written to is really dense
         assert home.dense is not None
         home.inner_dense = home.dense
         return ["_inner_dense"], Context(home.options, home.scheme, home.layout, False, None)
@@ -74,7 +74,7 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
 
 
 def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
-    """The home that ``flatten_home`` took apart, of these tensors."""
+    """Rebuilds the home that ``flatten_home`` took apart."""
     input_scale = tensors.get("_inner_input_scale")
     home = Home(context.options, context.layout, scheme=context.scheme, input_scale=input_scale)
     home.owned = context.owned

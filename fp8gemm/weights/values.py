@@ -1,4 +1,4 @@
-"""The dense values of a view of a weight: read from as few bytes as hold them."""
+"""Dense values of a view of a weight, dequantized from as few bytes as possible."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .stored import lock
 
 
 def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a view, in memory of their own; counted as a dequantization."""
+    """The dense values of a view in new memory; counted as a dequantization."""
     home.activity.dequantizations += 1
     size, stride = tuple(size), tuple(stride)
-    if home.dense is not None:  # written to, or never quantized: as it is there, not as it will be rounded
-        with lock():  # not while somebody writes
+    if home.dense is not None:  # pending or never quantized: the exact values, before rounding
+        with lock():  # not during a write
             if (dense := home.dense) is not None:
                 return window(dense, size, stride, offset).to(dtype, copy=True)
     stored = home.settle()
@@ -34,7 +34,7 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
             return w.reshape(size)
         return w.contiguous() if part.flipped == layout.turned else w
     experts, matrix = _experts(home, size, stride, offset)
-    if experts is not None:  # some of a stack
+    if experts is not None:  # some experts of a stack
         first, count = experts
         weight = ScaledTensor(
             weight.data[first : first + count], weight.scale[first : first + count], weight.granularity
@@ -52,17 +52,17 @@ def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dt
 
 
 def window(dense: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
-    """A view of a weight's dense values, which may begin anywhere in memory, such as in a flat tensor of many."""
+    """A view of a weight's dense values, which may start anywhere in memory, for example inside a flat tensor."""
     return dense.as_strided(size, stride, int(dense.storage_offset()) + offset)
 
 
 def _last(size: Sequence[int], stride: Sequence[int], offset: int) -> int:
-    """The last element that a view touches."""
+    """The offset of the last element of a view."""
     return offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def _experts(home: Home, size: Sequence[int], stride: Sequence[int], offset: int) -> tuple[tuple[int, int] | None, int]:
-    """The experts of a stack that a view touches, as (first, count); None where it is no stack, or has no elements."""
+    """The experts of a stack that a view touches, as (first, count); None for a matrix or an empty view."""
     *stack, n, k = home.layout.shape
     if not stack or 0 in size or n * k == 0:
         return None, 0
@@ -71,7 +71,7 @@ def _experts(home: Home, size: Sequence[int], stride: Sequence[int], offset: int
 
 
 def _rows(home: Home, size: Sequence[int], stride: Sequence[int], offset: int) -> tuple[int, int] | None:
-    """The rows of a matrix that a view touches, from the beginning of a block of scales on."""
+    """The rows of a matrix that a view touches, as (first, count); ``first`` is rounded down to a block boundary."""
     layout = home.layout
     n, k = layout.matrix
     if layout.turned or 0 in size or k == 0:

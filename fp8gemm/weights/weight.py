@@ -1,4 +1,4 @@
-"""``FP8Weight``: a parameter in FP8 that looks like the dense one it was, and its views."""
+"""``FP8Weight``: a parameter stored in FP8 that behaves like the dense parameter it replaced; also its views."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset,
 
 
 class _Flatten:
-    """``__tensor_flatten__``, hidden on what was made a moment ago by a cast or a move.
+    """``__tensor_flatten__``, hidden on tensors that a cast or a move has just created.
 
-    nn.Module._apply replaces a parameter that has it by ``swap_tensors``, which any weak reference to the parameter
-    makes fail; one that has not gets ``parameter.data = moved``.
+    nn.Module._apply uses ``swap_tensors`` for parameters that define it, and that fails if a weak reference to the
+    parameter exists. Without it, nn.Module assigns ``parameter.data = moved`` instead.
     """
 
     def __get__(self, weight: FP8Weight | None, kind: type[FP8Weight]) -> Callable[..., Any]:
@@ -42,10 +42,13 @@ class _Flatten:
 
 
 class FP8Weight(Shardable, torch.Tensor):
-    """A weight ``[N, K]``, its transpose, a stack of them, or a view of one: FP8 bytes in the shape of dense values.
+    """A weight ``[N, K]``, its transpose, a stack of weights, or a view of one: FP8 bytes that look like dense values.
 
-    It has shape, strides, dtype and device of the dense tensor, and no memory of that dtype. Products with it run on
-    FP8; reading it in any other way gives the dequantized values; writing to it, or to a view, changes the weight.
+    It has the shape, strides, dtype and device of the dense tensor, but no memory of that dtype. Matrix products with
+    it run on FP8, any other read gives the dequantized values, and a write to it or to a view of it changes the weight.
+
+    The wrapper holds only a geometry. Bytes, scales, pending writes and the packed weights of engines are in its
+    ``Home``, which all views and aliases of the weight share, as tensors share a storage.
 
     Example:
         >>> from fp8gemm import enable_fp8_gemm
@@ -58,8 +61,8 @@ class FP8Weight(Shardable, torch.Tensor):
 
     _home: Home
     _fresh: bool
-    _source: FP8Weight  # what it was detached from, whose writes autograd counts
-    _flattened: tuple[Any, tuple[list[str], Any]]  # what ``_flatten`` gave for this ``flat`` of the home
+    _source: FP8Weight  # the tensor it was detached from, whose version counter counts its writes
+    _flattened: tuple[Any, tuple[list[str], Any]]  # the result of ``_flatten`` for the home's current ``flat``
     _is_param: bool
 
     @staticmethod
@@ -84,17 +87,16 @@ class FP8Weight(Shardable, torch.Tensor):
             requires_grad=False,
         )
         weight._home = home
-        torch._C._set_throw_on_mutable_data_ptr(weight)  # there is no memory: whoever asks for it gets an error
+        torch._C._set_throw_on_mutable_data_ptr(weight)  # there is no memory; asking for its address raises
         return weight
-
-    # --- geometry --------------------------------------------------------------------------------------------------
 
     def like(
         self, geometry: Geometry | None = None, *, home: Home | None = None, dtype: torch.dtype | None = None
     ) -> FP8Weight:
-        """The same weight, or another home's, in another geometry or said to be of another dtype: costs nothing."""
+        """A wrapper of this home, or of another, with another geometry or dtype; copies nothing."""
         size, stride, offset = geometry or (tuple(self.size()), self.stride(), self.offset)
-        # In inference mode torch counts changes through views of what was made outside of it: they must be normal.
+        # Writes through an inference tensor are not counted for tensors made outside of inference mode, so make a
+        # normal one.
         leave = torch.is_inference_mode_enabled() and not self.is_inference()
         with torch.inference_mode(mode=False) if leave else contextlib.nullcontext():
             twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
@@ -103,13 +105,13 @@ class FP8Weight(Shardable, torch.Tensor):
         return twin
 
     def turned_around(self) -> FP8Weight:
-        """The last two dimensions exchanged."""
+        """The weight with its last two dimensions transposed."""
         *stack, a, b = self.size()
         *steps, step_a, step_b = self.stride()
         return self.like(((*stack, b, a), (*steps, step_b, step_a), self.offset))
 
     def geometry_of(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """What a view operation makes of this geometry: tried on a tensor of the same one, without memory."""
+        """The result of a view operation on this geometry, computed on a meta tensor."""
         with _disable_current_modes():
             total = max(self._home.layout.stride[0] * self._home.layout.size[0], 1)
             base = torch.empty(total, dtype=self.dtype, device="meta")
@@ -118,47 +120,46 @@ class FP8Weight(Shardable, torch.Tensor):
 
     @property
     def offset(self) -> int:
-        """The storage offset, which is never symbolic here."""
+        """The storage offset in elements, which is never symbolic here."""
         return self.storage_offset()  # type: ignore[return-value]
 
     def part(self) -> Part | None:
-        """Which rows, columns and experts of the stored weight this is; None if it is no such rectangle."""
+        """The rows, columns and experts of the stored weight that this view covers; None if it is not a rectangle."""
         return part_of(self._home.layout, self.size(), self.stride(), self.offset)
 
     def as_parameter(self) -> Any:
-        """This very tensor, as nn.Parameter marks it."""
+        """This same object, marked as an nn.Parameter."""
         self._is_param = True
         return self
 
     def is_whole(self) -> bool:
-        """Whether this is the weight itself as its owner has it: all of it, in its own layout."""
+        """Whether this is the whole weight in its own layout, as its owner holds it, and not a smaller view."""
         layout = self._home.layout
         return self.size() == layout.size and (self.stride() == layout.stride or self.numel() <= 1)
 
-    # --- values ----------------------------------------------------------------------------------------------------
-
     def dequantize(self) -> torch.Tensor:
-        """The dense values, in memory of their own; counted in the report."""
+        """The dense values in new memory; counted as a dequantization in the report."""
         with torch._C.DisableTorchFunctionSubclass():
             return read(self._home, self.size(), self.stride(), self.offset, self.dtype)
 
     def scaled(self) -> ScaledTensor:
-        """The FP8 bytes ``[(E,) N, K]`` and float32 scales of the whole weight; quantizes first if that is due."""
+        """The FP8 bytes ``[(E,) N, K]`` and float32 scales of the whole weight; quantizes first if values are
+        pending."""
         return self._home.scaled()
 
     @property
     def activity(self) -> Activity:
-        """What it has done: products, kernels, dequantizations."""
+        """Counts of products, kernels and dequantizations."""
         return self._home.activity
 
     @property
     def scheme(self) -> Scheme:
-        """What is stored, and what may be done to activations."""
+        """How the weight is scaled, and how activations are quantized."""
         return self._home.scheme
 
     @property
     def engine(self) -> str | None:
-        """The engine that runs it where it is; None before it was chosen."""
+        """The name of the engine that runs it on its device; None before one was chosen."""
         return self._home.engine
 
     @property
@@ -166,13 +167,13 @@ class FP8Weight(Shardable, torch.Tensor):
         if isinstance(self, nn.Parameter):
             self._home.owned = True
         view = self.detach()
-        view.__dict__.pop("_source", None)  # autograd does not see what is written to ``data``, as torch has it
+        view.__dict__.pop("_source", None)  # as in torch, autograd does not see writes to ``data``
         return view
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
-        """Becomes what ``values`` are: FP8 with its home, or dense values, which are quantized at the next product."""
-        with lock():  # one writer at a time; readers take the home they find
+        """Takes over ``values``: an FP8 weight with its home, or dense values, which the next product quantizes."""
+        with lock():  # one writer at a time; readers see the home before or after
             new = self.adopt(values)
             self.__dict__.pop("_source", None)
             self.__dict__.pop("_flattened", None)
@@ -180,7 +181,7 @@ class FP8Weight(Shardable, torch.Tensor):
             self._home = new._home
 
     def adopt(self, values: torch.Tensor) -> FP8Weight:
-        """``values`` as this parameter takes them over; what it has done, and its original, stay its own."""
+        """``values`` as this parameter's new value; it keeps its counters and its original parameter."""
         mine = self._home
         if not isinstance(values, torch.Tensor) or values.dim() != self.dim():
             found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -201,16 +202,14 @@ class FP8Weight(Shardable, torch.Tensor):
             home.activity, home.owned = mine.activity, True
             if mine.original is not None and home.original is not None and home.original is not mine.original:
                 with torch.no_grad():
-                    mine.original.data = home.original.data  # undo gives the very parameter back
+                    mine.original.data = home.original.data  # so that undo returns the same object
                 home.hold_original(mine.original)
         return new
-
-    # --- persistence -----------------------------------------------------------------------------------------------
 
     __tensor_flatten__ = _Flatten()
 
     def fresh(self) -> FP8Weight:
-        """Marks what a cast or a move has made; see ``_Flatten``."""
+        """Marks a tensor that a cast or a move has just created; see ``_Flatten``."""
         if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
             self._fresh = True
         return self
@@ -219,7 +218,7 @@ class FP8Weight(Shardable, torch.Tensor):
         home = self._home
         remembered: tuple[Any, tuple[list[str], Any]] | None = self.__dict__.get("_flattened")
         if remembered is not None and remembered[0] is home.flat and not home.pending:
-            return remembered[1]  # guards of compiled graphs ask twice at every call
+            return remembered[1]  # the guards of compiled graphs ask twice per call
         names, context = flatten_home(home, self.dtype)
         flattened = names, (context, self.dtype, self.stride(), self.offset)
         if home.flat is not None:
@@ -233,8 +232,9 @@ class FP8Weight(Shardable, torch.Tensor):
         facts, dtype, stride, offset = context
         return FP8Weight(unflatten_home(inner, facts), dtype, outer_size, stride, offset)
 
-    # Set by ``flatten_home``, which every graph asks first. In C, as torch 2.10's Dynamo would trace a getter in Python
-    # each time that its own guards ask; and not by __getattr__, with which it misreads every attribute of a tensor.
+    # Set by ``flatten_home``, which every graph calls first. ``attrgetter`` is implemented in C; torch 2.10's Dynamo
+    # would trace a Python getter each time its guards run, and it misreads all attributes of a tensor that has
+    # __getattr__.
     _inner_data = property(attrgetter("_home.inner_data"))
     _inner_scale = property(attrgetter("_home.inner_scale"))
     _inner_input_scale = property(attrgetter("_home.inner_input_scale"))
@@ -271,7 +271,7 @@ class FP8Weight(Shardable, torch.Tensor):
         return holder is not None and holder.data.is_shared()  # type: ignore[no-untyped-call]
 
     def data_ptr(self) -> int:
-        """The address of the FP8 bytes: it tells weights apart, and nothing may be read there."""
+        """The address of the FP8 bytes. It identifies the weight; do not read from it."""
         stored = self._home.stored
         holder = None if stored is None else stored.plain or stored.packed
         if holder is not None:
@@ -281,12 +281,13 @@ class FP8Weight(Shardable, torch.Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that are held for it: FP8 and scales, pending writes, a kept original; of a view, its share."""
+        """Bytes held for it: FP8 data, scales, pending writes and a kept original; for a view, the proportional
+        share."""
         whole = self._home.nbytes
         return whole if self.is_whole() else whole * self.numel() // max(1, self._home.layout.stride[0] * self.size(0))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """As of a dense tensor, with the scheme; without values where somebody traces, or there are none."""
+        """As for a dense tensor, with the scheme added; without values on meta or inside a trace."""
         if self.is_meta or not native.plain() or torch.compiler.is_compiling():
             shown = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}"
         else:
@@ -295,17 +296,15 @@ class FP8Weight(Shardable, torch.Tensor):
             activity.dequantizations = before
         return f"FP8Weight({shown}, {self._home.scheme})"
 
-    # --- operations ------------------------------------------------------------------------------------------------
-
-    # Not torch._C._disabled_torch_function_impl: nn.MultiheadAttention and nn.TransformerEncoderLayer look for an
-    # override before they take their fused operation, which would multiply by dense weights.
+    # Not torch._C._disabled_torch_function_impl: nn.MultiheadAttention and nn.TransformerEncoderLayer check for an
+    # override before they choose their fused operation, which would multiply by dense weights.
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if len(types) > 1 and any(hasattr(kind, "handed_over") for kind in types):
-            return NotImplemented  # an entry of a state dict says what it is worth
+            return NotImplemented  # FP8Entry defines the result
         with torch._C.DisableTorchFunctionSubclass():
             handler = FUNCTIONS.get(func)
             if handler is not None:
@@ -336,11 +335,13 @@ for _function in (FP8Weight.__torch_function__, FP8Weight.__torch_dispatch__):
 
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:
-    """``type(parameter)(values, requires_grad=...)``, by which libraries make a parameter like another."""
-    if getattr(values, "_weight", None) is not None:  # an entry of a state dict
+    """``type(parameter)(values, requires_grad=...)``, which libraries use to create a parameter like another."""
+    if getattr(values, "_weight", None) is not None:  # an FP8Entry
         values = values.handed_over()  # type: ignore[attr-defined]
     elif values.dtype in FP8_DTYPES and not isinstance(values, FP8Weight):
-        raise UnsupportedError("FP8 bytes without their scales are no weight; found a tensor of " + str(values.dtype))
+        raise UnsupportedError(
+            f"FP8 bytes are no weight without their scales; dequantize the {values.dtype} tensor first"
+        )
     frozen = isinstance(values, FP8Weight)
     return nn.Parameter(values, requires_grad=requires_grad and not frozen)
 

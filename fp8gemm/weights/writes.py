@@ -1,4 +1,4 @@
-"""All other operations: on dense values, and what they write lands in the weight, whichever view was written to."""
+"""All other operations: they run on dense values, and what they write reaches the weight through any of its views."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ aten = torch.ops.aten
 
 @implements(OPERATIONS, None)
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not any(isinstance(one, torch.Tensor) and one.is_nested for one in args):  # those have kernels of their own
-        whole = func.decompose(*args, **kwargs)  # what inference mode hands over whole, such as to()
+    # nested tensors have kernels of their own
+    if not any(isinstance(one, torch.Tensor) and one.is_nested for one in args):
+        whole = func.decompose(*args, **kwargs)  # operations that inference mode does not decompose, such as to()
         if whole is not NotImplemented:
             return whole
     arguments = func._schema.arguments
@@ -35,7 +36,7 @@ def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @implements(OPERATIONS, aten.detach_.default, aten.resize_.default, aten.resize_as_.default)
 def _same_shape(weight: Any, shape: Any = None, **others: Any) -> Any:
-    """torch resizes outputs that have the right shape already."""
+    """A no-op: torch resizes outputs that already have the right shape."""
     wanted = shape.size() if isinstance(shape, torch.Tensor) else shape
     unchanged = isinstance(weight, FP8Weight) and (wanted is None or tuple(wanted) == tuple(weight.size()))
     return weight if unchanged else NotImplemented
@@ -43,21 +44,21 @@ def _same_shape(weight: Any, shape: Any = None, **others: Any) -> Any:
 
 @implements(OPERATIONS, aten._unsafe_view.default)
 def _unsafe_view(weight: FP8Weight, size: Any) -> Any:
-    """Its schema does not say so, but torch's own operations write through it."""
+    """A view although its schema does not say so: torch's own operations write through it."""
     return _view(aten.view.default, weight, (size,), {})
 
 
 def _view(func: Any, weight: FP8Weight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view operation is geometry: its result shares the home."""
+    """Runs a view operation on the geometry only; the result shares the home."""
     found = weight.geometry_of(func, *args, **kwargs)
     return tree_map_only(torch.Tensor, lambda t: weight.like((tuple(t.size()), t.stride(), t.storage_offset())), found)
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs an operation on dense values. It writes to the home's master, which is rounded to FP8 once, later."""
+    """Runs an operation on dense values. Writes go to ``Home.master``, which is quantized once, later."""
     written = _written(func, args, kwargs)
     if written:
-        with lock():  # no other thread rounds what is half written
+        with lock():  # so that no other thread quantizes half-written values
             return _writing(func, args, kwargs, written)
     read = _blank if func in _BY_SHAPE else FP8Weight.dequantize
     made: dict[int, torch.Tensor] = {}
@@ -70,7 +71,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*tree_map_only(FP8Weight, values, args), **tree_map_only(FP8Weight, values, kwargs))
 
 
-# Of these a tensor says only what the result is like.
+# Operations that use only the shape, dtype and device of these tensors.
 _BY_SHAPE = {
     getattr(packet, overload)
     for packet in (
@@ -95,7 +96,7 @@ def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: 
         if id(weight) not in made:
             if id(weight._home) in masters:
                 w = _master(weight)
-                w = w.clone() if id(weight) in outs else w  # torch may give an ``out`` another shape
+                w = w.clone() if id(weight) in outs else w  # torch may resize an ``out``
             else:
                 w = weight.dequantize()
             made[id(weight)] = (weight, w)
@@ -117,13 +118,13 @@ def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: 
 
 
 def _master(weight: FP8Weight) -> torch.Tensor:
-    """What is written to in place of a weight, or of a view of it."""
+    """The dense values that are written to in place of a weight or a view of it."""
     dense = weight._home.master(weight.dtype)
     return window(dense, weight.size(), weight.stride(), weight.offset)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[FP8Weight]:
-    """The weights that an operation writes to, by its schema."""
+    """The weights that an operation writes to, according to its schema."""
     found: list[FP8Weight] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -148,7 +149,7 @@ def _view_as_bits(weight: FP8Weight, dtype: torch.dtype) -> FP8Weight:
 
 @implements(FUNCTIONS, torch.Tensor.numpy, torch.Tensor.__array__)
 def _as_array(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
-    """For reading only: what was written to the array would not reach the weight."""
+    """A read-only array: writes to it would not reach the weight."""
     array = weight.dequantize().__array__(*[a for a in args if a is not None])  # type: ignore[no-untyped-call]
     array.flags.writeable = False
     return array

@@ -403,7 +403,7 @@ def reductions(rank: int) -> None:
     assert same_everywhere(kept.original_weight)
     assert all(map(same_everywhere, bytes_of(kept.weight)))
     raises_everywhere(
-        lambda: dist.broadcast(linear(96, 64 + 8 * rank).weight, 0), "weights of one shape and dtype on all ranks"
+        lambda: dist.broadcast(linear(96, 64 + 8 * rank).weight, 0), "weights of the same shape and dtype on all ranks"
     )
     alone = [dist.new_group([one]) for one in range(WORLD)][rank]
     with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # torch shows us no such list: no crash

@@ -262,7 +262,7 @@ def test_bytes_without_scales_are_no_weight() -> None:
     entry = in_fp8("linear")[0].state_dict()["0.weight"]
     with pytest.raises(UnsupportedError, match=r"read back without their scales; use accelerate\.cpu_offload"):
         entry.view(torch.int8)
-    with pytest.raises(UnsupportedError, match="FP8 bytes without their scales are no weight"):
+    with pytest.raises(UnsupportedError, match="FP8 bytes are no weight without their scales; dequantize"):
         FP8Weight(torch.zeros(4, 4, dtype=torch.float8_e4m3fn))
     assert entry.view(torch.uint8).dtype == torch.uint8
 

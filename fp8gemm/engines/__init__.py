@@ -1,4 +1,4 @@
-"""Engines. Adding one: a file, or a folder of its own, and a row of the table."""
+"""Engines: the implementations of FP8 matrix products. A new one needs a file or folder, and a row in the table."""
 
 from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight
 from .choice import choose, order, prepare, probe, restore

@@ -1,4 +1,4 @@
-"""The contract that every engine fulfils, and the values that a choice between engines is made from."""
+"""The interface of all engines, and the dataclasses that describe a problem, a machine and a choice between engines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from .. import native
 from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Scheme
 
-# Up to this K partial sums may stay in Hopper's 14-bit accumulator, as vLLM, FBGEMM and TensorRT-LLM leave them;
-# torch's CUTLASS products stop doing so from 16384 on (pytorch#153809).
+# Up to this K, partial sums may stay in Hopper's 14-bit accumulator, as in vLLM, FBGEMM and TensorRT-LLM;
+# torch's CUTLASS products stop doing so at 16384 (pytorch#153809).
 FAST_UP_TO_K = 8192
 
 Facts = TypeVar("Facts")
@@ -21,9 +21,10 @@ Facts = TypeVar("Facts")
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulSpec:
-    """The problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.
+    """A problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.
 
-    ``experts`` > 0 is a stack ``w [experts, n, k]``, asked of ``grouped``; ``accumulate`` as in ``FP8GemmOptions``.
+    ``experts`` > 0 means a stack ``w [experts, n, k]`` for ``Engine.grouped``; ``accumulate`` is as in
+    ``FP8GemmOptions``.
 
     Example:
         >>> from fp8gemm import SCHEMES
@@ -42,12 +43,11 @@ class MatmulSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The place: a value, so that what runs on an H100 with vLLM can be decided and tested on a laptop.
+    """A device and its software as a plain value, so that the choice for an H100 can be tested on a laptop.
 
-    ``capability`` is CUDA's (major, minor). ``features`` names what else a device can do: ``"amx_bf16"`` and
-    ``"avx512_bf16"`` of a CPU, ``"native"`` where there are compiled kernels for it, ``"gfx942"`` and the like of AMD's
-    cards. ``found`` is what each engine's ``probe`` found of what it needs here, by the engine's name.
-
+    ``capability`` is CUDA's (major, minor) compute capability. ``features`` names what else the device supports:
+    ``"amx_bf16"`` and ``"avx512_bf16"`` for a CPU, ``"native"`` where fp8gemm's compiled kernels are available, and
+    ``"gfx942"`` and the like for AMD GPUs. ``found`` has the result of each engine's ``probe``, by the engine's name.
     Example:
         >>> Machine(device="cuda", name="NVIDIA H100", capability=(9, 0)).capability
         (9, 0)
@@ -62,21 +62,21 @@ class Machine:
     found: Mapping[str, object] = field(default_factory=dict)
 
     def facts(self, engine: str, kind: type[Facts]) -> Facts | None:
-        """What the engine of that name found here; None where it found nothing."""
+        """The result of the ``probe`` of the engine of that name; None if it found nothing."""
         facts = self.found.get(engine)
         return facts if isinstance(facts, kind) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight:
-    """A weight ``[n, k]``, or a stack of ``experts`` of them, in the layout of one engine.
+    """A weight ``[n, k]``, or a stack of ``experts`` of them, in the memory layout of one engine.
 
-    ``data`` and ``scale`` hold the bytes and float32 scales (what a layer owns, moves and counts); ``extra`` are
-    tensors derived from them that the kernel takes (views, padded or expanded scales), by identifiers of the engine's.
-    ``scheme`` is what the engine really does: its ``activation`` is None where activations stay as they are. ``apart``
-    is how ``linear`` rounds more than ``few`` tokens before its product, where ``linear_quantized`` takes them so
-    rounded: torch.compile traces these values and no method of an engine, so it sees the rounding and fuses it into
-    what comes before.
+    ``data`` and ``scale`` are the bytes and float32 scales, which the layer owns, moves and counts. ``extra`` has
+    tensors derived from them for the kernel (views, padded or expanded scales), under names of the engine's choice.
+    ``scheme`` is what the engine really computes: its ``activation`` is None where activations are not quantized.
+    ``apart`` is the granularity with which ``linear_quantized`` expects activations, for more than ``few`` tokens; None
+    if the engine quantizes them inside its product. torch.compile traces these values and no method of an engine, so it
+    can fuse the quantization with the operations before it.
     """
 
     engine: str
@@ -86,30 +86,31 @@ class PackedWeight:
     data: torch.Tensor
     scale: torch.Tensor
     input_scale: torch.Tensor | None = None
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # a plain dict, as torch.compile traces it
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # a plain dict, which torch.compile can trace
     dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES
     accumulate: Accumulate = "auto"
     apart: Granularity | None = None
     few: int = 0
     experts: int = 0
     parts: tuple[PackedWeight, ...] = ()  # of a stack: each expert, sharing its memory
-    bare: bool = False  # ``extra`` is left out: inside a trace it would be stale once other bytes come
+    bare: bool = False  # ``extra`` is left out: inside a trace it would become stale
 
     @property
     def device(self) -> torch.device:
         return self.data.device
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
-        """What activations of ``dtype`` are multiplied in: that, or the first that the engine takes."""
+        """The dtype in which activations of ``dtype`` are multiplied: ``dtype`` if supported, else the engine's
+        first."""
         return dtype if dtype in self.dtypes else self.dtypes[0]
 
     @property
     def fast(self) -> bool:
-        """Whether partial sums may stay in Hopper's accumulator of about 14 bits: asked for, or K is short enough."""
+        """Whether partial sums may stay in Hopper's 14-bit accumulator: requested, or K is short enough."""
         return self.accumulate == "fast" or (self.accumulate == "auto" and self.k <= FAST_UP_TO_K)
 
     def split(self) -> PackedWeight:
-        """This stack with its ``parts``, which are views made once."""
+        """This stack with its ``parts``, which are views."""
         parts = (
             replace(
                 self,
@@ -125,10 +126,11 @@ class PackedWeight:
 
 
 class Engine(ABC):
-    """A stateless way to multiply by an FP8 weight.
+    """A stateless implementation of products with an FP8 weight.
 
-    ``name`` is what users type, ``tolerance`` the largest relative Frobenius error against the float32 product of
-    the dequantized operands, for bfloat16 output, ``traceable`` whether torch.compile may look inside.
+    ``name`` is what users pass as ``engine=``. ``tolerance`` is the largest relative Frobenius error of a bfloat16
+    output against the float32 product of the dequantized operands. ``traceable`` says whether torch.compile may trace
+    into the engine.
     """
 
     name: ClassVar[str]
@@ -136,48 +138,49 @@ class Engine(ABC):
     traceable: ClassVar[bool] = False
 
     def probe(self, device: torch.device, machine: Machine) -> object | None:
-        """What is here of that which only this engine needs; None where it is nothing, or nothing is needed.
+        """Looks for what only this engine needs on a device, such as a library; None if it finds or needs nothing.
 
-        A frozen dataclass that says itself as text, for ``fp8gemm doctor``. It becomes ``machine.found[self.name]``,
-        from where ``rejects`` reads it. Asked once for each device, whose ``machine`` has nothing in ``found`` yet.
+        The result is a frozen dataclass whose ``str`` is shown by ``fp8gemm doctor``. It becomes
+        ``machine.found[self.name]``, where ``rejects`` reads it. Called once per device, with a ``machine`` whose
+        ``found`` is still empty.
         """
         return None
 
     @abstractmethod
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
-        """All reasons why this engine cannot do ``spec`` on ``machine``; empty if it can.
+        """All reasons why this engine cannot run ``spec`` on ``machine``; empty if it can.
 
-        Of the machine it knows nothing but this value, so that it can be asked about machines that are not here.
+        It depends on the arguments only, so that it can be called for machines other than this one.
         """
 
     @abstractmethod
     def linear(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        """``y [M, n] = x [M, k] @ w.T + bias [n]`` in ``out_dtype``; ``x`` has unit stride along k, M may be 0."""
+        """``y [M, n] = x [M, k] @ w.T + bias [n]`` in ``out_dtype``; ``x`` has unit stride along k, and M may be 0."""
 
     def effective(self, scheme: Scheme) -> Scheme:
-        """What the engine makes of ``scheme``: the same, or activations left as they are."""
+        """What the engine makes of ``scheme``: the same scheme, or its weight-only variant."""
         return scheme
 
     def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
-        """The scheme that ``linear`` really follows for ``m`` tokens: weight-only where it leaves them as they are."""
+        """The scheme that ``linear`` really applies to ``m`` tokens: weight-only where it does not quantize them."""
         return weight.scheme
 
     def bind(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """``linear`` with all decisions made for inputs like ``x [..., K]``: of its shape, dtype, device and alignment.
+        """``linear`` with all decisions made, for inputs with the shape, dtype, device and alignment of ``x [..., K]``.
 
-        What it returns takes such an input, contiguous, and gives ``y [..., N]``; weight and bias stay where they are.
-        None where nothing would be saved.
+        The returned function maps such an input, contiguous, to ``y [..., N]``; weight and bias must stay in their
+        memory. None if the engine has nothing to decide in advance.
         """
         return None
 
     def linear_quantized(
         self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        """``linear`` of activations that were rounded as ``weight.apart`` says."""
+        """``linear`` for activations that were quantized with the granularity ``weight.apart``."""
         raise NotImplementedError(f"engine {self.name} rounds activations inside its product")
 
     def gated(
@@ -190,19 +193,19 @@ class Engine(ABC):
     ) -> torch.Tensor | None:
         """``linear`` of ``silu(gate) * up``, each ``[M, K]`` with unit stride along K.
 
-        None where activation and rounding are not one kernel, so that nothing would be saved.
+        None where the engine has no kernel that fuses the activation function with the quantization.
         """
         return None
 
     def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether ``m`` tokens of ``dtype`` are multiplied faster by a kept 16-bit weight."""
+        """Whether a kept 16-bit weight multiplies ``m`` tokens of ``dtype`` faster than this engine."""
         return False
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
-        """The engine's layout of a weight ``[n, k]``; by default the plain one, sharing its memory.
+        """Packs a weight ``[n, k]`` for the engine; by default it shares the plain weight's memory.
 
         Raises:
-            UnsupportedError: the engine would misread these very bytes; ``auto`` then goes on to the next engine.
+            UnsupportedError: the kernel would misread these bytes; ``engine="auto"`` then tries the next engine.
         """
         n, k = weight.shape
         return PackedWeight(
@@ -216,7 +219,7 @@ class Engine(ABC):
         )
 
     def restore(self, packed: PackedWeight) -> ScaledTensor:
-        """The plain weight that ``prepare`` was given, bit for bit."""
+        """The plain weight that was given to ``prepare``, bit for bit."""
         return ScaledTensor(packed.data, packed.scale, packed.scheme.weight)
 
     def grouped(
@@ -232,13 +235,14 @@ class Engine(ABC):
         Args:
             x: ``[T, k]``, sorted by expert, unit stride along k.
             weight: a stack of E experts, packed.
-            ends: int32 ``[E]`` on the device of ``x``: one past the last token of each expert; never decreasing, so an
-                expert without tokens repeats the end before it. Tokens past the last end belong to experts that are
-                not here: their rows of ``y`` are zeros.
+            ends: int32 ``[E]`` on the device of ``x``, non-decreasing: one past the last token of each expert; an
+            expert
+                without tokens repeats the previous end. Tokens past the last end belong to experts on other ranks, and
+                their rows of ``y`` are zeros.
             bias: ``[E, n]`` or None.
 
-        By default one ``linear`` for each expert that has tokens, for engines whose ``ends`` are in CPU memory; on a
-        GPU an engine needs its own, without padding or host synchronisation, or rejects stacks.
+        The default runs ``linear`` for each expert that has tokens, for engines whose ``ends`` are in CPU memory. On a
+        GPU an engine overrides it without padding or host synchronization, or rejects stacks.
         """
         y = x.new_zeros(x.shape[0], weight.n, dtype=out_dtype)
         parts = weight.parts or weight.split().parts
@@ -251,7 +255,7 @@ class Engine(ABC):
         return y
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
-        """The engine's layout of a stack ``[E, n, k]``: by default that of each expert, one after the other."""
+        """Packs a stack ``[E, n, k]``; by default expert by expert."""
         pairs = zip(weight.data, weight.scale, strict=True)
         parts = [self.prepare(ScaledTensor(data, scale, weight.granularity), scheme) for data, scale in pairs]
         both = zip(parts, weight.data, strict=True)
@@ -266,14 +270,14 @@ class Engine(ABC):
         return stack.split()
 
     def restore_stack(self, packed: PackedWeight) -> ScaledTensor:
-        """The plain stack that ``prepare_stack`` was given, bit for bit."""
+        """The plain stack that was given to ``prepare_stack``, bit for bit."""
         if type(self).restore is Engine.restore:
             return self.restore(packed)
         parts = [self.restore(part) for part in (packed.parts or packed.split().parts)]
         return ScaledTensor(torch.stack([part.data for part in parts]), packed.scale, packed.scheme.weight)
 
     def look_up(self, weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """Rows ``ids [M]`` of ``weight [N, K]``, dequantized to ``dtype``; None where torch's own operations do it."""
+        """Rows ``ids [M]`` of ``weight [N, K]``, dequantized to ``dtype``; None to use torch's own operations."""
         return None
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
@@ -282,7 +286,7 @@ class Engine(ABC):
 
 
 class WeightOnlyEngine(Engine):
-    """An engine that multiplies activations as they are."""
+    """An engine that does not quantize activations."""
 
     def effective(self, scheme: Scheme) -> Scheme:
         return scheme.weight_only()
@@ -290,7 +294,7 @@ class WeightOnlyEngine(Engine):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine runs, and why each of the others that were asked does not.
+    """The engine that runs a problem, and why each engine that was considered before it does not.
 
     Example:
         >>> Choice("cpu", {"vllm": ["vLLM is not installed"]}).rejected["vllm"]

@@ -1,4 +1,4 @@
-"""The choice between engines: what this machine is, which engine runs a problem on it, and the weight in its layout."""
+"""Probing the machine, choosing the engine for a problem, and packing the weight for it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def prepare(
     *,
     input_scale: torch.Tensor | None = None,
 ) -> PackedWeight:
-    """A weight in the layout of the engine that is chosen for it; ``auto`` passes over one that refuses its bytes.
+    """Packs a weight for the engine that is chosen for it; ``auto`` skips engines that refuse its bytes.
 
     Raises:
-        UnsupportedError: as ``choose``.
+        UnsupportedError: as for ``choose``.
     """
     refused: dict[str, list[str]] = {}
     while True:
@@ -52,7 +52,7 @@ def order(machine: Machine) -> tuple[str, ...]:
 
 
 def restore(packed: PackedWeight) -> ScaledTensor:
-    """The plain weight, or stack, that a layout was made of, bit for bit (but see ``TorchEngine.restore``)."""
+    """The plain weight, or stack, of a packed one, bit for bit (except as noted at ``TorchEngine.restore``)."""
     engine = ENGINES[packed.engine]
     return engine.restore_stack(packed) if packed.experts else engine.restore(packed)
 
@@ -60,13 +60,13 @@ def restore(packed: PackedWeight) -> ScaledTensor:
 def choose(
     spec: MatmulSpec, machine: Machine, engine: str = "auto", *, refused: Mapping[str, list[str]] | None = None
 ) -> Choice:
-    """The engine for a problem on a machine, and why the others that were asked are not it. Pure.
+    """The engine for a problem on a machine, and why the others do not run it. A pure function of its arguments.
 
-    ``refused`` are engines that are out already, with their reasons.
+    ``refused`` are engines that are ruled out already, with their reasons.
 
     Raises:
         ValueError: there is no engine of that name.
-        UnsupportedError: the engine that was named, or each that ``auto`` tries, rejects it; with all reasons.
+        UnsupportedError: the named engine, or every engine that ``auto`` tries, rejects the problem; with all reasons.
 
     Example:
         >>> from fp8gemm import SCHEMES, Machine, MatmulSpec
@@ -99,7 +99,7 @@ def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str
 
 
 def probe(device: torch.device | str) -> Machine:
-    """The machine behind a device, as a value; asks the driver and every engine once for each device.
+    """The machine behind a device, as a value. Queries the driver and every engine once per device.
 
     Example:
         >>> probe("cpu").device
@@ -113,14 +113,14 @@ def probe(device: torch.device | str) -> Machine:
 
 @cache
 def _probe(device: torch.device, engines: tuple[tuple[str, Engine], ...]) -> Machine:
-    """Of these engines, so that one that is registered later is asked then."""
+    """As ``probe``; the engines are a cache key, so that one registered later is probed as well."""
     machine = _device(device)
     told = {name: engine.probe(device, machine) for name, engine in engines}
     return replace(machine, found={name: facts for name, facts in told.items() if facts is not None})
 
 
 def _device(device: torch.device) -> Machine:
-    """The machine before any engine has told what it finds there."""
+    """The machine before its engines are probed."""
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
     capability, name, features = None, "", frozenset[str]()
     if kind == "cpu":
@@ -142,7 +142,7 @@ def _device(device: torch.device) -> Machine:
 
 
 def _cpu_features() -> frozenset[str]:
-    """Named as Linux names them; torch's questions are private, so an absent one counts as a no."""
+    """CPU features by their Linux names. torch's query functions are private; a missing one counts as no."""
     questions = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
     found = {name for name, question in questions.items() if getattr(torch.cpu, question, lambda: False)()}
     if native.loaded() is not None:

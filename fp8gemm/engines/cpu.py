@@ -1,4 +1,4 @@
-"""The CPU engine: compiled kernels, or torch alone, which decodes panels of the weight in cache and multiplies them."""
+"""The CPU engine: compiled kernels, or plain torch, which decodes panels of the weight in cache and multiplies them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..scaled import COMPUTE_DTYPES, ScaledTensor, Scheme
 from .base import Machine, MatmulSpec, PackedWeight, WeightOnlyEngine
 from .epilogue import scale_columns
 
-# Elements of one decoded panel: 2 MiB of bfloat16, the L2 cache of current server cores. Measured with torch
-# 2.13 on 2 cores at K = 4096: 128 rows pay for more calls, 512 rows fall out of the cache.
+# Elements of one decoded panel: 2 MiB of bfloat16, the L2 cache of current server cores. Measured with torch 2.13 on
+# 2 cores at K = 4096: 128 rows are slower because of the overhead per call, 512 rows because they exceed the cache.
 PANEL_ELEMENTS = 2**20
 
 
 class CpuEngine(WeightOnlyEngine):
-    """Weight-only: the activations are multiplied as they are, by weights that are exact in their dtype.
+    """Weight-only: activations are not quantized, and weights are decoded exactly to their dtype.
 
-    The compiled kernels do it where there are any; torch alone does the rest, panel by panel: float64, e5m2, and all of
-    it where there is no compiler. With block scales torch alone rounds the scaled weight to bfloat16 first where that
-    is the compute dtype, as dequantized weights are. float16 it computes in float32: products of unscaled codes, up to
-    448 or 57344 each, leave float16's range long before the scaled ones do.
+    The compiled kernels are used where they are available; plain torch does the rest panel by panel: float64, e5m2, and
+    everything if there is no compiler. With block scales and bfloat16 activations, plain torch first rounds the scaled
+    weight to bfloat16, as a dequantized weight would be. It computes float16 in float32, because products of unscaled
+    codes, up to 448 or 57344 each, exceed float16's range long before the scaled ones do.
     """
 
     name = "cpu"
@@ -123,17 +123,17 @@ class CpuEngine(WeightOnlyEngine):
 
 
 def _library(stored: torch.dtype, dtype: torch.dtype, *operands: torch.Tensor | None) -> native.Library | None:
-    """The compiled kernels, where there are any and they take these dtypes and these operands."""
+    """The compiled kernels, if they are available and support these dtypes and operands."""
     if stored != torch.float8_e4m3fn or dtype == torch.float64 or not native.plain(*operands):
         return None
     return native.loaded()
 
 
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
-    """What multiplies each output column, float32 [N]: the row scales, or 1 where scales vary along K.
+    """The factor of each output column, float32 [N]: the row scales, or 1 where scales vary along K.
 
-    NaN codes decode as ±480 by integer operations; here they turn their whole column into NaN, which is what a NaN
-    in a row of ``nn.Linear``'s weight does.
+    The integer decoding turns NaN codes into ±480; this factor makes their whole column NaN, as a NaN in a row of
+    ``nn.Linear``'s weight does.
     """
     n, _ = weight.shape
     per_row = weight.scale.shape[-1] == 1
@@ -161,23 +161,22 @@ def _panels(weight: PackedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 
 def _decoded_bits(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The integer dtype in which codes of ``stored`` are shifted into place to become ``dtype``."""
+    """The integer dtype in which codes of ``stored`` are shifted to become ``dtype``."""
     wide = dtype in (torch.float32, torch.float64) and stored == torch.float8_e4m3fn
     return torch.int32 if wide else torch.int16
 
 
 def decode_panel(data: torch.Tensor, dtype: torch.dtype, buffer: torch.Tensor) -> torch.Tensor:
-    """The exact values of FP8 ``data [P, K]`` in ``dtype``, through an integer ``buffer [P, K]``; NaN codes aside.
+    """The exact values of FP8 ``data [P, K]`` in ``dtype``, through an integer ``buffer [P, K]``; except NaN codes.
 
-    An e4m3 code, sign-extended and shifted so that its exponent field ends where the float's does, is a float whose
-    value is too small by 2**120, for bfloat16 and float32 alike. One multiplication makes up for it, exactly,
-    subnormals included; without it bfloat16 products would flush them to zero. An e5m2 code is the upper byte of a
-    float16.
+    An e4m3 code, sign-extended and shifted so that its exponent field is aligned with the float's, is a float that is
+    too small by 2**120, for bfloat16 and float32 alike. One multiplication corrects this exactly, including subnormals;
+    without it, bfloat16 products would flush those to zero. An e5m2 code is the upper byte of a float16.
     """
     buffer.copy_(data.view(torch.int8))
     if data.dtype == torch.float8_e5m2:
         return buffer.mul_(2**8).view(torch.float16).to(dtype)
-    # Multiplying integers by a power of two is the faster shift in torch 2.13.
+    # Multiplying integers by a power of two is faster than shifting them in torch 2.13.
     if dtype == torch.bfloat16:
         return buffer.mul_(2**4).bitwise_and_(-0x7810).view(torch.bfloat16).mul_(2.0**120)
     panel = buffer.mul_(2**20).bitwise_and_(-0x78100000).view(torch.float32).mul_(2.0**120)
@@ -185,5 +184,5 @@ def decode_panel(data: torch.Tensor, dtype: torch.dtype, buffer: torch.Tensor) -
 
 
 def _multiply(x: torch.Tensor, panel: torch.Tensor) -> torch.Tensor:
-    """``x [M, K] @ panel.T``; a single token goes through the matrix-vector product, twice as fast."""
+    """``x [M, K] @ panel.T``; a single token uses the matrix-vector product, which is twice as fast."""
     return torch.mv(panel, x[0]).unsqueeze(0) if x.shape[0] == 1 else F.linear(x, panel)

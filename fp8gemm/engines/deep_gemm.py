@@ -1,4 +1,4 @@
-"""DeepGEMM's products of 128x128-block weights: a package of its own, or the copy that vLLM's wheel carries."""
+"""DeepGEMM's products for weights with 128x128 blocks: its own package, or the copy inside vLLM's wheel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .base import Engine, Machine, MatmulSpec, PackedWeight
 from .torch_mm import cropped, padded
 from .triton import engine as triton_engine
 
-ROWS, COLS = 64, 128  # of N and K, for every version: DeepGEMM 1's assertion, which vLLM still follows
+ROWS, COLS = 64, 128  # multiples of N and K, for every version: asserted by DeepGEMM 1, and still followed by vLLM
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLACES = (("deep_gemm", ""), ("vllm", "third_party/deep_gemm"))
 _ABSENT = (
@@ -37,7 +37,7 @@ _NO_COMPILER = (
 
 @dataclass(frozen=True, kw_only=True)
 class DeepGemm:
-    """What is here of DeepGEMM: itself, and the toolkit that it compiles with."""
+    """The DeepGEMM that was found, and the toolkit that it compiles with."""
 
     present: bool = False
     nvcc: bool = False
@@ -47,16 +47,16 @@ class DeepGemm:
 
 
 class DeepGemmEngine(Engine):
-    """Block scaling through ``deep_gemm.fp8_gemm_nt``, which always adds up in float32 and gives bfloat16.
+    """Block scaling through ``deep_gemm.fp8_gemm_nt``, which always accumulates in float32 and returns bfloat16.
 
-    ``auto`` never chooses it, because it was not measured here: ask for it with ``engine="deep_gemm"``. The first
-    product of each N and K compiles for seconds, so run the model once before capturing a CUDA graph. N is padded to
-    64 and K to 128 with zeros. On compute capability 10.x DeepGEMM knows scales that are powers of two only, and
-    packs those of the weight again in every call.
+    ``auto`` never chooses it, because it was not measured here; request it with ``engine="deep_gemm"``. The first
+    product of each N and K compiles for seconds, so run the model once before capturing a CUDA graph. N is padded with
+    zeros to a multiple of 64, and K to a multiple of 128. On compute capability 10.x DeepGEMM supports only
+    power-of-two scales, and packs the weight's scales again in every call.
     """
 
     name = "deep_gemm"
-    tolerance = 8e-3  # Hopper's 14-bit accumulator within 128 products, beside the bfloat16 output
+    tolerance = 8e-3  # Hopper's 14-bit accumulator within 128 products, and rounding to bfloat16
 
     def probe(self, device: torch.device, machine: Machine) -> DeepGemm | None:
         return DeepGemm(present=find() is not None, nvcc=_compiles()) if machine.device == "cuda" else None
@@ -70,7 +70,7 @@ class DeepGemmEngine(Engine):
             capability = "unknown" if machine.capability is None else "{}.{}".format(*machine.capability)
             reasons.append(f"needs compute capability 9.0 or 10.x, found {capability}")
         elif machine.capability != (9, 0) and spec.scheme.scale_format != "ue8m0":
-            reasons.append(f"on compute capability 10.x scales are powers of two (ue8m0), found {spec.scheme}")
+            reasons.append(f"on compute capability 10.x scales must be powers of two (ue8m0), found {spec.scheme}")
         if not found.present:
             reasons.append(_ABSENT)
         if not found.nvcc:
@@ -79,8 +79,8 @@ class DeepGemmEngine(Engine):
             reasons.append(f"scales are 128x128 with 1x128 activations; found {spec.scheme}")
         if spec.experts:
             reasons.append(
-                "its grouped products want the tokens of each expert padded to 128, so their counts on the host or a "
-                "padded copy of the longest list"
+                "its grouped products need each expert's tokens padded to 128, which takes their counts on the host or "
+                "a padded copy of the longest list"
             )
         if spec.compute_dtype not in _DTYPES:
             reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
@@ -92,8 +92,10 @@ class DeepGemmEngine(Engine):
         if scheme.scale_format == "ue8m0":
             try:
                 encode_ue8m0(weight.scale)
-            except ValueError as error:  # DeepGEMM would drop their mantissas
-                raise UnsupportedError(f"{scheme}, but the weight's scales are others: {error}") from error
+            except ValueError as error:  # DeepGEMM would drop the mantissas
+                raise UnsupportedError(
+                    f"{scheme} needs power-of-two scales, but the weight has others: {error}"
+                ) from error
         n, k = weight.shape
         return PackedWeight(
             engine=self.name,
@@ -103,7 +105,7 @@ class DeepGemmEngine(Engine):
             data=padded(weight.data, ROWS, COLS),
             scale=weight.scale,
             input_scale=input_scale,
-            # Row-major with the strides that its shape implies, which DeepGEMM asserts even of a single row.
+            # Row-major with the strides implied by its shape, which DeepGEMM asserts even for a single row.
             extra={"scale": weight.scale.reshape(-1).view(weight.scale.shape)},
             dtypes=_DTYPES,
         )
@@ -121,7 +123,7 @@ class DeepGemmEngine(Engine):
             rows, cols = weight.data.shape
             ue8m0 = weight.scheme.scale_format == "ue8m0"
             wide = x.new_empty(m, rows, dtype=torch.bfloat16)
-            with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current one
+            with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current device
                 xq = _quantize(F.pad(x, (0, cols - weight.k)) if cols > weight.k else x, ue8m0=ue8m0)
                 wq = weight.data, weight.extra["scale"]
                 load().fp8_gemm_nt(xq, wq, wide, disable_ue8m0_cast=not ue8m0)
@@ -133,9 +135,9 @@ class DeepGemmEngine(Engine):
 
 
 def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K/128]`` of stride (1, M rounded up to 4).
+    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K/128]`` with strides (1, M rounded up to 4).
 
-    Scales that lie so are read as they are; others DeepGEMM copies first (its csrc/jit_kernels/impls/smxx_layout.hpp).
+    DeepGEMM reads scales of this layout directly and copies others (csrc/jit_kernels/impls/smxx_layout.hpp).
     """
     if _has_kernels(x.device):
         from .triton.kernels.quantize import Rounding, quantize_groups
@@ -149,7 +151,7 @@ def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tens
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether our Triton kernels run there."""
+    """Whether fp8gemm's Triton kernels run on the device."""
     triton = triton_engine.installed()
     new = triton is not None and triton.version >= triton_engine.OLDEST_TRITON
     return device.type == "cuda" and new and not triton_engine.failure(device)
@@ -157,19 +159,20 @@ def _has_kernels(device: torch.device) -> bool:
 
 @cache
 def find() -> tuple[str, Path] | None:
-    """DeepGEMM's module name and folder, the user's own before vLLM's; imports neither it nor vLLM."""
+    """DeepGEMM's module name and folder, an installed package before vLLM's copy; imports neither."""
     for package, inside in _PLACES:
         spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
             folder = Path(place, inside)
-            # Version 1, which is PyPI's, has no compiled part; vLLM's wheel has one for each of several Pythons.
+            # Version 1, the one on PyPI, has no compiled part; vLLM's wheel has one for each of several Python
+            # versions.
             if any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
                 return ".".join((package, *Path(inside).parts)), folder
     return None
 
 
 def _compiles() -> bool:
-    """Whether DeepGEMM will find what it compiles with; looks where it looks (its README, environment variables)."""
+    """Whether DeepGEMM will find a compiler; looks in the same places (its README, environment variables)."""
     on_path = shutil.which("nvcc")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     toolkit = Path(home) if home else Path(on_path).parent.parent if on_path else Path("/usr/local/cuda")
@@ -180,10 +183,10 @@ def _compiles() -> bool:
 
 @cache
 def load() -> ModuleType:
-    """DeepGEMM, imported; vLLM's copy under its own name, but without vLLM around it, whose import takes seconds.
+    """Imports DeepGEMM; vLLM's copy under its own name, without importing vLLM, which takes seconds.
 
     Raises:
-        UnsupportedError: it is not there, or it does not load.
+        UnsupportedError: it is not installed, or it cannot be imported.
     """
     found = find()
     if found is None:
@@ -200,5 +203,5 @@ def load() -> ModuleType:
         spec.loader.exec_module(module)
     except (ImportError, OSError, RuntimeError, AssertionError) as error:  # another torch, or no CUDA toolkit
         del sys.modules[name]
-        raise UnsupportedError(f"DeepGEMM in {folder} does not load: {error!r}") from error
+        raise UnsupportedError(f"DeepGEMM in {folder} cannot be imported: {error!r}") from error
     return module

@@ -1,4 +1,4 @@
-"""The last step of CPU products: a float32 scale a column, and the bias, with one rounding."""
+"""The epilogue of CPU products: a float32 scale per column and the bias, rounded once."""
 
 from __future__ import annotations
 

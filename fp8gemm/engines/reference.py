@@ -1,4 +1,4 @@
-"""The engine that defines what is right: wide products of exactly the operands that a scheme asks for."""
+"""The reference engine, which defines the right result: float32 or float64 products of the scheme's operands."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .base import Engine, Machine, MatmulSpec, PackedWeight
 
 
 class ReferenceEngine(Engine):
-    """Quantizes activations exactly as the scheme says, dequantizes both operands, multiplies in float32.
+    """Quantizes activations exactly as the scheme says, dequantizes both operands, and multiplies them in float32.
 
-    Slow, and so never chosen by ``auto``. For float64 activations both operands are dequantized and multiplied in
+    It is slow, so ``auto`` never chooses it. For float64 activations both operands are dequantized and multiplied in
     float64, where ``data * scale`` is exact.
     """
 
@@ -32,15 +32,16 @@ class ReferenceEngine(Engine):
         return y.to(out_dtype)
 
     def rounded(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """``x [M, K]`` as the scheme's activation rounding leaves it, in float32, or float64 for float64 activations.
+        """``x [M, K]`` after the scheme's quantization and dequantization, in float32, or float64 for float64
+        activations.
 
-        Weight-only schemes leave it as it is.
+        Weight-only schemes leave it unchanged.
         """
         scheme = weight.scheme
         if scheme.activation is None:
             return x
         scale = weight.input_scale if scheme.static else None
         if scale is not None and scheme.activation == GROUP_128:
-            raise ValueError("static activation scales are per tensor or per row, found 1x128 groups")
+            raise ValueError("static activation scales must be per tensor or per row, found 1x128 groups")
         rounded = quantize(x, scheme.activation, scale=scale, scale_format=scheme.scale_format)
         return dequantize(rounded, torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -12,7 +12,7 @@ from .torch_mm import TorchEngine
 from .triton import TritonEngine
 from .vllm import VllmEngine
 
-# Plain dicts: torch.compile gives up on a MappingProxyType where a forward changes any dict.
+# Plain dicts: torch.compile cannot trace a MappingProxyType in a forward that mutates any dict.
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
@@ -24,9 +24,10 @@ ENGINES: dict[str, Engine] = {
         ReferenceEngine(),
     )
 }
-# What ``auto`` tries, in this order, by device; on a CPU with compiled kernels those come first. Triton comes before
-# torch: its large products are torch's own behind one quantization launch, where torch takes a handful and so loses to
-# bfloat16 in eager (published: 0.76x on Flux). It checks itself on a card before it is taken; it was not timed yet.
+# The engines that ``auto`` tries, in order, by device; the native list comes first on a CPU with compiled kernels.
+# Triton comes before torch: its large products are torch's own after one quantization launch, where torch takes several
+# and so is slower than bfloat16 in eager mode (published: 0.76x on Flux). It checks itself on each GPU before it is
+# used.
 AUTO: dict[str, tuple[str, ...]] = {
     "native": ("cpu", "vllm"),
     "cpu": ("vllm", "cpu"),
@@ -38,9 +39,10 @@ AUTO: dict[str, tuple[str, ...]] = {
 
 
 def register_engine(engine: Engine, *, auto: Iterable[str] = ()) -> Engine:
-    """Adds an engine of your own to the table; ``FP8GemmOptions(engine=engine.name)`` then runs it.
+    """Adds your own engine to the table; ``FP8GemmOptions(engine=engine.name)`` then runs it.
 
-    The conformance suite of this project, ``tests/conformance.py``, says whether it is right.
+    This project's conformance suite, ``tests/conformance.py``, checks whether it is right; ``examples/own_engine.py``
+    is an example.
 
     Args:
         auto: kinds of device (``"cpu"``, ``"cuda"``, ``"rocm"``, ``"xpu"``, ``"mps"``; ``"native"`` is a CPU with
@@ -50,8 +52,7 @@ def register_engine(engine: Engine, *, auto: Iterable[str] = ()) -> Engine:
         ``engine`` itself.
 
     Raises:
-        ValueError: there is an engine of that name, or no device of that kind. ``examples/own_engine.py`` shows one.
-
+        ValueError: the name is taken, or a kind of device does not exist.
     Example:
         >>> from fp8gemm.engines.reference import ReferenceEngine
         >>> class Mine(ReferenceEngine):
@@ -63,7 +64,7 @@ def register_engine(engine: Engine, *, auto: Iterable[str] = ()) -> Engine:
     kinds = list(auto)
     if not engine.name or engine.name == "auto" or engine.name in ENGINES:
         taken = ", ".join(ENGINES)
-        raise ValueError(f"an engine needs a name that is not taken: {taken} and auto are; found {engine.name!r}")
+        raise ValueError(f"an engine needs a name that is not taken, found {engine.name!r}; taken: auto, {taken}")
     if unknown := [kind for kind in kinds if kind not in AUTO]:
         raise ValueError(f"auto must name kinds of device among {', '.join(AUTO)}, found {', '.join(unknown)}")
     ENGINES[engine.name] = engine

@@ -11,25 +11,24 @@ from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
 from .base import Engine, Machine, MatmulSpec, PackedWeight
 
-ALIGNMENT = 16  # N and K of every operand on CUDA (torch's ScaledBlas.cpp)
+ALIGNMENT = 16  # multiple of N and K for every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
 _FNUZ = torch.float8_e4m3fnuz
 
-# Row scales on a CPU: torch 2.10 has an internal assertion against them, 2.13 multiplies; 2.11 and 2.12 were not run.
+# Row scales on a CPU: torch 2.10 fails an internal assertion, and 2.13 supports them; 2.11 and 2.12 were not tested.
 CPU_ROWS = (2, 13)
 
 
 class TorchEngine(Engine):
     """Tensor, row and 128x128-block scaling through torch; N and K are padded with zeros, to 16 or to whole blocks.
 
-    Block scaling needs an H100 or H200 and CUDA 12.9. AMD's gfx942 multiplies e4m3fnuz, so there operands become that
-    after they were rounded to e4m3fn as everywhere: the same products. On a CPU torch takes 24 ms to 9 s a call, so
-    ``auto`` never chooses it there; named by the user it runs, for tests. Weight-only schemes are not what these
-    products are.
+    Block scaling needs an H100 or H200 and CUDA 12.9. AMD's gfx942 multiplies e4m3fnuz, so operands are rounded to
+    e4m3fn as everywhere and then converted, which gives the same products. On a CPU torch takes 24 ms to 9 s per call,
+    so ``auto`` never chooses it there; requested by name it runs, for tests. Weight-only schemes are not supported.
     """
 
     name = "torch"
-    tolerance = 8e-3  # the tensor cores' 14-bit accumulator in fast accumulation, beside the bfloat16 output
+    tolerance = 8e-3  # the tensor cores' 14-bit accumulator, and rounding to bfloat16
     traceable = True
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
@@ -44,7 +43,7 @@ class TorchEngine(Engine):
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         n, k = weight.shape
-        # torch 2.13's shape check counts whole blocks of N, and whole groups of K in the scales of activations.
+        # torch 2.13's shape check expects whole blocks of N, and whole groups of K in the scales of activations.
         multiple = 128 if scheme.weight == BLOCK_128 else ALIGNMENT
         data = padded(weight.data, multiple, multiple)
         scale = weight.scale
@@ -70,7 +69,8 @@ class TorchEngine(Engine):
         )
 
     def restore(self, packed: PackedWeight) -> ScaledTensor:
-        """The plain weight, bit for bit; on gfx942 but for the signs of zeros and NaN, which e4m3fnuz has not."""
+        """The plain weight, bit for bit; except, on gfx942, the signs of zeros and NaN, which e4m3fnuz does not
+        have."""
         data = cropped(packed)
         if data.dtype == _FNUZ:
             data = from_fnuz(data)
@@ -134,8 +134,8 @@ class TorchEngine(Engine):
             data, x_scale = to_fnuz(data), 2 * x_scale
         card = x.device.type != "cpu"
         hip = w.dtype == _FNUZ or (torch.version.hip is not None and card)
-        # By rows torch 2.11's CUTLASS kernels give 16-bit floats only and hipBLASLt bfloat16 only (ScaledBlas.cpp); one
-        # rounding to bfloat16 more is below FP8's.
+        # With row scales torch 2.11's CUTLASS kernels return 16-bit floats only, and hipBLASLt bfloat16 only
+        # (ScaledBlas.cpp); the additional rounding to bfloat16 is smaller than FP8's error.
         narrow = w_scale.numel() > 1 and (hip or (out_dtype == torch.float32 and card))
         y = torch._scaled_mm(
             data,
@@ -149,7 +149,7 @@ class TorchEngine(Engine):
 
     def _block(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
         w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        # cuBLASLt takes 4 tokens at a time (vllm#49932); rows of zeros are cut off again by the caller.
+        # cuBLASLt needs a multiple of 4 tokens (vllm#49932); the caller removes the rows of zeros.
         xq = quantize(F.pad(x, (0, w.shape[0] - weight.k, 0, -x.shape[0] % 4)), GROUP_128)
         return multiply_blocks(xq.data, w, xq.scale.t().contiguous().t(), w_scale).to(out_dtype)
 
@@ -158,7 +158,8 @@ class TorchEngine(Engine):
 
 
 def multiply_blocks(xq: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """torch's product (cuBLASLt, always precise) of e4m3 tokens and ``w [K, N]``, scales as it reads them; bfloat16."""
+    """torch's product (cuBLASLt, always precise) of e4m3 tokens and ``w [K, N]``, with scales in its layout;
+    bfloat16."""
     return F.scaled_mm(
         xq,
         w,
@@ -179,7 +180,7 @@ def multiply_grouped(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """torch's product of e4m3 tokens ``[T, K]`` with ``stack``: weights ``[E, K, N]`` and scales ``[E, N]``."""
+    """torch's product of e4m3 tokens ``[T, K]`` and ``stack``: weights ``[E, K, N]`` and scales ``[E, N]``."""
     w, w_scale = stack
     y = torch._scaled_grouped_mm(
         xq, w, x_scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=weight.fast
@@ -188,12 +189,12 @@ def multiply_grouped(
     if bias is not None:
         expert = torch.searchsorted(ends, token, right=True).clamp_(max=weight.experts - 1)
         y = y + bias[expert].to(y.dtype)
-    # torch leaves rows past the last end unwritten.
+    # torch does not write rows past the last end.
     return torch.where((token < ends[-1]).unsqueeze(1), y, 0).to(out_dtype)
 
 
 def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """FP8 codes ``[..., N, K]``, contiguous, with zeros up to multiples of ``rows`` and ``cols``."""
+    """FP8 codes ``[..., N, K]``, contiguous, padded with zeros to multiples of ``rows`` and ``cols``."""
     n, k = data.shape[-2:]
     if n % rows == 0 and k % cols == 0:
         return data.contiguous()
@@ -201,22 +202,22 @@ def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 
 def cropped(packed: PackedWeight) -> torch.Tensor:
-    """The codes ``[..., n, k]`` that ``padded`` was given."""
+    """The codes ``[..., n, k]`` without the padding of ``padded``."""
     return packed.data[..., : packed.n, : packed.k].contiguous()
 
 
 @cache
 def takes_fnuz(device: torch.device) -> bool:
-    """Whether this is AMD's gfx942 (MI300), which multiplies e4m3fnuz only; asks the driver once."""
+    """Whether the device is AMD's gfx942 (MI300), which multiplies e4m3fnuz only; queries the driver once."""
     if device.type != "cuda" or torch.version.hip is None:
         return False
     return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
 
 
 def to_fnuz(data: torch.Tensor) -> torch.Tensor:
-    """e4m3fn codes as e4m3fnuz, where they mean half: the scale doubles, exactly.
+    """e4m3fn codes reinterpreted as e4m3fnuz, where they mean half the value: the scale doubles, exactly.
 
-    e4m3fnuz has an exponent bias of 8 instead of 7, one zero, and one NaN, whose code is that of e4m3fn's -0.
+    e4m3fnuz has an exponent bias of 8 instead of 7, a single zero, and a single NaN, whose code is e4m3fn's -0.
     """
     code = data.view(torch.uint8)
     positive = torch.where(code == 0x80, 0, code)
@@ -224,13 +225,13 @@ def to_fnuz(data: torch.Tensor) -> torch.Tensor:
 
 
 def from_fnuz(data: torch.Tensor) -> torch.Tensor:
-    """The e4m3fn codes that ``to_fnuz`` was given; -0 and the negative NaN come back as 0 and NaN."""
+    """The e4m3fn codes before ``to_fnuz``; -0 and the negative NaN come back as 0 and NaN."""
     code = data.view(torch.uint8)
     return torch.where(code == 0x80, 0x7F, code).view(torch.float8_e4m3fn)
 
 
 def block_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scales [..., N/128, K/128] as cuBLASLt reads them: [K/128 rounded up to 4, N/128], each column contiguous."""
+    """Scales ``[..., N/128, K/128]`` in cuBLASLt's layout: ``[K/128 rounded up to 4, N/128]``, columns contiguous."""
     return F.pad(scale, (0, -scale.shape[-1] % 4)).transpose(-2, -1)
 
 
@@ -239,12 +240,12 @@ def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:
     if (scheme.weight == TENSOR or scheme.weight.by_row) and scheme.activation in (TENSOR, ROW):
         if machine.device == "cpu" and pair != (TENSOR, TENSOR) and machine.torch_version < CPU_ROWS:
             found = ".".join(map(str, machine.torch_version))
-            return [f"on a CPU torch scales per tensor only before 2.13, found torch {found} and {scheme}"]
+            return [f"on a CPU torch before 2.13 scales per tensor only, found torch {found} and {scheme}"]
         return []
     if pair != (BLOCK_128, GROUP_128):
         return [f"scales per tensor, per row, or 128x128 with 1x128 activations; found {scheme}"]
     if machine.device == "rocm":
-        return ["on rocm torch scales per tensor and per row, and Triton's block products run on cuda only"]
+        return ["on rocm torch scales per tensor and per row only, and Triton's block products need cuda"]
     if machine.device == "cuda" and machine.capability == (9, 0) and (machine.cuda_version or (0, 0)) >= (12, 9):
         return []
     where = f"{machine.device} {machine.name}".strip()
@@ -263,12 +264,12 @@ def _rejects_machine(machine: Machine) -> list[str]:
 
 
 def _rejects_grouped(spec: MatmulSpec, machine: Machine) -> list[str]:
-    """``scaled_grouped_mm`` of torch 2.11: row-wise CUTLASS kernels, bfloat16 out (torch's GroupedBlas.cpp)."""
+    """``scaled_grouped_mm`` of torch 2.11: row-wise CUTLASS kernels with bfloat16 output (torch's GroupedBlas.cpp)."""
     reasons = []
     if machine.device != "cuda" or (machine.capability or (0, 0)) < (9, 0):
         reasons.append(f"grouped products need compute capability 9.0 or newer, found {machine.device} {machine.name}")
     if not spec.scheme.weight.by_row or spec.scheme.activation != ROW:
-        reasons.append(f"grouped products scale rows and tokens, found {spec.scheme}")
+        reasons.append(f"grouped products need row scales for weights and tokens, found {spec.scheme}")
     return reasons
 
 

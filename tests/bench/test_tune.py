@@ -336,7 +336,7 @@ def test_a_table_of_another_card_is_not_overwritten(laboratory: Laboratory, fold
     before = path.read_text()
     laboratory.ran.clear()
     with pytest.raises(
-        ValueError, match=rf"{path} holds plans of NVIDIA H200, .* NVIDIA H100 PCIe: --overwrite"
+        ValueError, match=rf"{path} has plans for NVIDIA H200, .* NVIDIA H100 PCIe: --overwrite"
     ) as told:
         _tuned(where=Other)
     assert "FP8GEMM_CACHE" in str(told.value)
@@ -349,7 +349,7 @@ def test_a_table_of_another_card_is_not_overwritten(laboratory: Laboratory, fold
 def test_a_broken_table_is_not_overwritten_either(laboratory: Laboratory, folder: Path) -> None:
     path = folder / tables.USER_FILE
     path.write_text("not JSON")
-    with pytest.raises(ValueError, match=f"{path.name} is no table of plans"):
+    with pytest.raises(ValueError, match=f"{path.name} is not a table of plans"):
         _tuned()
     _tuned(overwrite=True)
     assert len(tables.read_table(path)[1]) == 1

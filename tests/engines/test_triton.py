@@ -223,7 +223,7 @@ def test_a_table_cannot_ask_for_what_cannot_run(cache: Path) -> None:
 def test_a_broken_table_is_named(cache: Path, text: str) -> None:
     path = cache / tables.USER_FILE
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"{path.name} is no table of plans.*delete it, or tune again"):
+    with pytest.raises(ValueError, match=rf"{path.name} is not a table of plans.*delete it, or tune again"):
         plan(place((9, 0)), "row", 4096, 4096, 1)
 
 

@@ -281,7 +281,7 @@ def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton_engine, "PATHS", {**real, "tokens": no_compiler})
     assert examine(CPU).startswith("Triton's kernels fail here: RuntimeError: Failed to find C compiler.")
     monkeypatch.setattr(triton_engine, "PATHS", {**real, "rows": lambda product: real["rows"](product) + 1})
-    assert examine(CPU) == "Triton's kernel for 128 tokens gives wrong products here"
+    assert examine(CPU) == "Triton's kernel for 128 tokens computes wrong products here"
 
 
 def test_scales_of_merged_projections() -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of our own: the engine, the plans and tables that it chooses tiles from, and the kernels."""
+"""fp8gemm's Triton engine: the engine, the plans and tables from which it chooses tiles, and the kernels."""
 
 from .engine import Triton, TritonEngine
 

@@ -1,4 +1,4 @@
-"""Triton kernels of our own: any N and K, every scheme, cards from compute capability 8.0 on; dispatch by M."""
+"""The Triton engine: any N and K, every scheme, compute capability 8.0 and newer; chooses a kernel by M."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Triton:
-    """Triton as it is installed here: its (major, minor)."""
+    """The installed Triton: its (major, minor) version."""
 
     version: tuple[int, int]
 
@@ -33,14 +33,14 @@ class Triton:
 
 
 class TritonEngine(Engine):
-    """One launch and activations as they are for few tokens, FP8 products for many.
+    """Weight-only products in one launch for few tokens, FP8 products for many.
 
-    Activations are rounded per token under tensor and row schemes, and only beyond 64 tokens; 128 features at a time
-    under the block scheme; never on cards before compute capability 8.9, which cannot multiply FP8.
+    Activations are quantized per token under tensor and row schemes, only beyond 64 tokens; in groups of 128 features
+    under the block scheme; and never before compute capability 8.9, which does not multiply FP8.
     """
 
     name = "triton"
-    tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, beside the bfloat16 output
+    tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, and rounding to bfloat16
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         _refuse_broken(weight.device)
@@ -79,7 +79,7 @@ class TritonEngine(Engine):
         return _looked_up(weight, ids, dtype) if usable and not failure(weight.device) else None
 
     def place(self, device: torch.device) -> Place:
-        """What of a card decides which kernel runs."""
+        """The properties of a GPU that decide which kernel runs."""
         return place_of(device)
 
     def plan(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> Plan:
@@ -91,7 +91,7 @@ class TritonEngine(Engine):
         return chosen if weight.fast else precise(chosen)
 
     def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
-        """The scheme that ``m`` tokens really meet: activations as they are, or rounded as the kernel for them does."""
+        """The scheme that is really applied to ``m`` tokens: weight-only, or the quantization of the kernel chosen."""
         path = self.plan(max(m, 1), weight, dtype).path
         if path in ("vectors", "tokens", "dense"):
             return weight.scheme.weight_only()
@@ -99,7 +99,7 @@ class TritonEngine(Engine):
         return replace(weight.scheme, activation=activation)
 
     def _rounding(self, weight: PackedWeight) -> Granularity | None:
-        """How FP8 products of this weight round activations; None where there are none."""
+        """The granularity with which this weight's FP8 products quantize activations; None if there are none."""
         kind = tables.kind_of(weight, native=self.place(weight.device).native)
         if kind == "block":
             return GROUP_128
@@ -124,7 +124,7 @@ class TritonEngine(Engine):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The product by one plan, of ``x`` that is quantized where it comes with scales."""
+        """Runs one plan; ``x`` is quantized already if ``x_scale`` is given."""
         where = self.place(weight.device)
         product = Product(x=x, x_scale=x_scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
         return PATHS[chosen.path](product)
@@ -166,7 +166,7 @@ class TritonEngine(Engine):
         where = self.place(weight.device)
         kind = tables.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
-        # M-major, which is what quantize_groups gives and torch's quantization does not.
+        # M-major, as quantize_groups returns it; torch's quantization does not.
         scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
         return self._run(chosen if weight.fast else precise(chosen), x.data, scale, weight, bias, out_dtype)
 
@@ -196,7 +196,7 @@ class TritonEngine(Engine):
             x, scale = quantize(x, weight, kind)
         if chosen.mode == "library" and scale is not None:
             stack = weight.extra["w"], weight.extra["w_scale"].squeeze(-2)
-            scale = scale.expand(tokens, 1).contiguous()  # a static one is one for all
+            scale = scale.expand(tokens, 1).contiguous()  # a static scale is shared by all tokens
             return multiply_grouped(x, scale, stack, weight, ends, bias, out_dtype)
         return grouped.multiply_grouped(
             x,
@@ -221,7 +221,7 @@ class TritonEngine(Engine):
 
 
 def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None = None) -> PackedWeight:
-    """A weight, or a stack, in plain rows, and the views that torch's products take."""
+    """A weight, or a stack, in plain row-major layout, with the views that torch's products need."""
     weight = replace(weight, data=weight.data.contiguous(), scale=weight.scale.contiguous())
     n, k = weight.shape[-2:]
     return PackedWeight(
@@ -238,7 +238,7 @@ def _layout(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
 
 
 def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    from .kernels.lookup import look_up  # needs Triton
+    from .kernels.lookup import look_up  # imports Triton
 
     rows, cols = weight.granularity.block(weight.shape)
     native = place_of(weight.device).native
@@ -247,25 +247,25 @@ def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def _refuse_broken(device: torch.device) -> None:
-    """Raises UnsupportedError on a card where our kernels fail."""
+    """Raises UnsupportedError on a GPU where fp8gemm's kernels fail."""
     if device.type == "cuda" and (problem := failure(device)):
         raise UnsupportedError(problem)
 
 
 def _nothing(m: int, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """The product of nothing, or of no features."""
+    """The result for M, N or K of 0."""
     y = torch.zeros(m, weight.n, dtype=out_dtype, device=weight.device)
     return y if bias is None else y + bias.to(out_dtype)
 
 
 def _rounds_first(chosen: Plan, m: int) -> bool:
-    """Whether activations are rounded by a launch of their own."""
+    """Whether activations are quantized by a separate launch."""
     return chosen.path in ("rows", "library") or (chosen.path == "blocks" and m > INLINE_UP_TO)
 
 
 @cache
 def installed() -> Triton | None:
-    """Triton, without importing it; None if it is not installed under any of its names."""
+    """The installed Triton's version, without importing it; None if it is not installed under any of its names."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
         try:
             major, minor = metadata.version(name).split(".")[:2]
@@ -277,17 +277,17 @@ def installed() -> Triton | None:
 
 @cache
 def failure(device: torch.device) -> str:
-    """Why our kernels cannot be trusted on this device, empty if they can: compiles and checks one for each path.
+    """Why the kernels cannot be used on this device; empty if they can. Compiles and checks one kernel per path.
 
-    Triton needs a C compiler at run time and a driver that takes its code; where either fails, ``auto`` goes on.
-    Seconds, once a machine: Triton keeps what it compiled on disk.
+    Triton needs a C compiler at run time and a driver that supports its code; where either fails, ``auto`` tries the
+    next engine. Takes seconds, once per machine, as Triton caches what it compiled on disk.
     """
     engine, row = TritonEngine(), SCHEMES["row"]
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randint(-3, 4, (2, 128, 256), generator=generator, dtype=torch.int64, device="cpu")
     w, x = drawn.to(device)
     weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, dtype=torch.float32, device=device), ROW)
-    x[:, 0] = 448  # so that every token's scale is 1 and its rounding exact
+    x[:, 0] = 448  # so that every token's scale is 1 and its rounding is exact
     layout = _layout(weight, row)
     expected = (x.double() @ w.double().t()).to(torch.bfloat16)
     for m in (1, 16, 128):
@@ -296,16 +296,16 @@ def failure(device: torch.device) -> str:
         except Exception as error:  # whatever Triton, its compiler or the driver may raise
             return f"Triton's kernels fail here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not y.equal(expected[:m]):
-            return f"Triton's kernel for {m} tokens gives wrong products here"
+            return f"Triton's kernel for {m} tokens computes wrong products here"
     ids = torch.tensor([127, 0, 5], dtype=torch.int64, device=device)
     if not _looked_up(weight, ids, torch.float32).equal(w[ids].to(torch.float32)):
-        return "Triton's kernel for lookups gives wrong rows here"
+        return "Triton's kernel for lookups returns wrong rows here"
     return ""
 
 
 @cache
 def place_of(device: torch.device) -> Place:
-    """What of this device decides; asks the driver once."""
+    """The properties of this device; queries the driver once."""
     properties = torch.cuda.get_device_properties(device)
     major, minor = (torch.version.cuda or "0.0").split(".")[:2]
     return place(

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""How a kernel is launched: once through Triton's binder, then straight through the kernel that it compiled."""
+"""Launching a kernel: the first time through Triton's binder, later directly through the compiled kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from .replay import recording
 
-# What Triton specializes a kernel on, next to its constants: see specialization().
+# Compiled kernels by everything that Triton specializes on, except constants: see specialization().
 _compiled: dict[tuple[Any, ...], Any] = {}
-# Contracts multiply and add, as Triton did by default up to 3.9, which warns that 3.10 will not.
+# Allows fused multiply-add, as Triton did by default up to 3.9, which warns that 3.10 will not.
 ALWAYS = {"enable_fp_fusion": True}
 
 
@@ -21,8 +21,8 @@ def launch(
 ) -> None:
     """Runs ``kernel`` on the device of its first tensor and on that device's current stream.
 
-    Triton's binder takes 8.7 to 12.5 us of host time a launch, the launcher of a compiled kernel 3.4 to 4.5
-    (facebookexperimental/triton#1231, vllm#34838). ``constants`` stand in the order of the kernel's parameters, after
+    Triton's binder takes 8.7 to 12.5 us of host time per launch, the launcher of a compiled kernel 3.4 to 4.5
+    (facebookexperimental/triton#1231, vllm#34838). ``constants`` must be in the order of the kernel's parameters, after
     ``args``: the compiled kernel takes them by position.
     """
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
@@ -37,7 +37,7 @@ def launch(
         compiled[full](*args, *constants.values())
     else:
         compiled = kernel[grid](*args, **constants, **options, **ALWAYS)
-        if compiled is not None:  # the interpreter gives None
+        if compiled is not None:  # None in Triton's interpreter
             _compiled[key] = compiled
     tape = recording()
     if tape is not None:
@@ -45,10 +45,10 @@ def launch(
 
 
 def specialization(args: tuple[Any, ...]) -> list[Any]:
-    """What of each argument a compiled kernel depends on: Triton's own rules, and never fewer distinctions.
+    """What a compiled kernel depends on in each argument: Triton's own rules, or finer distinctions.
 
-    A tensor by dtype and by whether its address is a multiple of 16; an integer by being 1, a multiple of 16, or more
-    than 32 bits; a tensor descriptor by dtype and block.
+    A tensor: its dtype, and whether its address is a multiple of 16. An integer: whether it is 1, a multiple of 16, or
+    wider than 32 bits. A tensor descriptor: its dtype and block.
     """
     found: list[Any] = []
     for arg in args:

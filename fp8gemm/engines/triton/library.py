@@ -1,4 +1,5 @@
-"""torch's own FP8 products behind our quantization kernels: cuBLASLt and CUTLASS where they are hard to beat."""
+"""torch's FP8 products (cuBLASLt and CUTLASS) after fp8gemm's quantization kernels, for shapes where they are
+fastest."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ..base import PackedWeight
 def multiply_rows(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """torch's row-wise product of operands that are quantized already; N and K are multiples of 16."""
+    """torch's row-wise product of operands that are quantized already; N and K must be multiples of 16."""
     from . import replay
 
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
@@ -29,7 +30,7 @@ def multiply_rows(
 def multiply_blocks(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """torch's 1x128 by 128x128 product of any number of tokens; cuBLASLt takes 4 at a time (vllm#49932)."""
+    """torch's 1x128 by 128x128 product for any number of tokens; cuBLASLt needs a multiple of 4 (vllm#49932)."""
     from . import replay
 
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
@@ -43,10 +44,10 @@ def multiply_blocks(
 
 
 def operands(weight: ScaledTensor) -> dict[str, torch.Tensor]:
-    """A weight and its scales as torch's products read them, views made once.
+    """A weight and its scales as torch's products need them, as views.
 
-    ``w`` is the transposed weight ``[K, N]``, ``w_scale`` is ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``; of a
-    stack each.
+    ``w`` is the transposed weight ``[K, N]``; ``w_scale`` is ``[1, N]`` or ``[K/128 rounded up to 4, N/128]``. Stacks
+    have the experts as an additional first dimension.
     """
     w = weight.data.transpose(-2, -1)
     if weight.granularity.cols is not None:

@@ -1,4 +1,4 @@
-"""What each path of the dispatch runs: a kernel of ours with the plan's tiles, or torch's product behind one."""
+"""Running a plan: a Triton kernel with the plan's tiles, or a quantization kernel followed by torch's product."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Product:
     """One call of ``linear`` with its plan.
 
-    ``x [M, K]`` is floating, or e4m3 with ``x_scale`` where it was quantized before: ``[M, 1]``, ``[1, 1]``, or for
-    blocks ``[M, K / 128]`` stored M-major.
+    ``x [M, K]`` is floating point, or e4m3 with ``x_scale``: ``[M, 1]``, ``[1, 1]``, or for block scales ``[M, K /
+    128]`` stored M-major.
     """
 
     x: torch.Tensor
@@ -45,9 +45,9 @@ class Product:
 def quantize(
     x: torch.Tensor, weight: PackedWeight, kind: Kind, *, up: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [M, K]``, or ``silu(x) * up``, as products of this kind take it.
+    """``x [M, K]``, or ``silu(x) * up``, quantized as products of this kind need it.
 
-    With a scale a row, the static one, or one for 128 features.
+    The scales are one per row, the static scale, or one per 128 features.
     """
     from .kernels import quantize as kernels
 

@@ -1,4 +1,5 @@
-"""What a Triton kernel runs in: the place, the tiles, and the formula for problems that nobody has measured."""
+"""Plans for Triton kernels: the properties of a GPU (``Place``), tile sizes, and the formula for unmeasured
+problems."""
 
 from __future__ import annotations
 
@@ -6,25 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-# What a problem is to a kernel: FP8 activations a row, or a group of 128; else activations as they are, with scales of
-# the weight that are constant along K, or not.
+# Kinds of products: FP8 activations with a scale per row, or per group of 128; or weight-only, with scales of the
+# weight that are constant along K ("weight") or not ("weight_k").
 Kind = Literal["row", "block", "weight", "weight_k"]
-# vectors, tokens: W8A16; rows, blocks: FP8 products of our own; library: torch's after our quantization; dense: the
-# weight in 16 bits for torch's ordinary product.
+# vectors, tokens: weight-only (W8A16); rows, blocks: FP8 products; library: torch's product after a quantization
+# kernel; dense: dequantize the weight to 16 bits and use torch's ordinary product.
 PathName = Literal["vectors", "tokens", "rows", "blocks", "library", "dense"]
 
-LARGEST_M = 16384  # more tokens change nothing
-# Tokens that a product takes as they are, or, under block scales, quantizes inside: there every tile along N quantizes
-# its tokens again, which for more of them costs more than a launch (sm_90: 20 instructions a weight at 32).
+LARGEST_M = 16384  # plans do not change beyond this
+# The largest M at which activations are not quantized or, with block scales, quantized inside the product. There every
+# tile along N quantizes its tokens again, which for more tokens costs more than a launch (sm_90: 20 instructions per
+# weight at 32).
 AS_THEY_ARE_UP_TO, INLINE_UP_TO = 64, 16
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Place:
-    """What of a card decides; one object a device, so that looking a plan up compares nothing.
+    """The properties of a GPU that decide a plan; one object per device, so that a lookup compares nothing.
 
     ``native``: multiplies and decodes e4m3. ``tma``: has tensor memory accelerators. ``shared``: bytes of shared memory
-    a program may have. ``library``: kinds for which torch has an FP8 product here.
+    per program. ``library``: the kinds for which torch has an FP8 product on this GPU.
     """
 
     arch: str
@@ -37,11 +39,12 @@ class Place:
 
     @property
     def tensor_memory(self) -> bool:
-        """Whether sums lie in tensor memory and meet the registers all at once: 4 warps spill where 8 do not."""
+        """Whether accumulators are in tensor memory and reach the registers all at once: 4 warps spill where 8 do
+        not."""
         return self.arch in ("sm100", "sm103")
 
 
-# What the kernel of a path takes of a plan.
+# The fields of a plan that the kernel of each path takes.
 TILES: Mapping[PathName, tuple[str, ...]] = {
     "vectors": ("block_n", "block_k", "splits", "warps"),
     "tokens": ("block_m", "block_n", "block_k", "splits", "warps", "stages"),
@@ -54,9 +57,9 @@ TILES: Mapping[PathName, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A kernel and its tiles; ``splits`` parts along K, ``stages`` of the software pipeline.
+    """A kernel and its tiles; ``splits`` is the number of parts along K, ``stages`` that of the software pipeline.
 
-    ``kept_is_faster``: a 16-bit weight, where the layer has kept one, is multiplied sooner by torch.
+    ``kept_is_faster``: torch's product with a 16-bit weight is faster, if the layer has kept one.
     """
 
     path: PathName
@@ -71,18 +74,18 @@ class Plan:
 
     @property
     def tiles(self) -> dict[str, Any]:
-        """The arguments that the path's kernel takes of it."""
+        """The arguments of the path's kernel."""
         return {name: getattr(self, name) for name in TILES[self.path]}
 
 
-# Bytes of shared memory a program may have, by compute capability (CUDA programming guide, technical specifications).
+# KiB of shared memory per program, by compute capability (CUDA programming guide, technical specifications).
 _SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 
 
 def place(
     capability: tuple[int, int], *, card: str = "", multiprocessors: int = 132, cuda: tuple[int, int] = (12, 9)
 ) -> Place:
-    """The place that a compute capability makes; torch's FP8 products as its ScaledBlas.cpp has them."""
+    """The ``Place`` for a compute capability; torch's FP8 products as in its ScaledBlas.cpp."""
     library: set[Kind] = set()
     if capability in ((9, 0), (10, 0), (10, 3)):
         library.add("row")
@@ -105,24 +108,24 @@ def bucket(m: int) -> int:
 
 
 def formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = False, scale_cols: int = 0) -> Plan:
-    """What is tried where nothing was measured: floors of memory and arithmetic for an H200 (nothing of it was timed).
+    """The plan where nothing was measured: from lower bounds for memory and arithmetic of an H200 (itself not timed).
 
-    Reading w in 8 bits is all that costs up to M of about 90, where W8A16 needs no quantization launch; beyond it FP8
-    products win. On cards without those, 16-bit ones win beyond 96 tokens.
+    Up to M of about 90 the time is that of reading w in 8 bits, and W8A16 needs no quantization launch; beyond that,
+    FP8 products are faster. On GPUs without FP8 products, 16-bit ones are faster beyond 96 tokens.
     """
     chosen = _formula(where, kind, n, k, m, wide=wide, scale_cols=scale_cols)
     return replace(chosen, kept_is_faster=not wide and _kept_is_faster(chosen, n, k, m))
 
 
-# Of an H200, measured: bytes copied and bfloat16 operations a second, FP8's taken for twice as many. A launch takes at
-# least 2 us in a graph.
+# Measured on an H200: bytes copied and bfloat16 operations per second; FP8 is assumed to have twice as many. A launch
+# takes at least 2 us in a CUDA graph.
 BYTES_PER_SECOND, BF16_FLOPS, LAUNCH_SECONDS = 4.3e12, 790e12, 2e-6
 
 
 def _kept_is_faster(chosen: Plan, n: int, k: int, m: int) -> bool:
-    """By the floors of both products: only a launch of its own for quantization can make FP8 lose, where N is small."""
+    """Compares the lower bounds of both products: FP8 can be slower only with a quantization launch and a small N."""
     if chosen.path == "dense":
-        return True  # the same product after one more pass over the weight
+        return True  # the same product after another pass over the weight
     if chosen.path in ("vectors", "tokens") or (chosen.path == "blocks" and m <= INLINE_UP_TO):
         return False
     products = 2 * m * n * k
@@ -136,8 +139,8 @@ def _formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool, sc
         if m >= 512 and in_library(where, kind, n, k) and not wide:
             return Plan(path="library")
         return _blocks(where, n, k, m)
-    # Without tensor cores 4 tokens take 16 instructions a weight, one takes 4.4; with them up to 16 tokens take 3.3, or
-    # 5.4 where decoding has no instruction of its own (compiled with Triton 3.6).
+    # Without tensor cores, 4 tokens take 16 instructions per weight, and one takes 4.4. With them, up to 16 tokens take
+    # 3.3, or 5.4 where there is no instruction for decoding (compiled with Triton 3.6).
     if kind != "weight_k" and (m <= 4 if wide else m == 1 and where.native):
         return _vectors(where, n, k, m)
     if kind == "row" and (m > AS_THEY_ARE_UP_TO or wide):
@@ -157,16 +160,16 @@ def quantized_plan(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: in
 
 
 def in_library(where: Place, kind: Kind, n: int, k: int) -> bool:
-    """Whether torch's FP8 products take this problem: N and K are multiples of 16, or of 128 with block scales.
+    """Whether torch's FP8 products support this problem: N and K are multiples of 16, or of 128 with block scales.
 
-    Rows need that on every card (torch's ScaledBlas.cpp). For blocks torch 2.13's shape check counts whole blocks of N.
+    Row scales need that on every GPU (torch's ScaledBlas.cpp). torch 2.13's shape check needs whole blocks of N.
     """
     multiple = 128 if kind == "block" else 16
     return kind in where.library and n % multiple == 0 and k % multiple == 0
 
 
 def _splits(where: Place, tiles: int, steps: int, *, at_least: int, programs: int = 2) -> int:
-    """Parts along K that make about ``programs`` a multiprocessor, each of ``at_least`` steps: 1, 2, 4 or 8."""
+    """The number of parts along K for about ``programs`` per multiprocessor, with ``at_least`` steps each: 1 to 8."""
     splits = 1
     while splits < 8 and 3 * tiles * splits < 2 * programs * where.multiprocessors and steps >= 2 * splits * at_least:
         splits *= 2
@@ -181,16 +184,16 @@ def _vectors(where: Place, n: int, k: int, m: int) -> Plan:
 
 
 def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int) -> Plan:
-    largest = 64 if where.arch == "sm90" else 32  # 64 spill where there is no instruction of Hopper's for them
+    largest = 64 if where.arch == "sm90" else 32  # 64 spill without Hopper's instruction for them
     block_m, block_n, block_k = min(max(m, 16), largest), 64, 32 if wide or k % 16 else 128
     while scale_cols and scale_cols % block_k:
         block_k //= 2
-    # Two warps leave a multiprocessor idle where four do not, and parts of 16 tokens are small.
+    # Two warps leave a multiprocessor idle where four do not, and the partial sums of 16 tokens are small.
     tiles, programs = -(-m // block_m) * -(-n // block_n), 4 if block_m == 16 else 2
     splits = _splits(where, tiles, -(-k // block_k), at_least=4, programs=programs)
-    # Decoding is what costs beside memory. Instructions a weight, compiled with Triton 3.6 for sm_90: two warps along N
+    # Beside memory, decoding dominates. Instructions per weight, compiled with Triton 3.6 for sm_90: two warps along N
     # decode each weight once, 8 bytes at a time (3.4 and 4.2 for 16 and 32 tokens); four at 64 tokens share Hopper's
-    # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers do not suffice.
+    # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers are too few.
     tight = wide or (block_m > 16 and n % 16)
     warps = 8 if k % 16 else (4 if block_m == 64 else 2) * (2 if tight else 1)
     return Plan(
@@ -207,9 +210,9 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
 def _rows(where: Place, n: int, k: int, m: int) -> Plan:
     """128 x 256 tiles in 4 stages fill an H100's shared memory and registers.
 
-    That needs aligned rows of y, and TMA for addresses; without either, or with sums in tensor memory, 128 x 128 is the
-    largest that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte: small tiles
-    (all compiled with Triton 3.6).
+    They need aligned rows of y, and TMA for addresses. Without either, or with accumulators in tensor memory, 128 x 128
+    is the largest tile that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte,
+    in small tiles (all compiled with Triton 3.6).
     """
     if k % 16:
         return Plan(path="rows", block_m=64, block_n=64, block_k=64, warps=8, stages=1)
@@ -225,11 +228,11 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
 
 
 def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
-    """Tiles of vLLM's tuned tables for an H200, 64 x 128, beyond 64 tokens; the largest take 8 warps.
+    """Tiles from vLLM's tuned tables for an H200, 64 x 128, beyond 64 tokens; the largest take 8 warps.
 
-    Below, what costs fewest instructions a weight, compiled for sm_90: 64 rows for Hopper's own FP8 instruction, even
-    for fewer tokens (2.0; 16 or 32 rows are multiplied in float16), and 16 x 128 where the tokens are quantized inside,
-    so that few tiles do it again (4.7; 16 x 64 takes 7.6).
+    Below, the tiles with the fewest instructions per weight, compiled for sm_90: 64 rows for Hopper's FP8 instruction,
+    even with fewer tokens (2.0; 16 or 32 rows are multiplied in float16), and 16 x 128 where tokens are quantized
+    inside the product, so that few tiles repeat that (4.7; 16 x 64 takes 7.6).
     """
     if k % 16:
         return Plan(path="blocks", block_m=16, block_n=32, block_k=128, warps=8, stages=1)
@@ -245,7 +248,7 @@ def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedPlan:
-    """How a grouped product runs: its mode, whether activations are quantized by a launch before it, and its tiles."""
+    """The plan of a grouped product: its mode, whether a separate launch quantizes activations, and its tiles."""
 
     mode: Literal["weight", "row", "block", "library"]
     quantize_first: bool
@@ -259,15 +262,15 @@ class GroupedPlan:
 def grouped_plan(
     where: Place, kind: Kind, n: int, k: int, tokens: int, experts: int, *, wide: bool = False, scale_cols: int = 0
 ) -> GroupedPlan:
-    """By the mean number of tokens an expert has; up to 16 of them activations stay as they are, as in ``formula``.
+    """Chosen by the mean number of tokens per expert; up to 16, activations are not quantized, as in ``formula``.
 
-    Beyond 64 torch's CUTLASS kernels take rows: published, Triton's lose to such from about there on (vllm#13932).
+    Beyond 64, torch's CUTLASS kernels run row scales: published, Triton's are slower from about there on (vllm#13932).
     """
     mean = bucket(max(1, tokens // max(experts, 1)))
     if kind == "row" and mean > 64 and not wide and in_library(where, kind, n, k):
         return GroupedPlan(mode="library", quantize_first=True)
-    unaligned = k % 16 != 0  # loaded byte by byte: small tiles
-    # Tiles as in ``_blocks`` and ``_tokens``.
+    unaligned = k % 16 != 0  # loaded byte by byte, in small tiles
+    # The tiles are those of ``_blocks`` and ``_tokens``.
     block_m, warps = (16, 8) if unaligned else (16, 4) if mean <= INLINE_UP_TO else (64, 4)
     if kind == "block":
         block_n = 32 if unaligned else 128 if block_m == 16 else 64
@@ -296,9 +299,10 @@ def grouped_plan(
 
 
 def precise(chosen: Plan) -> Plan:
-    """The same plan where partial sums are moved to float32 after every 128 products.
+    """The same plan with partial sums moved to float32 after every 128 products.
 
-    Two accumulators are alive then: 128 x 256 spills, 256 x 128 in 3 stages takes 254 registers (compiled, sm_90).
+    That needs two accumulators at a time: 128 x 256 spills, 256 x 128 in 3 stages takes 254 registers (compiled,
+    sm_90).
     """
     if chosen.path != "rows" or chosen.block_n != 256:
         return chosen

@@ -1,11 +1,10 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""A product's launches, noted once and run again on other tensors of the same shapes: nothing is planned or keyed anew.
+"""Recording the launches of a product and replaying them on other tensors of the same shapes, without planning.
 
-What a product allocates comes from ``empty``, what it runs goes through ``launch``, or ``call`` for functions of
-torch's; all tell the tape that is being recorded. An argument is known by the memory it lies in: the activations,
-something allocated, or the weight. A product that uses any other memory is not recorded, so nothing can be replayed on
-a tensor that is gone.
+A ``Tape`` is a recording. While one is being recorded, ``empty`` notes allocations, ``launch`` kernels, and ``call``
+torch functions. Each argument is identified by its memory: the activations, an allocation, or the weight. A product
+that uses any other memory is not recorded, so a replay never uses a tensor that was freed.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _local = threading.local()
 
 
 class NotReplayable(Exception):
-    """The product uses memory, or runs something, that a tape cannot follow."""
+    """The product uses memory, or runs something, that a tape cannot record."""
 
 
 def recording() -> Tape | None:
-    """The tape that this thread is recording."""
+    """The tape that this thread is recording; None if it is not."""
     return getattr(_local, "tape", None)
 
 
@@ -56,11 +55,11 @@ def record(
     fixed: tuple[torch.Tensor, ...],
     shape: tuple[int, ...],
 ) -> Tape | None:
-    """Runs ``product(x [M, K])`` once and notes how; None where it cannot be followed.
+    """Runs ``product(x [M, K])`` once and records it; None if it cannot be recorded.
 
     Args:
-        fixed: the weight, its scales and the bias, which stay where they are for as long as the tape is used.
-        shape: what the result is to look like, as many elements as ``product`` gives.
+        fixed: the weight, its scales and the bias, which must stay in their memory as long as the tape is used.
+        shape: the shape of the result, with as many elements as ``product`` returns.
     """
     tape = Tape(x=x, fixed=frozenset(_memory(tensor) for tensor in fixed))
     _local.tape = tape
@@ -76,7 +75,7 @@ def record(
 
 @dataclass(eq=False)
 class Step:
-    """One launch: its arguments, and which of them are put in anew each time."""
+    """One launch: its arguments, and which of them are replaced in each replay."""
 
     run: Callable[..., None]
     args: list[Any] = field(default_factory=list)
@@ -87,7 +86,7 @@ class Step:
 
 @dataclass(eq=False)
 class Call:
-    """One function of torch's: its arguments, the place in memory of those that are put in anew, and its result."""
+    """One torch function: its arguments, the memory of those that are replaced in each replay, and its result."""
 
     run: Callable[..., torch.Tensor]
     args: list[Any]
@@ -97,18 +96,18 @@ class Call:
 
 
 class Tape:
-    """Callable: ``x [..., K]``, contiguous and as aligned as the recorded one, to ``y [..., N]``."""
+    """A recording, callable: ``x [..., K]``, contiguous and aligned like the recorded one, to ``y [..., N]``."""
 
     def __init__(self, *, x: torch.Tensor, fixed: frozenset[int]) -> None:
         self.device, self.on_card, self.fixed = x.device, x.is_cuda, fixed
-        self.tensors = [x]  # of the recording: x, then what was allocated
+        self.tensors = [x]  # recorded: x, then the allocations
         self.zeros: set[int] = set()  # memory of counters
         self.steps: list[Step | Call] = []
-        self.made: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: what a call gives
+        self.made: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: the result of a call
         self.result, self.shape = 0, ()
 
     def note(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """A launch of ``compiled``, None in the interpreter, with all its arguments in order."""
+        """Notes a launch of ``compiled`` (None in the interpreter) with all its arguments in order."""
         if compiled is None:
             raise NotReplayable
         step = Step(run=compiled[grid])
@@ -119,7 +118,7 @@ class Tape:
     def note_call(
         self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor
     ) -> None:
-        """A call of a function; its keyword arguments are no activations."""
+        """Notes a call of a function; its keyword arguments must not be activations."""
         noted = Call(run=function, args=[], kwargs=kwargs, tensors=[], result=len(self.tensors))
         for place, arg in enumerate(args):
             slot = self._slot(arg) if isinstance(arg, torch.Tensor) else None
@@ -134,7 +133,7 @@ class Tape:
         self.tensors.append(y)
 
     def _slot(self, tensor: torch.Tensor) -> int | None:
-        """Which of the activations and what was allocated a tensor lies in, None for the weight."""
+        """The index of the recorded tensor whose memory this one shares; None for the weight."""
         memory = _memory(tensor)
         slot = next((slot for slot, known in enumerate(self.tensors) if _memory(known) == memory), None)
         if slot is None and memory not in self.fixed:
@@ -142,7 +141,7 @@ class Tape:
         return slot
 
     def _resolve(self, step: Step, place: int, arg: Any) -> Any:
-        """An argument as it stays, None where it is put in anew."""
+        """The argument if it is the same in each replay, else None."""
         tensor = getattr(arg, "base", arg)
         if not isinstance(tensor, torch.Tensor):
             return arg
@@ -161,7 +160,7 @@ class Tape:
         return None
 
     def finish(self, y: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """Ends the recording; ``y`` is what the product gave."""
+        """Ends the recording; ``y`` is the product's result."""
         self.result = next((slot for slot, known in enumerate(self.tensors) if known is y), 0)
         if self.result == 0 or not self.steps:
             raise NotReplayable
@@ -206,7 +205,7 @@ class Tape:
         return y if y.shape == self.shape else y.view(self.shape)
 
 
-# Counters of split products by (device, stream): zero between launches, as the last program of a tile resets its own.
+# Counters of split products by (device, stream). They are zero between launches: the last program of a tile resets its.
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 COUNTERS = MOST_SPLIT_TILES
 
@@ -214,7 +213,7 @@ COUNTERS = MOST_SPLIT_TILES
 def counters(device: torch.device) -> torch.Tensor:
     """``COUNTERS`` int32 zeros that only the current stream uses.
 
-    A CUDA graph gets its own, zeroed by a node of the graph: it may be replayed on any stream, beside any other.
+    Each CUDA graph gets its own, zeroed by a node of the graph: it may be replayed on any stream, beside other graphs.
     """
     zeros = _own_counters(device)
     tape = recording()
@@ -233,7 +232,7 @@ def _own_counters(device: torch.device) -> torch.Tensor:
 
 
 def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
-    """What a TMA load takes: a tensor ``[rows, K]`` and the tile ``block`` that is fetched at a time."""
+    """A TMA descriptor for a tensor ``[rows, K]``, which loads tiles of size ``block``."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(tensor, block)

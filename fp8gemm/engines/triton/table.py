@@ -1,7 +1,7 @@
-"""Which Triton kernel multiplies a problem, and in what tiles: measured tables where there are any, else a formula.
+"""Choosing the Triton kernel and tiles for a problem: from measured tables if they have it, else by a formula.
 
-Tables are JSON: ``{"source", "card", "versions", "date", "rows": [{"arch", "kind", "n", "k", "m", "plan"}]}``. A user's
-own, in the cache directory, comes before the one that is shipped.
+Tables are JSON: ``{"source", "card", "versions", "date", "rows": [{"arch", "kind", "n", "k", "m", "plan"}]}``. The
+user's table, in the cache directory, takes precedence over the one in the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
 SHIPPED = Path(__file__).with_name("table.json")
 USER_FILE = "triton_table.json"  # in the cache directory, beside the compiled CPU kernels
-MOST_SPLIT_TILES = 4096  # each has a counter of its own; a product of more needs no split
+MOST_SPLIT_TILES = 4096  # each tile has a counter; a product of more tiles needs no split
 
 Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 
@@ -34,7 +34,7 @@ def kind_of(weight: PackedWeight, *, native: bool) -> Kind:
 
 
 def kind_for(scheme: Scheme, stored: torch.dtype, *, native: bool) -> Kind:
-    """The kind of products under a scheme; one that may not round as a kernel rounds keeps its activations."""
+    """The kind of products under a scheme; weight-only if no kernel quantizes activations as the scheme says."""
     grid, activation = scheme.weight, scheme.activation
     constant = grid.cols is None
     if native and activation is not None and stored == torch.float8_e4m3fn:
@@ -53,7 +53,7 @@ def size_bucket(n: int) -> int:
 
 
 def plan(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = False, scale_cols: int = 0) -> Plan:
-    """The plan for M tokens; ``wide`` activations are float32, ``scale_cols`` is how far a scale reaches along K."""
+    """The plan for M tokens; ``wide`` means float32 activations, ``scale_cols`` is the extent of a scale along K."""
     return _plan(where, kind, n, k, bucket(m), wide, scale_cols)
 
 
@@ -69,15 +69,15 @@ def _plan(where: Place, kind: Kind, n: int, k: int, m: int, wide: bool, scale_co
 
 
 def key_of(where: Place, kind: Kind, n: int, k: int, m: int) -> Key:
-    """The row of a table that serves a problem."""
+    """The row of a table that covers a problem."""
     return (where.arch, kind, size_bucket(n), size_bucket(k), bucket(m))
 
 
 def runs(where: Place, kind: Kind, chosen: Plan, n: int, k: int, m: int, *, scale_cols: int = 0) -> bool:
-    """Whether a measured plan can serve this problem, which may be another one of its bucket.
+    """Whether a plan that was measured for one problem of a bucket can run this one.
 
-    Tables are measured with N and K multiples of 16. Where K is none, rows are loaded byte by byte, and where N is
-    none, rows of y are stored so: both take other tiles, and TMA cannot.
+    Tables are measured with N and K multiples of 16. If K is not, rows of w are loaded byte by byte, and if N is not,
+    rows of y are stored that way: both need other tiles, and rule out TMA.
     """
     if chosen.path == "library":
         return in_library(where, kind, n, k)
@@ -120,7 +120,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], dict[Key, Plan]]:
     """A table's header and its plans by (arch, kind, N bucket, K bucket, M bucket).
 
     Raises:
-        ValueError: the file is no such table; with its name and what is wrong.
+        ValueError: the file is not such a table; the message has its name and what is wrong.
     """
     known = {field.name for field in fields(Plan)}
     rows = {}
@@ -130,15 +130,15 @@ def read_table(path: Path) -> tuple[dict[str, Any], dict[Key, Plan]]:
         for row in table["rows"]:
             chosen = row["plan"]
             if not known >= set(chosen) or chosen["path"] not in get_args(PathName):
-                raise ValueError(f"plan {chosen} has more than {', '.join(sorted(known))}, or an unknown path")
+                raise ValueError(f"plan {chosen} has fields other than {', '.join(sorted(known))}, or an unknown path")
             rows[row["arch"], row["kind"], row["n"], row["k"], row["m"]] = Plan(**chosen)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of plans: {error!r}; delete it, or tune again") from error
+        raise ValueError(f"{path} is not a table of plans: {error!r}; delete it, or tune again") from error
     return header, rows
 
 
 def write_table(path: Path, header: Mapping[str, Any], rows: Mapping[Key, Plan]) -> None:
-    """Writes what ``read_table`` reads, in one step, so that no reader sees half a table."""
+    """Writes a table for ``read_table``, atomically, so that no reader sees half of it."""
     names = ("arch", "kind", "n", "k", "m")
     table = {
         **{name: header[name] for name in ("source", "card", "versions", "date")},

@@ -1,4 +1,4 @@
-"""Which plans of the Triton engine are worth timing on a card, which of them stays, and where that is written."""
+"""Tuning the Triton engine: which plans to time on a GPU, which one to keep, and where it is stored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from . import table as tables
 from .engine import TritonEngine
 from .plan import TILES, Kind, Place, Plan, formula, precise
 
-MOST = 24  # candidates of one cell; each costs about a second of compiling
-# The formula's plan stays unless another takes at most this part of its time: less is noise.
+MOST = 24  # most candidates of a cell; each takes about a second to compile
+# The formula's plan is kept unless another takes at most this fraction of its time: smaller differences are noise.
 WORTH_IT = 0.97
-# What has a table, and a scheme of that kind to time it with.
+# The kinds that have tables, and a scheme of that kind for timing.
 TUNED: Mapping[Kind, Scheme] = {
     "row": SCHEMES["row"],
     "block": SCHEMES["block"],
     "weight": SCHEMES["weight_only"],
 }
-# Steps to a neighbour, likeliest first: each field is doubled (1) or halved (-1).
+# Steps to neighboring plans, the most promising first: each field is doubled (1) or halved (-1).
 _STEPS: tuple[Mapping[str, int], ...] = (
     {"splits": 1},
     {"splits": -1},
@@ -40,15 +40,15 @@ _STEPS: tuple[Mapping[str, int], ...] = (
     {"block_k": 1},
     {"block_k": -1},
 )
-_FEW = 6  # of them for a path that the formula does not take
+_FEW = 6  # the number of these steps for a path that the formula does not choose
 _MOST_SPLITS, _MOST_STAGES = 16, 6
-# Float32 sums that a thread may hold, more spill for certain; half of it where every step adds to them scaled.
+# Float32 accumulators per thread: more certainly spill. Half of it where every step adds scaled partial sums.
 _SUMS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One row of a table: products of a kind at N, K, and M, the upper end of its bucket."""
+    """One row of a table: products of a kind with N, K, and M, the upper end of its bucket."""
 
     kind: Kind
     n: int
@@ -67,13 +67,13 @@ class Cell:
 def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     """At most ``MOST`` plans that can run a cell, the formula's first.
 
-    Then what the tables have for it now, and a start on every other path that is legal for the kind; then the
-    neighbours of the first that has tiles, and a few of each of the others'. ``fast`` as in ``PackedWeight``: without
-    it the engine itself changes some plans. Whether a kept weight is faster is not theirs to say.
+    Then the tables' current plan for it, and a start on every other path that supports the kind; then the neighbors of
+    the first plan that has tiles, and a few of each of the others. ``fast`` is as in ``PackedWeight``: without it, the
+    engine itself changes some plans. Plans do not decide whether a kept weight is faster.
     """
     cols = cell.scale_cols
     home = formula(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
-    starts = {start.path: start for start in (*_starts(where, cell), home)}  # the formula's own where it has that path
+    starts = {start.path: start for start in (*_starts(where, cell), home)}  # the formula's plan, if it has that path
     tiled = sorted((start for start in starts.values() if TILES[start.path]), key=lambda start: start != home)
     near = [list(_neighbours(where, start))[: None if start == tiled[0] else _FEW] for start in tiled]
     current = tables.plan(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
@@ -84,7 +84,7 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
 
 
 def _starts(where: Place, cell: Cell) -> Iterator[Plan]:
-    """What the formula says of the cell on other paths: where the library is not there, or M or the kind is another."""
+    """The formula's plans for the cell on other paths, as for GPUs without the library, or for another M or kind."""
     kind, n, k, m = cell.kind, cell.n, cell.k, cell.m
     if kind != "weight":
         own = formula(replace(where, library=frozenset()), kind, n, k, max(m, 65 if kind == "row" else 1))
@@ -92,14 +92,14 @@ def _starts(where: Place, cell: Cell) -> Iterator[Plan]:
     if m <= 512:
         yield formula(where, "weight_k", n, k, min(m, 64), scale_cols=cell.scale_cols)
     if m <= 4:
-        yield formula(where, "weight", n, k, m, wide=True)  # float32 takes vectors for up to 4 tokens
+        yield formula(where, "weight", n, k, m, wide=True)  # float32 uses vectors for up to 4 tokens
     yield Plan(path="library")
     if m >= 128:
         yield Plan(path="dense")
 
 
 def _neighbours(where: Place, plan: Plan) -> Iterator[Plan]:
-    """Plans one step away, with fewer stages where shared memory asks for it."""
+    """Plans one step away, with fewer stages if shared memory requires it."""
     taken = frozenset(TILES[plan.path])
     for step in _STEPS:
         if taken.issuperset(step):
@@ -119,7 +119,7 @@ def _fitted(where: Place, plan: Plan) -> Plan:
 
 
 def shared_bytes(plan: Plan) -> int:
-    """Shared memory of a plan's pipeline, nearly: tiles of x and w in every stage, x in bfloat16 for ``tokens``."""
+    """The approximate shared memory of a plan's pipeline: tiles of x and w per stage, x in bfloat16 for ``tokens``."""
     if "stages" not in TILES[plan.path]:
         return 0
     x_bytes = 2 if plan.path == "tokens" else 1
@@ -127,7 +127,7 @@ def shared_bytes(plan: Plan) -> int:
 
 
 def _fits(where: Place, cell: Cell, plan: Plan) -> bool:
-    """Whether a plan can run a cell, and is not absurd for it: idle splits, rows of no tokens, spilling sums."""
+    """Whether a plan can run a cell and is not wasteful: no idle splits, no rows without tokens, no certain spills."""
     if not tables.runs(where, cell.kind, plan, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols):
         return False
     if not TILES[plan.path]:
@@ -159,7 +159,7 @@ def held(engine: TritonEngine, plan: Plan) -> TritonEngine:
 
 
 def stays(seconds: Mapping[Plan, float], home: Plan) -> Plan | None:
-    """The fastest plan; ``home`` unless another is faster by more than noise; None where none was timed."""
+    """The fastest plan; ``home`` (the formula's) unless another is clearly faster; None if none was timed."""
     if not seconds:
         return None
     fastest = min(seconds, key=lambda plan: seconds[plan])
@@ -180,36 +180,36 @@ def describe(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The user's table of one card: rows that were there, and those that come."""
+    """The user's table for one GPU: existing rows and new ones."""
 
     path: Path
     header: dict[str, Any]
     rows: dict[tables.Key, Plan]
 
     def add(self, rows: Mapping[tables.Key, Plan]) -> None:
-        """Writes the table with these rows too; the engine follows it at once."""
+        """Writes the table with these rows added; the engine uses it at once."""
         self.rows.update(rows)
         tables.write_table(self.path, self.header, self.rows)
         tables.forget()
 
 
 def open_table(card: str, versions: Mapping[str, str | None], date: str, *, overwrite: bool) -> Table:
-    """The user's table, to be added to; ``overwrite`` begins it anew whatever it holds.
+    """Opens the user's table; ``overwrite`` starts an empty one.
 
     Raises:
-        ValueError: it holds plans of another card, or is no table; with its name and what would work.
+        ValueError: it has plans for another GPU, or is not a table; the message says what would work.
     """
     path = native.cache_directory() / tables.USER_FILE
     header = {"source": "tuned", "card": card, "versions": dict(versions), "date": date}
     if overwrite or not path.is_file():
         table = Table(path, header, {})
         if overwrite:
-            table.add({})  # at once, as the engine cannot plan with a broken one
+            table.add({})  # at once, as the engine cannot plan with a broken table
         return table
     former, rows = tables.read_table(path)
     if former["card"] != card:
         raise ValueError(
-            f"{path} holds plans of {former['card']}, and this card is {card}: --overwrite (overwrite=True) replaces "
+            f"{path} has plans for {former['card']}, but this GPU is {card}: --overwrite (overwrite=True) replaces "
             "them, FP8GEMM_CACHE=FOLDER keeps them apart"
         )
     if rows and former["versions"] != header["versions"]:

@@ -1,4 +1,4 @@
-"""vLLM's kernels: the engine, and what it runs on a CPU and on CUDA."""
+"""vLLM's kernels: the engine, and its implementations for CPU and CUDA."""
 
 from .engine import Vllm, VllmEngine, find
 

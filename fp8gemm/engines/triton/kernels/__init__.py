@@ -1,1 +1,1 @@
-"""Triton kernels, one file a kind of product; only engines import them, and only when one is to run."""
+"""Triton kernels, one file per kind of product; only engines import them, and only to run one."""

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""``y = x @ w.T + bias`` with a scale a 128 x 128 block of w and a scale for each token's 128 features.
+"""``y = x @ w.T + bias`` with one scale per 128 x 128 block of w, and one per token and group of 128 features.
 
-Reference: ``ReferenceEngine`` under the block scheme. A group of activations is a step along K, so for few tokens they
-are quantized inside the product: one launch, and no pass over x before it.
+Reference: ``ReferenceEngine`` under the block scheme. A group of activations is one step along K, so for few tokens
+they are quantized inside the product: one launch, and no separate pass over x.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..replay import counters, empty
 from .parts import is_last, sum_parts
 from .quantize import encode, finite, scale_of
 
-BLOCK = 128  # of scales, and the step along K
+BLOCK = 128  # of scales; also the step along K
 
 
 def multiply_blocks(
@@ -35,7 +35,7 @@ def multiply_blocks(
     warps: int,
     stages: int,
 ) -> torch.Tensor:
-    """``x [M, K]`` is floating and quantized on the way; or e4m3, with ``x_scale [M, K / 128]`` stored M-major."""
+    """``x [M, K]`` is floating point and quantized on the fly, or e4m3 with ``x_scale [M, K / 128]`` stored M-major."""
     m, k = x.shape
     n = weight.n
     y = empty(m, n, dtype=out_dtype, device=x.device)
@@ -64,7 +64,7 @@ def multiply_blocks(
 
 @triton.jit
 def round_group(value, UE8M0: tl.constexpr):
-    """Floating ``[BLOCK_M, 128]`` as e4m3 and a scale for each row."""
+    """Quantizes floating ``[BLOCK_M, 128]`` to e4m3 with a scale per row."""
     value = value.to(tl.float32)
     s = scale_of(tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1), UE8M0)
     return encode(value, s[:, None], tl.float8e4nv), s
@@ -99,7 +99,7 @@ def block_kernel(
     m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.arange(0, 128)
-    # Rows past an edge read the last row instead: no mask in the loop, and they are not stored.
+    # Rows past the edge read the last row instead: the loop needs no mask, and they are not stored.
     token = tl.minimum(m, M - 1).to(tl.int64)
     x_tile = x + token[:, None] * x_stride + step[None, :]
     w_tile = w + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + step[:, None]

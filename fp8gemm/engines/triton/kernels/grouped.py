@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""Products of tokens sorted by expert with a stack of FP8 weights: no padding, no host synchronisation, one launch.
+"""Products of tokens sorted by expert with a stack of FP8 weights: no padding, no host synchronization, one launch.
 
-Reference: ``Engine.grouped`` of the reference engine. A program finds its expert from the end offsets on the
-device; the grid has room for the worst case, and programs without a tile leave at once. Tokens past the last end are
-the tile of an expert that is not there: zeros.
+Reference: ``Engine.grouped`` of the reference engine. A program finds its expert from the end offsets on the device;
+the grid is sized for the worst case, and programs without a tile return at once. Tokens past the last end form tiles
+of a nonexistent expert, which are zeros.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def multiply_grouped(
     """``x [T, K]`` times a stack ``[E, N, K]``; ``ends`` int32 ``[E]`` and ``bias [E, N]`` as in ``Engine.grouped``.
 
     Args:
-        mode: ``"weight"`` multiplies floating x as it is; ``"row"`` takes e4m3 x with ``x_scale [T, 1]`` or ``[1, 1]``;
-            ``"block"`` quantizes 128 features at a time, or takes e4m3 x and its M-major ``x_scale [T, K / 128]``.
-        accumulate: as in ``row``; blocks are always precise.
+        mode: ``"weight"`` does not quantize x; ``"row"`` takes e4m3 x with ``x_scale [T, 1]`` or ``[1, 1]``;
+        ``"block"``
+            quantizes groups of 128 features, or takes e4m3 x with M-major ``x_scale [T, K / 128]``.
+        accumulate: as in ``row``; block products are always precise.
     """
     tokens, k = x.shape
     n, experts = weight.n, weight.experts
@@ -79,7 +80,8 @@ def multiply_grouped(
 
 @triton.jit
 def locate(ends, tile, tokens, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a tile, the tile's first token, and one past the expert's last; for no such tile an expert > E."""
+    """The expert of a tile, the tile's first token, and one past the expert's last; no such tile gives an expert >
+    E."""
     slot = tl.arange(0, EXPERTS)
     end = tl.minimum(tl.load(ends + slot, mask=slot < E, other=tokens), tokens)
     start = tl.load(ends + slot - 1, mask=(slot > 0) & (slot <= E), other=0)
@@ -125,7 +127,7 @@ def grouped_kernel(
     FORMAT: tl.constexpr,
     PROMOTION: tl.constexpr,
 ):
-    # Neighbours share an expert's tile of w through the L2 cache.
+    # Neighboring programs share an expert's tile of w in the L2 cache.
     tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
     expert, first, limit = locate(ends, tile_m, tokens, E, EXPERTS, BLOCK_M)
     m = first + tl.arange(0, BLOCK_M)
@@ -182,7 +184,7 @@ def _as_they_are(
     EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``w @ x.T [BLOCK_N, BLOCK_M]`` with floating x, scales included."""
+    """``w @ x.T [BLOCK_N, BLOCK_M]`` with floating-point x, including scales."""
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""Rows of an FP8 table, dequantized as they are looked up; ``fp8gemm.numerics.dequantize`` is the reference."""
+"""Looking up rows of an FP8 table and dequantizing them; ``fp8gemm.numerics.dequantize`` is the reference."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def look_up(
 ) -> torch.Tensor:
     """Rows ``ids [M]`` of ``data [N, K] * scale`` as ``[M, K]`` of ``dtype``, computed in float32 and rounded once.
 
-    ``scale`` is contiguous float32 ``[ceil(N / rows), ceil(K / cols)]``; ``native`` says that Triton takes pointers to
-    e4m3 on this card. An id outside of the table gives NaN, as there is nobody on the card to raise an error.
+    ``scale`` is contiguous float32 ``[ceil(N / rows), ceil(K / cols)]``; ``native`` means that Triton accepts pointers
+    to e4m3 on this GPU. An id out of range gives NaN, as a kernel cannot raise an error.
     """
     n, k = data.shape
     y = torch.empty(ids.shape[0], k, dtype=dtype, device=data.device)

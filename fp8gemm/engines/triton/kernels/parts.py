@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""What several kernels do inside: decode FP8 codes, and put the parts of a product that was split along K together."""
+"""Device functions shared by kernels: decoding FP8 codes, and reducing a product that was split along K."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton.language as tl
 
 
 def format_of(data: torch.Tensor, *, native: bool) -> tuple[torch.Tensor, str]:
-    """FP8 ``data`` as a kernel takes it, and the way to decode it.
+    """FP8 ``data`` as a kernel takes it, and the name of the decoding to use.
 
-    Below compute capability 8.9 Triton refuses pointers to e4m3, so codes travel as bytes.
+    Below compute capability 8.9 Triton refuses pointers to e4m3, so codes are passed as bytes.
     """
     if native:
         return data, "native"
@@ -21,9 +21,9 @@ def format_of(data: torch.Tensor, *, native: bool) -> tuple[torch.Tensor, str]:
     return data.view(torch.uint8), "bits" if triton.knobs.runtime.interpret else "packed"
 
 
-# Four e4m3 codes to two pairs of bfloat16, 4 instructions a code where "bits", said in Triton, becomes 9 (sm_80). Each
-# code goes to the upper byte of 16 bits; its magnitude, 4 bits lower, has the exponent where bfloat16 has it, too small
-# by 2**120; magnitude 0x7F, NaN, carries into bit 11, and 15 times that bit fills the rest of the exponent.
+# Four e4m3 codes to two pairs of bfloat16 in 4 instructions per code; "bits", written in Triton, takes 9 (sm_80). Each
+# code goes to the upper byte of 16 bits; its magnitude, shifted right by 4, has the exponent where bfloat16 has it, too
+# small by 2**120; magnitude 0x7F, NaN, carries into bit 11, and 15 times that bit fills the rest of the exponent.
 _PAIR = """
     prmt.b32 code, $2, 0, {bytes};
     shr.b32 size, code, 4;
@@ -48,9 +48,9 @@ E4M3_TO_BF16 = tl.constexpr(
 def decode(code, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """The exact values of FP8 codes in ``dtype``; NaN stays NaN.
 
-    An e4m3 code whose exponent field is moved to where bfloat16 has it is a bfloat16 that is too small by 2**120,
-    subnormals included. An e5m2 code is the upper byte of a float16. Through float32, since the conversion from
-    float16, in which the hardware decodes, to bfloat16 runs at a quarter of the rate (F2F).
+    An e4m3 code whose exponent field is moved to bfloat16's position is a bfloat16 that is too small by 2**120,
+    including subnormals. An e5m2 code is the upper byte of a float16. Conversions go through float32, because the
+    hardware decodes to float16 and converts float16 to bfloat16 at a quarter of the rate (F2F).
     """
     if FORMAT == "native":
         value = code.to(tl.float32).to(dtype)
@@ -69,8 +69,8 @@ def decode(code, dtype: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def is_last(counters, tile, SPLITS: tl.constexpr):
-    """True in that program of a tile which arrives last, after every other has stored its part; resets the counter."""
-    tl.debug_barrier()  # all threads' parts are stored before one thread says so
+    """True in the program of a tile that arrives last, after all others stored their part; resets the counter."""
+    tl.debug_barrier()  # all threads' parts are stored before one thread increments the counter
     last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     if last:
         tl.store(counters + tile, 0)
@@ -79,9 +79,9 @@ def is_last(counters, tile, SPLITS: tl.constexpr):
 
 @triton.jit
 def sum_parts(parts, offsets, mask, size, SPLITS: tl.constexpr):
-    """The parts of a tile added up in one order, whichever program arrived last: the same bits at every call.
+    """The sum of a tile's parts in a fixed order, whichever program arrived last: the same bits at every call.
 
-    Loaded past the L1 cache, which may hold what another multiprocessor has overwritten.
+    The loads bypass the L1 cache, which may be stale after another multiprocessor's writes.
     """
     total = tl.load(parts + offsets, mask=mask, other=0.0, cache_modifier=".cg")
     for part in range(1, SPLITS):

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""Activations to e4m3 in one pass: by rows, and by groups along K with scales stored M-major.
+"""Quantizing activations to e4m3 in one pass: per row, or per group along K with scales stored M-major.
 
-``fp8gemm.numerics.quantize`` is the reference of every kernel here, bit for bit; where ``up`` is given it is applied to
-``silu(x) * up`` in float32, which is what the second product of a gated MLP takes.
+``fp8gemm.numerics.quantize`` is the reference of every kernel here, bit for bit. If ``up`` is given, the input is
+``silu(x) * up`` in float32, as for the second product of a gated MLP.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _FLOOR = tl.constexpr(SCALE_FLOOR)
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _LARGEST = tl.constexpr(LARGEST)
 
-# The longest row that stays in registers, in 16 warps and without a spill (compiled for sm_90, Triton 3.6; half of it
-# where two rows are read); a longer one is read twice, in steps.
+# The longest row that fits into the registers of 16 warps without spills (compiled for sm_90, Triton 3.6; half of it if
+# two rows are read); a longer row is read twice, in steps.
 LONGEST_ROW = 32768
 STEP = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How activations are rounded, beyond where their scales lie.
+    """How activations are quantized, apart from the granularity.
 
-    ``static`` is a float32 scale, one for all; ``ue8m0`` rounds scales up to powers of two.
+    ``static`` is a float32 scale for all of them; ``ue8m0`` rounds scales up to powers of two.
     """
 
     static: torch.Tensor | None = None
@@ -73,9 +73,9 @@ def quantize_rows(
 def quantize_groups(
     x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None, group: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K / group]`` whose stride is (1, M rounded up to 4).
+    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K / group]`` with strides (1, M rounded up to 4).
 
-    That is the layout which cuBLASLt, DeepGEMM and the block product read without a transpose.
+    cuBLASLt, DeepGEMM and the block kernel read this layout without a transpose.
     """
     m, k = x.shape
     y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
@@ -104,7 +104,7 @@ def finite(value):
 
 @triton.jit
 def scale_of(amax, UE8M0: tl.constexpr):
-    """``max(amax, floor) / 448``, as ``quantize.block_scale`` has it."""
+    """``max(amax, smallest) / 448``, as in ``fp8gemm.numerics.block_scale``."""
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, _LARGEST, tl.float32)), _FLOOR)
     if UE8M0:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -113,11 +113,11 @@ def scale_of(amax, UE8M0: tl.constexpr):
 
 @triton.jit
 def encode(value, scale, dtype: tl.constexpr):
-    """``value / scale`` rounded to ``dtype``, saturating; what is not finite becomes NaN.
+    """``value / scale`` rounded to ``dtype``, saturating; non-finite values become NaN.
 
-    The division is that by a reciprocal, one for all that share a scale, and its remainder, which rounds as a division
-    does (Markstein, 1990) in 3 instructions an element where ``div_rn`` takes about 15. Bounds come first, so that no
-    quotient overflows; they turn NaN into numbers, so it is put back at the end.
+    Multiplies by a reciprocal shared by all values of a scale and corrects by the remainder, which rounds like a
+    division (Markstein, 1990) in 3 instructions per element, where ``div_rn`` takes about 15. Values are clamped first,
+    so that no quotient overflows; clamping turns NaN into numbers, so NaN is restored at the end.
     """
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     bound = scale * _LARGEST
@@ -129,7 +129,7 @@ def encode(value, scale, dtype: tl.constexpr):
 
 @triton.jit
 def load_values(x, up, row, x_stride, up_stride, k, mask, GATED: tl.constexpr):
-    """float32 elements of a tile of ``x``, or of ``silu(x) * up``."""
+    """A float32 tile of ``x``, or of ``silu(x) * up``."""
     value = tl.load(x + row * x_stride + k, mask=mask, other=0.0).to(tl.float32)
     if GATED:
         value = tl.div_rn(value, 1.0 + tl.exp(-value))

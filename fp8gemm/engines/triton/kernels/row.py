@@ -2,9 +2,9 @@
 # Triton is untyped, and not installed everywhere.
 """``y = (xq * x_scale) @ (w * w_scale).T + bias``, both operands e4m3, scales constant along K and applied at the end.
 
-Reference: ``ReferenceEngine`` under row or tensor schemes. Persistent: as many programs as multiprocessors, which walk
-the tiles. Any N and K; with ``tma`` K is a multiple of 16 (strides of tensor maps are multiples of 16 bytes), and what
-lies beyond an edge reads as zero.
+Reference: ``ReferenceEngine`` under row or tensor schemes. Persistent: one program per multiprocessor, which loops
+over tiles. Any N and K; with ``tma`` K must be a multiple of 16 (strides of tensor maps are multiples of 16 bytes),
+and reads beyond an edge give zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..launch import divide_up, launch
 from ..replay import descriptor, empty
 
 # "fast" leaves partial sums in the tensor cores' accumulator of about 14 bits; "precise" moves them to float32 after
-# every 128 products (DeepSeek-V3 report, 3.3.2). Only Hopper makes a difference between the two.
+# every 128 products (DeepSeek-V3 report, 3.3.2). The two differ only on Hopper.
 Accumulate = Literal["fast", "precise"]
 PROMOTION = 128
 
@@ -67,7 +67,7 @@ def multiply_rows(
 
 @triton.jit
 def tile_place(tile, tiles_m, tiles_n, TOGETHER: tl.constexpr):
-    """Which (row, column) of the grid of tiles: ``TOGETHER`` rows walk the columns side by side, sharing w in L2."""
+    """The (row, column) of a tile: ``TOGETHER`` rows advance along the columns side by side, sharing w in L2."""
     width = TOGETHER * tiles_n
     first = (tile // width) * TOGETHER
     height = tl.minimum(tiles_m - first, TOGETHER)
@@ -93,7 +93,7 @@ def multiply_tile(
     """The float32 products ``[BLOCK_M, BLOCK_N]`` of one tile, without scales."""
     step = tl.arange(0, BLOCK_K)
     if not TMA:
-        # Rows past an edge read the last row instead: no mask in the loop, and they are not stored.
+        # Rows past the edge read the last row instead: the loop needs no mask, and they are not stored.
         m = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
         n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
         x_tile = x + m[:, None] * K + step[None, :]

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # Triton is untyped, and not installed everywhere.
-"""``y = x @ (w * scale).T + bias`` with x as it is, in one launch: for few tokens, where reading w is what costs.
+"""Weight-only ``y = x @ (w * scale).T + bias`` in one launch: for few tokens, where reading w dominates.
 
-Reference: ``ReferenceEngine`` under a weight-only scheme. A product split along K goes through a workspace and is added
-up by the last program of each tile in a fixed order: no atomics on values, the same bits at every call. ``native`` says
-whether the card itself decodes e4m3 into bfloat16 (compute capability 8.9 and newer).
+Reference: ``ReferenceEngine`` under a weight-only scheme. A product split along K uses a workspace, which the last
+program of each tile sums in a fixed order: no atomics on values, the same bits at every call. ``native`` says whether
+the GPU itself decodes e4m3 (compute capability 8.9 and newer).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def multiply_vectors(
     splits: int,
     warps: int,
 ) -> torch.Tensor:
-    """For M <= 4 and scales constant along K: multiply and add in float32 on the ordinary cores."""
+    """For M <= 4 and scales constant along K: float32 multiply-adds without tensor cores."""
     m, k = x.shape
     n = weight.n
     y = empty(m, n, dtype=out_dtype, device=x.device)
@@ -67,9 +67,10 @@ def multiply_tokens(
     warps: int,
     stages: int,
 ) -> torch.Tensor:
-    """On the tensor cores, as ``y.T = w @ x.T`` so that decoded weights stay in registers; for any M, meant for 64.
+    """On tensor cores, as ``y.T = w @ x.T`` so that decoded weights stay in registers; for any M, intended for up to
+    64.
 
-    Where scales vary along K, ``block_k`` divides the columns of a scale.
+    If scales vary along K, ``block_k`` must divide their extent.
     """
     m, k = x.shape
     n = weight.n
@@ -95,7 +96,7 @@ def multiply_tokens(
 
 
 def dense(weight: PackedWeight, dtype: torch.dtype, *, native: bool) -> torch.Tensor:
-    """The weight ``[N, K]`` in ``dtype``, in one pass: what many tokens are multiplied by where FP8 products lack."""
+    """The weight ``[N, K]`` dequantized to ``dtype`` in one pass, for many tokens on GPUs without FP8 products."""
     n, k = weight.n, weight.k
     w = empty(n, k, dtype=dtype, device=weight.data.device)
     data, decoding = format_of(weight.data, native=native)
@@ -115,7 +116,7 @@ def dense(weight: PackedWeight, dtype: torch.dtype, *, native: bool) -> torch.Te
 
 
 def _workspace(y: torch.Tensor, splits: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where parts are put, and counters; any tensor where there is nothing to put together."""
+    """The workspace and counters of a split product; placeholders if there is no split."""
     if splits == 1:
         return y, y
     return empty(splits * size, dtype=torch.float32, device=y.device), counters(y.device)
@@ -123,7 +124,7 @@ def _workspace(y: torch.Tensor, splits: int, size: int) -> tuple[torch.Tensor, t
 
 @triton.jit
 def _token(x, token, x_stride, k, M, K):
-    """One token's features ``k`` as a float32 row; zeros for a token that is not there."""
+    """One token's features ``k`` as a float32 row; zeros past the last token."""
     mask = (k < K) & (tl.zeros_like(k) + token < M)
     return tl.load(x + token * tl.cast(x_stride, tl.int64) + k, mask=mask, other=0.0).to(tl.float32)[None, :]
 
@@ -144,7 +145,7 @@ def _store_vector(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """One token's outputs ``[BLOCK_N]``: into ``y``, or into the workspace of a split product."""
+    """Stores one token's outputs ``[BLOCK_N]``: into ``y``, or into the workspace of a split product."""
     if SPLITS > 1:
         at = (part * TOKENS + token) * tl.cast(N, tl.int64) + n
         tl.store(parts + at, total, mask=n < N)
@@ -182,7 +183,7 @@ def vector_kernel(
 ):
     tile, part = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past N read row N - 1 instead: no mask in the loop, and they are not stored.
+    # Rows past N read row N - 1 instead: the loop needs no mask, and they are not stored.
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     step = tl.arange(0, BLOCK_K)
     length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
@@ -215,7 +216,7 @@ def vector_kernel(
 
 @triton.jit
 def _store_tokens(total, m, n, scale, bias, y, M, N, rows, EPILOGUE_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Outputs ``[BLOCK_N, BLOCK_M]`` into ``y [M, N]``, scaled where scales are constant along K."""
+    """Stores outputs ``[BLOCK_N, BLOCK_M]`` into ``y [M, N]``, scaled if scales are constant along K."""
     if EPILOGUE_SCALE:
         total *= tl.load(scale + n // rows, mask=n < N, other=0.0)[:, None]
     if HAS_BIAS:
@@ -250,7 +251,7 @@ def token_kernel(
 ):
     tile, part = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    # Neighbours share a tile of w, which is what costs, through the L2 cache.
+    # Neighboring programs share a tile of w, the largest operand, in the L2 cache.
     m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.arange(0, BLOCK_K)

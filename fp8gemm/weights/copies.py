@@ -138,7 +138,7 @@ def _moved_home(home: Home, dtype: torch.dtype, device: torch.device) -> Home:
 def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.device | None) -> Home:
     """Copies the kept original as well, cast and moved; ``cpu_offload`` leaves it on its device."""
     original = home.original
-    if original is None:
+    if original is None or home.follows:
         return twin
     where = original.device if device is None or home.options.fp16_weight_storage == "cpu_offload" else device
     values = original.detach().to(where, dtype, copy=True).contiguous()
@@ -183,7 +183,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
         return NotImplemented
     scaled, part = taken
     own = _own(weight, scaled.clone(), part, weight.dtype)
-    if home.original is not None:  # so that a write to the copy is as exact as one to the weight
+    if home.original is not None and not home.follows:  # so that a write to the copy is as exact as one to the weight
         values = home.original.detach()
         values = part.cut(home.layout.plain(values))
         values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..errors import UnsupportedError
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part
+from .kept import watch
 from .lookup import dequantized
 from .packed import prepare_for, quantized
 from .rounding import rounded_again, warn_of_loss
@@ -52,7 +54,7 @@ class Home:
         self.options, self.layout = options, layout
         self.scheme = options.resolved_scheme if scheme is None else scheme
         self.stored, self.dense, self.input_scale = stored, dense, input_scale
-        self.original: nn.Parameter | None = None
+        self._original: nn.Parameter | weakref.ref[nn.Parameter] | None = None
         self.original_version: int | None = None
         self.trains = trains  # whether the converted parameter required gradients
         self.activity = Activity()
@@ -65,6 +67,16 @@ class Home:
         self.inner_scale: torch.Tensor | None = None
         self.inner_input_scale: torch.Tensor | None = None
         self.inner_dense: torch.Tensor | None = None
+
+    @property
+    def original(self) -> nn.Parameter | None:
+        held = self._original
+        return held() if isinstance(held, weakref.ref) else held
+
+    @property
+    def follows(self) -> bool:
+        """Whether ``original`` belongs to others: a parameter that was assigned, as long as somebody else keeps it."""
+        return isinstance(self._original, weakref.ref)
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +190,19 @@ class Home:
 
     def hold_original(self, original: nn.Parameter, *, behind: bool = False) -> None:
         """Uses this very parameter as the original; ``behind`` means it has changed since it was quantized."""
-        self.original, self.original_version = original, None if behind else original._version
+        self._original, self.original_version = original, None if behind else original._version
+
+    def assigned(self, parameter: nn.Parameter) -> None:
+        """Takes the very parameter that was assigned, as a dense layer does: it may be tied to another module."""
+        if self.options.fp16_weight_storage == "discard":
+            self.follow(parameter)
+        elif self.options.fp16_weight_storage == "keep":
+            self.hold_original(parameter)
+            watch(parameter)
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Quantizes again whenever this parameter of somebody else's changes, and writes to it what is written here."""
+        self._original, self.original_version = weakref.ref(parameter), parameter._version
 
     def scaled(self) -> ScaledTensor:
         """The plain bytes and scales; quantizes pending writes first."""
@@ -295,7 +319,8 @@ class Home:
                 shares = self.dense_is_original()
                 twin.dense = original.detach() if original is not None and shares else self.dense.detach().clone()
             if original is not None:
-                twin.hold_original(original, behind=self.changed)
+                (twin.follow if self.follows else twin.hold_original)(original)
+                twin.original_version = None if self.changed else original._version
             twin.input_scale = None if self.input_scale is None else self.input_scale.clone()
             twin.activity, twin.owned = copy.deepcopy(self.activity), self.owned
         memo[id(self)] = twin

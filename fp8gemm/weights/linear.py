@@ -86,6 +86,8 @@ class FP8Linear(nn.Linear):
         if value.shape != weight.shape:
             raise ValueError(f"the layer's weight has shape {tuple(weight.shape)}, found {tuple(value.shape)}")
         weight.data = value.detach()
+        if value.dtype == weight.dtype and value.device == weight.device and not value.is_inference():
+            weight._home.assigned(value)
 
     @property
     def home(self) -> Home:

@@ -22,6 +22,8 @@ from .weight import weight_from
 
 def _reduced(home: Home) -> Any:
     """The bytes as uint8, since torch 2.13 cannot unpickle FP8 tensors."""
+    if home.follows:
+        home.settle()  # the parameter that it follows is not its own to pickle
     with lock():
         facts: dict[str, Any] = {
             "options": replace(home.options, generator=None),
@@ -31,7 +33,7 @@ def _reduced(home: Home) -> Any:
             "input_scale": home.input_scale,
             "activity": home.activity,
             "owned": home.owned,
-            "original": home.original,
+            "original": None if home.follows else home.original,
             "behind": home.changed,
         }
         if home.stored is not None:

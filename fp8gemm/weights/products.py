@@ -66,8 +66,7 @@ def _matmul_directly(input: Any, weight: Any) -> Any:
     return linear(input, weight.turned_around())
 
 
-# type: ignore[attr-defined]
-@implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)
+@implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _transpose(weight: FP8Weight) -> Any:
     """A shortcut past the dispatcher, which autograd need not see: ``x @ weight.T`` transposes at every call."""
     if weight.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.plain():

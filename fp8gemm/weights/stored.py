@@ -51,10 +51,15 @@ class Stored:
         self.forms: dict[Any, PackedWeight] = {}  # packed weights of parts, for other devices and for other dtypes
 
     @property
-    def device(self) -> torch.device:
+    def holder(self) -> ScaledTensor | PackedWeight:
+        """Whatever holds the bytes."""
         holder = self.plain or self.packed
         assert holder is not None
-        return holder.device
+        return holder
+
+    @property
+    def device(self) -> torch.device:
+        return self.holder.device
 
     def scaled(self) -> ScaledTensor:
         """The plain bytes and float32 scales, bit for bit; in new memory if only the packed weight is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,21 @@ from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .geometry import Layout
 from .home import Home
 from .stored import Stored
+
+
+class Flatten:
+    """``__tensor_flatten__``, hidden on tensors that a cast or a move has just created.
+
+    nn.Module._apply uses ``swap_tensors`` for parameters that define it, and that fails if a weak reference to the
+    parameter exists. Without it, nn.Module assigns ``parameter.data = moved`` instead.
+    """
+
+    def __get__(self, weight: Any, kind: Any) -> Any:
+        if weight is None:
+            return kind._flatten
+        if weight.__dict__.get("_fresh"):
+            raise AttributeError("__tensor_flatten__")
+        return weight._flatten
 
 
 @dataclass(frozen=True)
@@ -105,3 +121,15 @@ def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
         packed = packed.split()
     home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight) if plain else None, packed)
     return home
+
+
+def never_traced(*functions: Callable[..., Any]) -> None:
+    """Keeps torch.compile from compiling these functions, and what they call, as graphs of their own.
+
+    An operation at which a graph breaks runs in eager, and Dynamo would take up every Python frame below it. Functions
+    that are called within a graph are traced all the same.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)
+    for function in functions:
+        dynamo.set_code_exec_strategy(function.__code__, skip)

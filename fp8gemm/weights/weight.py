@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
+from ..engines import PackedWeight
 from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor, Scheme
 from .activity import Activity
@@ -20,25 +21,10 @@ from .geometry import Part, part_of
 from .home import Home
 from .sharding import Shardable
 from .stored import lock
-from .tracing import flatten_home, unflatten_home
+from .tracing import Flatten, flatten_home, never_traced, unflatten_home
 from .values import read
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset, in elements
-
-
-class _Flatten:
-    """``__tensor_flatten__``, hidden on tensors that a cast or a move has just created.
-
-    nn.Module._apply uses ``swap_tensors`` for parameters that define it, and that fails if a weak reference to the
-    parameter exists. Without it, nn.Module assigns ``parameter.data = moved`` instead.
-    """
-
-    def __get__(self, weight: FP8Weight | None, kind: type[FP8Weight]) -> Callable[..., Any]:
-        if weight is None:
-            return kind._flatten
-        if weight.__dict__.get("_fresh"):
-            raise AttributeError("__tensor_flatten__")
-        return weight._flatten
 
 
 class FP8Weight(Shardable, torch.Tensor):
@@ -195,21 +181,23 @@ class FP8Weight(Shardable, torch.Tensor):
             dense = dense.contiguous()
             layout = mine.layout.like(dense.shape)
             home = Home(mine.options, layout, dense=dense, scheme=mine.scheme, trains=mine.trains)
-            if mine.original is not None:
+            if mine.original is not None and not mine.follows:
                 home.keep(nn.Parameter(dense, mine.original.requires_grad))
             new = FP8Weight(home, dense.dtype)
         if home is not mine:
             home.activity, home.owned = mine.activity, True
-            if mine.original is not None and home.original is not None and home.original is not mine.original:
+            if mine.follows and mine.original is not None:
+                home.follow(mine.original)
+            elif mine.original is not None and home.original is not None and home.original is not mine.original:
                 with torch.no_grad():
                     mine.original.data = home.original.data  # so that undo returns the same object
                 home.hold_original(mine.original)
         return new
 
-    __tensor_flatten__ = _Flatten()
+    __tensor_flatten__ = Flatten()
 
     def fresh(self) -> FP8Weight:
-        """Marks a tensor that a cast or a move has just created; see ``_Flatten``."""
+        """Marks a tensor that a cast or a move has just created; see ``Flatten``."""
         if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
             self._fresh = True
         return self
@@ -256,25 +244,24 @@ class FP8Weight(Shardable, torch.Tensor):
         geometry = (tuple(self.size()), self.stride(), self.offset)
         return (weight_from, (self._home, self.dtype, *geometry, isinstance(self, nn.Parameter)))
 
+    def _holder(self) -> ScaledTensor | PackedWeight | None:
+        stored = self._home.stored
+        return None if stored is None else stored.holder
+
     def share_memory_(self) -> FP8Weight:
-        stored = self._home.settle()
-        if stored is not None:
-            holder = stored.plain or stored.packed
-            assert holder is not None
+        self._home.settle()
+        if (holder := self._holder()) is not None:
             holder.data.share_memory_()  # type: ignore[no-untyped-call]
             holder.scale.share_memory_()  # type: ignore[no-untyped-call]
         return self.like().fresh()
 
     def is_shared(self) -> bool:
-        stored = self._home.stored
-        holder = None if stored is None else stored.plain or stored.packed
+        holder = self._holder()
         return holder is not None and holder.data.is_shared()  # type: ignore[no-untyped-call]
 
     def data_ptr(self) -> int:
         """The address of the FP8 bytes. It identifies the weight; do not read from it."""
-        stored = self._home.stored
-        holder = None if stored is None else stored.plain or stored.packed
-        if holder is not None:
+        if (holder := self._holder()) is not None:
             return holder.data.data_ptr() + self.offset
         assert self._home.dense is not None
         return self._home.dense.data_ptr() + self.offset * self._home.dense.element_size()
@@ -326,12 +313,7 @@ class FP8Weight(Shardable, torch.Tensor):
         return OPERATIONS[None](func, args, kwargs)
 
 
-# Dynamo runs in eager what it cannot trace, and would take up the frames below that as graphs of their own.
-_skip = torch._C._dynamo.eval_frame._FrameAction.SKIP
-for _function in (FP8Weight.__torch_function__, FP8Weight.__torch_dispatch__):
-    torch._C._dynamo.eval_frame.set_code_exec_strategy(
-        _function.__code__, torch._C._dynamo.eval_frame._FrameExecStrategy(_skip, _skip)
-    )
+never_traced(FP8Weight.__torch_function__, FP8Weight.__torch_dispatch__)
 
 
 def _parameter_of(values: torch.Tensor, requires_grad: bool) -> Any:

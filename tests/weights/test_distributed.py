@@ -226,7 +226,7 @@ def fsdp2_settings(rank: int) -> None:
         row = report(model).converted[0]
         assert (row.name, row.calls) == ("0", model[0].activity.calls)
         assert "weight row" in repr(stays[0])
-        raises_everywhere(lambda model=model: disable_fp8_gemm(model), "disable_fp8_gemm before the model is")
+        raises_everywhere(lambda model=model: disable_fp8_gemm(model), "disable_fp8_gemm before sharding the model")
         model(x)
 
     alone = [dist.new_group([one]) for one in range(WORLD)][rank]

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, and which engine ``auto`` takes for each scheme, or why none."""
+"""Examining this machine: versions, devices, and which engine ``auto`` chooses for each scheme, or why none."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class ExaminedDevice:
-    """A device: what each engine ``found`` there, the engine that ``auto`` takes for a scheme and dtype, and by engine
-    why row scales in bfloat16 are rejected, empty where they are not."""
+    """A device: what each engine ``found`` on it, the engine that ``auto`` chooses for each scheme and dtype, and by
+    engine why row scales in bfloat16 are rejected, empty if they are not."""
 
     name: str
     capability: tuple[int, int] | None
@@ -30,7 +30,7 @@ class ExaminedDevice:
     engines: Mapping[str, list[str]]
 
     def __str__(self) -> str:
-        """What comes after the name that torch gives the device."""
+        """The text after torch's name of the device."""
         lines = [f"{self.name} ({', '.join(self.features)})" if self.features else self.name]
         lines += [f"  found for {name}: {facts}" for name, facts in self.found.items()]
         lines += [f"  {asked}: {winner}" for asked, winner in self.choices.items()]
@@ -41,14 +41,14 @@ class ExaminedDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What ``examine`` found; ``native`` is where the compiled CPU kernels are, or why there are none."""
+    """The result of ``examine``; ``native`` is the path of the compiled CPU kernels, or why there are none."""
 
     versions: Mapping[str, str | None]
     native: str
     devices: Mapping[str, ExaminedDevice]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """The whole result in plain Python types."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Asks every engine on every device; the first time in a process this may compile the CPU kernels."""
+    """Probes every engine on every device; the first call in a process may compile the CPU kernels."""
     found = native.find()
     return Examination(
         versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},

@@ -1,4 +1,4 @@
-"""Pure functions between floating tensors and scaled tensors: the definition that every kernel is held to."""
+"""Pure functions between floating-point and scaled tensors: the definition that every kernel must match."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from .scaled import ROW, Granularity, ScaledTensor, ScaleFormat
 
-# The smallest normal float32. As a floor for scales it keeps x / scale finite for every finite x, makes rows of
-# zeros give zeros, and loses nothing: a row whose true scale lies below it has no normal float32 product to lose.
+# The smallest normal float32, and the lower bound of scales: it keeps x / scale finite for every finite x, makes rows
+# of zeros give zeros, and loses nothing, as a row with a smaller scale has no normal float32 products to lose.
 SCALE_FLOOR = 2.0**-126
 
 
@@ -19,17 +19,17 @@ def quantize(
     scale: torch.Tensor | None = None,
     scale_format: ScaleFormat = "float32",
 ) -> ScaledTensor:
-    """Round ``x [..., N, K]`` to FP8 so that ``x ≈ data * scale``, all in float32, by division, ties to even.
+    """Rounds ``x [..., N, K]`` to FP8 so that ``x ≈ data * scale``, all in float32, by division, ties to even.
 
-    ``scale = max(amax, 2**-126) / fp8_max`` over the *finite* elements of each block, at least ``2**-126``.
-    Values beyond the FP8 range (possible with ``scale`` given) saturate. What is not finite in ``x`` becomes NaN in
-    ``data`` and hurts no other element.
+    ``scale = max(amax, 2**-126) / fp8_max`` over the *finite* elements of each block, at least ``2**-126``. Values
+    beyond the FP8 range (possible with ``scale`` given) saturate. Non-finite elements of ``x`` become NaN in ``data``
+    and affect no other element.
 
     Args:
         granularity: how many elements share a scale.
         dtype: ``torch.float8_e4m3fn`` (largest value 448) or ``torch.float8_e5m2`` (57344).
         scale: static scales, float32, any shape that broadcasts to ``granularity.scale_shape(x.shape)``.
-        scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), from 2**-126.
+        scale_format: ``"ue8m0"`` rounds scales *up* to a power of two (OCP MX: nothing overflows), at least 2**-126.
 
     Example:
         >>> scaled = quantize(torch.tensor([[1.0, -2.0, 0.1]]))
@@ -43,7 +43,7 @@ def quantize(
         scale = scale.to(torch.float32).broadcast_to(granularity.scale_shape(x.shape)).contiguous()
     largest = torch.finfo(dtype).max
     scaled = (x32 / expand_scale(scale, granularity, x.shape)).clamp_(-largest, largest)
-    # Explicitly: casting infinity gives 448 in torch 2.13 and NaN in 2.11, and clamp_ has made it 448 already.
+    # Explicitly: casting infinity gives 448 in torch 2.13 and NaN in 2.11, and clamp_ has already made it 448 here.
     data = torch.where(torch.isfinite(x32), scaled, torch.nan).to(dtype)
     return ScaledTensor(data, scale, granularity)
 
@@ -62,7 +62,7 @@ def block_scale(
 
 
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact where that is float64.
+    """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact if that is float64.
 
     Example:
         >>> dequantize(quantize(torch.tensor([[1.0, -2.0, 0.1]])))
@@ -84,7 +84,7 @@ def expand_scale(scale: torch.Tensor, granularity: Granularity, shape: torch.Siz
 
 
 def round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two that is not below each positive, normal float32."""
+    """The smallest power of two that is at least each positive, normal float32."""
     bits = scale.view(torch.int32)
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
@@ -93,7 +93,7 @@ def encode_ue8m0(scale: torch.Tensor) -> torch.Tensor:
     """Powers of two as the bytes ``b`` of OCP MX's E8M0: ``scale = 2**(b - 127)``; uint8 of the same shape.
 
     Raises:
-        ValueError: where a scale is not a power of two that E8M0 can hold.
+        ValueError: a scale is not a power of two that E8M0 can represent.
     """
     mantissa, exponent = torch.frexp(scale.to(torch.float32))
     byte = exponent + 126
@@ -106,14 +106,15 @@ def decode_ue8m0(byte: torch.Tensor) -> torch.Tensor:
     """``2**(b - 127)`` as float32 for E8M0 bytes given as uint8 or float8_e8m0fnu; 255 is NaN."""
     if byte.dtype == torch.float8_e8m0fnu:
         byte = byte.view(torch.uint8)
-    # As float32's own exponent field, which is the same byte; 2**-127 is float32's subnormal of one bit.
+    # Written to float32's exponent field, which uses the same byte; 2**-127 is float32's subnormal with one bit set.
     bits = byte.to(torch.int32) << 23
     value = torch.where(byte == 0, 1 << 22, bits).view(torch.float32)
     return torch.where(byte == 255, torch.nan, value)
 
 
 def nan_rows(data: torch.Tensor) -> torch.Tensor:
-    """Which rows ``[N]`` of FP8 ``data [N, K]`` hold a NaN; in parts, so that no mask of the whole weight is made."""
+    """Which rows ``[N]`` of FP8 ``data [N, K]`` contain a NaN; in parts, so that no mask of the whole weight is
+    made."""
     if data.dtype == torch.float8_e5m2:
         return data.to(torch.float16).isnan().any(dim=-1)
     code = data.view(torch.uint8)
@@ -140,11 +141,15 @@ def block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tenso
 def round_stochastically(
     x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """``x`` as one of its two FP8 neighbours, the nearer one the likelier: its expectation is ``x``.
+    """Rounds ``x`` to one of its two FP8 neighbors at random, the nearer one more often: the expectation is ``x``.
 
-    Values beyond the range saturate, what is not finite becomes NaN, zeros keep their sign. Example:
-    ``round_stochastically(torch.full((1000,), 1.03)).float().mean()`` is close to 1.03, where rounding to nearest
-    gives 1.
+    Values beyond the range saturate, non-finite values become NaN, and zeros keep their sign.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = round_stochastically(torch.full((100_000,), 1.03), generator=generator)
+        >>> round(x.float().mean().item(), 2)  # rounding to nearest would give 1.0
+        1.03
     """
     info = torch.finfo(dtype)
     x32 = x.to(torch.float32).clamp(-info.max, info.max)

@@ -171,11 +171,11 @@ def test_bench_reports_a_wrong_engine_and_does_not_time_it(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--engines", "cpu,warp"], "engines must be auto or of "),
+        (["--engines", "cpu,warp"], "engines must be auto or from "),
         (["--kinds", "row", "--overwrite"], "--kinds, --overwrite cannot be used without --tune"),
         (["--tune", "--scheme", "row"], "--scheme cannot be used with --tune"),
         (["--tokens", "0"], "tokens must be at least 1, found 0"),
-        (["--device", "cuda:77"], "cuda:77 is not here"),
+        (["--device", "cuda:77"], "cuda:77 does not exist"),
         (["--engines", "triton"], ""),  # it is told why, and nothing but bfloat16 was timed
     ],
 )

@@ -1,4 +1,4 @@
-"""Products timed on this machine: engines beside bfloat16, and the plans of the Triton engine for its table."""
+"""Benchmarks on this machine: engines compared with bfloat16, and tuning of the Triton engine's plans."""
 
 from .engines import SHAPES, Comparison, Timing, bench
 from .place import Setting

@@ -1,4 +1,7 @@
-"""A contest of ways to compute one product: each checked first, then all timed in turn, on weights that are cold."""
+"""Benchmarking several implementations of one product: a *contest* first checks each *entrant*, then times all in turn.
+
+Weights are rotated, so that they are not in the caches. A ``Watch`` prepares the timing of an entrant's calls.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from ..numerics import dequantize
 from ..scaled import ScaledTensor, Scheme
 from ..weights.quantization import quantize_weight
 
-# Of FP8 copies of a weight that are rotated through: more than the L2 cache of any card, or of most processors.
+# total size of the FP8 copies that are rotated: more than the L2 cache of any GPU, and of most CPUs
 COLD_BYTES = 256 * 2**20
 MOST_COPIES = 256
 BF16 = torch.bfloat16
-# Of F.linear against the float32 product: weight and output are rounded to bfloat16, perhaps partial sums too.
+# Of F.linear against the float32 product: weight and output are rounded to bfloat16, and perhaps partial sums.
 BF16_TOLERANCE = 2**-7
 
 Calls = Sequence[Callable[[], torch.Tensor]]
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """One way to compute a product, once for each copy of the weight, and what it must give."""
+    """One implementation of a product: a call for each copy of the weight, and the expected result."""
 
     calls: Calls
     expected: torch.Tensor
@@ -42,7 +45,7 @@ class Entrant:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The relative error, and the seconds of one call; None where it failed or is wrong, as ``note`` says."""
+    """The relative error, and the seconds of one call; None if it failed or is wrong, for the reason in ``note``."""
 
     error: float | None = None
     seconds: float | None = None
@@ -50,7 +53,7 @@ class Result:
 
 
 def contest(entrants: Mapping[T, Entrant], watch: Watch, *, seconds: float = 1.0) -> dict[T, Result]:
-    """Every entrant checked, then all that are right timed in turn, so that a noisy moment meets all of them alike."""
+    """Checks every entrant, then times the correct ones in turn, so that noise affects all of them alike."""
     results: dict[T, Result] = {}
     watches: dict[T, Callable[[], float]] = {}
     for name, entrant in entrants.items():
@@ -61,15 +64,16 @@ def contest(entrants: Mapping[T, Entrant], watch: Watch, *, seconds: float = 1.0
                 continue
             watches[name] = watch(entrant.calls)
             results[name] = Result(error=error)
-        except Exception as failure:  # compilers and drivers fail in many ways; the others are still to be timed
+        except Exception as failure:  # compilers and drivers fail in many ways; the other entrants still run
             results[name] = Result(note=f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
             if entrant.expected.is_cuda:
-                torch.cuda.synchronize()  # raises where the card itself is lost, and all that follows would be
+                torch.cuda.synchronize()  # raises if the GPU is unusable, as nothing could run on it
     return results | {name: replace(results[name], seconds=s) for name, s in medians(watches, seconds=seconds).items()}
 
 
 def errors(y: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Relative errors of the whole, and of the worst token or output against the mean one; NaN where there is NaN."""
+    """The relative error of the whole, and that of the worst token or output relative to the mean one; NaN if any is
+    NaN."""
     error, size = y.float() - expected, expected.norm()
     m, n = expected.shape
     token, output = error.norm(dim=1).max() * m**0.5, error.norm(dim=0).max() * n**0.5
@@ -79,7 +83,7 @@ def errors(y: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
 def medians(
     watches: Mapping[T, Callable[[], float]], *, seconds: float, most: int = 50, least: int = 5
 ) -> dict[T, float]:
-    """The median of what each watch says, asked in turn for about ``seconds``."""
+    """The median of the results of each watch; the watches run in turn for about ``seconds``."""
     samples: dict[T, list[float]] = {name: [] for name in watches}
     deadline = time.perf_counter() + seconds
     for turn in range(most):
@@ -105,7 +109,7 @@ def watch_processor(calls: Calls) -> Callable[[], float]:
 
 
 def watch_card(calls: Calls, device: torch.device, stream: torch.cuda.Stream, pool: Any) -> Callable[[], float]:
-    """Seconds of one call in a CUDA graph of all of them, between two events: what the host does does not count."""
+    """Seconds per call in a CUDA graph of all calls, between two events: host time does not count."""
     with torch.cuda.device(device):
         for call in calls:
             call()
@@ -130,17 +134,17 @@ def watch_card(calls: Calls, device: torch.device, stream: torch.cuda.Stream, po
 
 
 def watch_of(device: torch.device) -> Watch:
-    """How products are timed on a device; graphs of one contest share their memory."""
+    """The watch for products on a device; the CUDA graphs of one contest share their memory."""
     if device.type == "cpu":
         return watch_processor
-    # Memory is shared within one stream only.
+    # Graphs share memory within one stream only.
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return partial(watch_card, device=device, stream=stream, pool=torch.cuda.graph_pool_handle())
 
 
 class Weights:
-    """One random weight for activations of ``dtype``, and how many copies of it: more than the caches hold, or so many
-    as are asked for."""
+    """One random weight for activations of ``dtype``, and the number of its copies: by default more than the caches
+    hold."""
 
     def __init__(
         self,
@@ -158,30 +162,30 @@ class Weights:
         self.count = cold if count is None else count
 
     def packed(self, engine: Engine) -> list[PackedWeight]:
-        """The copies in an engine's layout."""
+        """The copies, packed by an engine."""
         own = self.scaled
         clones = (ScaledTensor(own.data.clone(), own.scale.clone(), own.granularity) for _ in range(self.count))
         return [engine.prepare(clone, self.scheme) for clone in clones]
 
     def dense(self) -> list[torch.Tensor]:
-        """The copies in ``dtype``, as many."""
+        """The same number of copies, dense in ``dtype``."""
         w = dequantize(self.scaled, self.dtype)
         return [w, *(w.clone() for _ in range(self.count - 1))]
 
     def tokens(self, m: int) -> torch.Tensor:
-        """Random, as zeros run faster."""
+        """Random activations ``[M, K]``, as zeros run faster."""
         return torch.randn(m, self.scaled.shape[1], dtype=torch.float32, device=self.scaled.device).to(self.dtype)
 
 
 class Expectation:
-    """Float32 products of exactly the operands that an engine multiplies, computed once for each rounding of x."""
+    """The float32 products of the operands that an engine multiplies, computed once for each quantization of x."""
 
     def __init__(self, x: torch.Tensor, weights: Weights) -> None:
         self.x, self.weights = x, weights
         self._known: dict[Scheme, torch.Tensor] = {}
 
     def under(self, scheme: Scheme) -> torch.Tensor:
-        """``x``, rounded as the scheme says, times the dequantized weight."""
+        """``x``, quantized as the scheme says, times the dequantized weight."""
         if scheme not in self._known:
             like = ReferenceEngine().prepare(self.weights.scaled, scheme)
             rounded = ReferenceEngine().rounded(self.x, like)
@@ -190,7 +194,7 @@ class Expectation:
 
 
 def dense_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> Entrant:
-    """torch's own product of dense weights: what every other is measured against."""
+    """torch's own product of dense weights, the baseline of all others."""
     return Entrant(
         calls=[partial(F.linear, expectation.x, w) for w in copies],
         expected=expectation.under(expectation.weights.scheme.weight_only()),
@@ -199,7 +203,7 @@ def dense_entrant(copies: Sequence[torch.Tensor], expectation: Expectation) -> E
 
 
 def entrant_of(engine: Engine, copies: Sequence[PackedWeight], expectation: Expectation) -> Entrant:
-    """An engine's product of a packed weight."""
+    """An engine's product with a packed weight."""
     x = expectation.x
     return Entrant(
         calls=[partial(engine.linear, x, copy, None, x.dtype) for copy in copies],

@@ -1,4 +1,4 @@
-"""bfloat16's ``F.linear`` beside every engine that accepts a problem on this machine."""
+"""Comparing bfloat16's ``F.linear`` with every engine that supports a problem on this machine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TOKENS = (1, 16, 64, 256, 1024)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One product by bfloat16 or an engine: what it took and erred, or in ``note`` why it was not timed.
+    """One product by bfloat16 or an engine: its time and error, or in ``note`` why it was not timed.
 
-    ``auto`` marks the engine that ``auto`` takes; ``x_bf16`` is how many times faster than bfloat16 it was.
+    ``auto`` marks the engine that ``engine="auto"`` chooses; ``x_bf16`` is its speedup over bfloat16.
     """
 
     n: int
@@ -45,7 +45,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What ``bench`` found; ``str`` of it is a table."""
+    """The results of ``bench``; ``str(comparison)`` is a table."""
 
     setting: Setting
     scheme: str
@@ -54,12 +54,12 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        """Whether nothing but bfloat16 could be timed, or something was wrong."""
+        """Whether only bfloat16 could be timed, or a result was wrong."""
         timed = [row for row in self.rows if row.microseconds is not None and row.name != "bf16"]
         return not timed or any(row.note.startswith("wrong") for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """All results in plain Python types."""
         rows = [asdict(row) for row in self.rows]
         return {**asdict(self.setting), "scheme": self.scheme, "dtype": self.dtype, "rows": rows}
 
@@ -79,24 +79,24 @@ def bench(
     engines: Sequence[str] | None = None,
     seconds: float = 1.0,
 ) -> Comparison:
-    """bfloat16 and engines side by side, each checked before it is timed.
+    """Compares bfloat16 and engines; each is checked before it is timed.
 
     Args:
-        shapes: weights (N, K).
-        device: the current CUDA card by default, else the CPU.
-        engines: by default those that ``auto`` tries here, best first; ``"auto"`` is the one that it takes.
-        seconds: of timing for each shape and M.
+        shapes: (N, K) of the weights.
+        device: by default the current CUDA device if there is one, else the CPU.
+        engines: by default those that ``auto`` tries here, best first; ``"auto"`` stands for the one it chooses.
+        seconds: the time to spend on each shape and M.
 
     Raises:
-        ValueError: an engine or scheme has no such name, or a size is below 1.
-        UnsupportedError: the device is not there, or is neither a CPU nor a CUDA card.
+        ValueError: an engine or scheme does not exist, or a size is below 1.
+        UnsupportedError: the device does not exist, or is neither a CPU nor a CUDA device.
     """
     device = device_of(device)
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, found {scheme!r}")
     names = list(order(probe(device)) if engines is None else engines)
     if wrong := [name for name in names if name not in (*ENGINES, "auto")]:
-        raise ValueError(f"engines must be auto or of {', '.join(ENGINES)}, found {', '.join(wrong)}")
+        raise ValueError(f"engines must be auto or from {', '.join(ENGINES)}, found {', '.join(wrong)}")
     asked, sizes = shapes_of(shapes), sizes_of(tokens)
     rows: list[Timing] = []
     for n, k in progress(asked, what="bench", unit="shape"):
@@ -137,7 +137,7 @@ def _rows(weights: Weights, names: list[str], sizes: list[int], seconds: float) 
 
 
 def _auto(spec: MatmulSpec, machine: Machine) -> str | None:
-    """The engine that ``auto`` takes; None where there is none."""
+    """The engine that ``auto`` chooses; None if there is none."""
     try:
         return choose(spec, machine).winner
     except UnsupportedError:
@@ -147,7 +147,7 @@ def _auto(spec: MatmulSpec, machine: Machine) -> str | None:
 def pack(
     weights: Weights, names: Iterable[str], machine: Machine
 ) -> tuple[dict[str, list[PackedWeight]], dict[str, Result]]:
-    """The weight in the layouts of those engines that take it; and why the others do not."""
+    """The copies packed by each engine that supports them, and why the others do not."""
     n, k = weights.scaled.shape
     spec = MatmulSpec(scheme=weights.scheme, n=n, k=k, compute_dtype=weights.dtype)
     copies: dict[str, list[PackedWeight]] = {}

@@ -1,4 +1,4 @@
-"""Where a product is timed, and which: what was asked, checked, and what a number means nothing without."""
+"""The setting of a benchmark: the device, the sizes and the versions that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..errors import UnsupportedError
 
 
 def device_of(asked: torch.device | str | None) -> torch.device:
-    """The device that was asked for: the current CUDA card by default, else the CPU.
+    """The requested device; by default the current CUDA device if there is one, else the CPU.
 
     Raises:
-        UnsupportedError: it is not there, or is neither a CPU nor a CUDA card.
+        UnsupportedError: it does not exist, or is neither a CPU nor a CUDA device.
     """
     card = torch.cuda.is_available()
     device = torch.device(("cuda" if card else "cpu") if asked is None else asked)
@@ -27,12 +27,12 @@ def device_of(asked: torch.device | str | None) -> torch.device:
         return device
     count = torch.cuda.device_count() if card else 0
     if (device.index or 0) >= count:
-        raise UnsupportedError(f"{device} is not here: torch finds {count} CUDA cards; cpu is here")
+        raise UnsupportedError(f"{device} does not exist: torch finds {count} CUDA devices; use cpu")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def sizes_of(tokens: Iterable[int]) -> list[int]:
-    """Every M once, in order.
+    """The distinct M in ascending order.
 
     Raises:
         ValueError: there is none, or one is below 1.
@@ -44,7 +44,7 @@ def sizes_of(tokens: Iterable[int]) -> list[int]:
 
 
 def shapes_of(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Every (N, K) once.
+    """The distinct shapes (N, K).
 
     Raises:
         ValueError: there is none, or a size is below 1.
@@ -56,7 +56,7 @@ def shapes_of(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what makes a product fast or slow."""
+    """The versions of everything that affects the speed of a product."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda} | {
         name: _version(name) for name in ("triton", "fp8gemm")
     }
@@ -84,7 +84,7 @@ class Setting:
 
 
 def setting_of(device: torch.device, name: str | None = None) -> Setting:
-    """A device, today; under the name that it gives itself unless another is given."""
+    """The setting of a device today; ``name`` replaces the device's own name."""
     return Setting(
         device=str(device),
         name=probe(device).name if name is None else name,

@@ -1,4 +1,4 @@
-"""The plans of the Triton engine timed on a card, for the shapes of a model, and the fastest written into its table."""
+"""Tuning the Triton engine: times plans for the shapes of a model on a GPU and writes the fastest to its table."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .contest import Entrant, Expectation, Result, Watch, Weights, contest, dens
 from .place import Setting, device_of, setting_of, shapes_of, sizes_of
 from .text import figures
 
-FINALISTS = 3  # plans that are timed again, beside the formula's: the fastest of many is partly luck
+FINALISTS = 3  # the fastest plans, timed again with the formula's: the fastest of many is partly luck
 
-Problem = tuple[Kind, int, int]  # a kind, N and K
+Problem = tuple[Kind, int, int]  # kind, N and K
 Source = nn.Module | Checkpoint | Iterable[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedProduct:
-    """One row of the table: its plan, None where none ran, beside the formula's and bfloat16, and what was dropped."""
+    """One row of the table: its plan (None if none ran), compared with the formula's and with bfloat16."""
 
     kind: Kind
     n: int
@@ -59,7 +59,7 @@ class TunedProduct:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What ``tune`` found and wrote into ``table``, and what it left out; ``str`` of it is a table too."""
+    """The results of ``tune``, written to ``table``, and what it left out; ``str(tuning)`` is a table."""
 
     setting: Setting
     table: str
@@ -68,11 +68,11 @@ class Tuning:
 
     @property
     def failed(self) -> bool:
-        """Whether a product got no plan."""
+        """Whether some product got no plan."""
         return any(row.plan is None for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """All results in plain Python types."""
         rows = [asdict(row) for row in self.rows]
         return {**asdict(self.setting), "table": self.table, "rows": rows, "left_out": dict(self.left_out)}
 
@@ -92,26 +92,28 @@ def tune(
     overwrite: bool = False,
     seconds: float = 1.0,
 ) -> Tuning:
-    """Times plans of the Triton engine and writes the fastest into the user's table, which counts at once.
+    """Times plans of the Triton engine and writes the fastest to the user's table, which takes effect at once.
 
-    Each candidate is checked against the float32 product first; the formula's plan stays unless another is at least
-    3 % faster. Rows of the same card that were there stay; what is done is written after every shape. Grouped products
-    of experts have no table. CUDA graphs, and layers outside of ``what`` that ran before, keep their plans.
+    Each candidate is first checked against the float32 product; the formula's plan is kept unless another is at least
+    3 % faster. Existing rows of the same GPU are kept, and the table is written after every shape. Grouped products of
+    experts have no table. CUDA graphs, and layers outside of ``what`` that ran before, keep their plans.
 
     Args:
-        what: a model whose ``FP8Linear`` layers, a checkpoint whose FP8 layers, or shapes (N, K) that are to be tuned.
-        tokens: each stands for its bucket, which ends at the next power of two.
-        kinds: ``"row"``, ``"block"``, ``"weight"`` (activations kept); by default all, or those of the layers.
-        overwrite: begin the table anew, whatever it holds.
-        seconds: of timing for each kind, shape and M.
+        what: a model or checkpoint, whose FP8 Linears are tuned, or shapes (N, K).
+        tokens: each M stands for its bucket, which ends at the next power of two.
+        kinds: ``"row"``, ``"block"``, ``"weight"`` (weight-only); by default all, or those of the layers.
+        overwrite: start with an empty table, whatever it has.
+        seconds: the time to spend on each kind, shape and M.
 
     Raises:
         UnsupportedError: the Triton engine cannot run here, with its reasons; or a CUDA graph is being captured.
-        ValueError: there is nothing to tune, or the table is another card's.
+        ValueError: there is nothing to tune, or the table belongs to another GPU.
     """
     started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if torch.compiler.is_compiling() or (started and torch.cuda.is_current_stream_capturing()):
-        raise UnsupportedError("plans cannot be tuned while a CUDA graph is captured or a model compiled; tune before")
+        raise UnsupportedError(
+            "plans cannot be tuned while a CUDA graph is captured or a model compiled; tune before that"
+        )
     device = device_of(device)
     engine = TritonEngine()
     if reasons := engine.rejects(MatmulSpec(scheme=SCHEMES["weight_only"], n=4096, k=4096), probe(device)):
@@ -129,7 +131,7 @@ def tune(
     if isinstance(what, nn.Module):
         for layer in what.modules():
             if isinstance(layer, FP8Linear):
-                layer._bound = {}  # calls that were bound with the plans before
+                layer._bound = {}  # drop calls that were bound with the former plans
     return replace(found, left_out=left_out)
 
 
@@ -143,35 +145,35 @@ def tune_engine(
     overwrite: bool = False,
     seconds: float = 1.0,
 ) -> Tuning:
-    """``tune`` without questions: these problems, on a device that can, with a watch for each contest."""
+    """The core of ``tune``, without checks: tunes these problems with a new watch for each contest."""
     setting = setting_of(device, engine.place(device).card)
     table = open_table(setting.name, setting.versions, setting.date, overwrite=overwrite)
     ends = sorted({bucket(m) for m in sizes})
     cells = [Cell(kind=kind, n=n, k=k, m=m) for (kind, n, k), m in itertools.product(problems, ends)]
     shown = progress(cells, what="tune", total=len(cells), unit="product")
-    told = []
+    tuned = []
     for _, group in itertools.groupby(shown, key=lambda cell: (cell.kind, cell.n, cell.k)):
-        booth: _Booth | None = None
+        tuner: _ShapeTuner | None = None
         rows: dict[tables.Key, Plan] = {}
         for cell in group:
-            booth = booth or _Booth(engine, Weights(cell.n, cell.k, cell.scheme, device))
-            chosen, row = booth.decide(cell, watches, seconds)
-            told.append(row)
+            tuner = tuner or _ShapeTuner(engine, Weights(cell.n, cell.k, cell.scheme, device))
+            chosen, row = tuner.decide(cell, watches, seconds)
+            tuned.append(row)
             if chosen is not None:
                 rows[tables.key_of(engine.place(device), cell.kind, cell.n, cell.k, cell.m)] = chosen
         table.add(rows)
-    return Tuning(setting=setting, table=str(table.path), rows=tuple(told))
+    return Tuning(setting=setting, table=str(table.path), rows=tuple(tuned))
 
 
-class _Booth:
-    """One weight, its copies for the engine and for bfloat16, and the contests over them."""
+class _ShapeTuner:
+    """One weight with its copies for the engine and for bfloat16, on which contests are run."""
 
     def __init__(self, engine: TritonEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
         self.copies, self.dense = weights.packed(engine), weights.dense()
 
     def decide(self, cell: Cell, watches: Callable[[], Watch], seconds: float) -> tuple[Plan | None, TunedProduct]:
-        """The plan that a cell gets, None where none ran, and what to tell of it."""
+        """The plan for a cell, None if none ran, and the row that reports it."""
         expectation = Expectation(self.weights.tokens(cell.m), self.weights)
         where, fast = self.engine.place(expectation.x.device), self.copies[0].fast
         plans = candidates(where, cell, fast=fast)
@@ -210,16 +212,16 @@ def _micro(seconds: float | None) -> float | None:
 
 
 def problems_of(what: Source, kinds: Sequence[Kind] | None, *, native: bool) -> tuple[list[Problem], dict[str, str]]:
-    """What is to be tuned, one problem for each row of the table; and what is left out, with its reason.
+    """The problems to tune, one for each row of the table, and what is left out, with its reason.
 
     Raises:
-        ValueError: a kind has no such name, or nothing is left.
+        ValueError: a kind does not exist, or nothing is left.
     """
     if wrong := [kind for kind in kinds or () if kind not in TUNED]:
-        raise ValueError(f"kinds must be of {', '.join(TUNED)}, found {', '.join(wrong)}")
+        raise ValueError(f"kinds must be from {', '.join(TUNED)}, found {', '.join(wrong)}")
     left_out: dict[str, str] = {}
     rows: dict[tuple[Kind, int, int], Problem] = {}
-    # The largest first: it serves the others of its row.
+    # The largest first: its plans serve the others of its row.
     for kind, n, k in sorted(_asked(what, kinds, native), key=lambda asked: (-asked[1] * asked[2], asked)):
         row = (kind, tables.size_bucket(n), tables.size_bucket(k))
         reason = _reason(kind, n, k, native)
@@ -248,7 +250,7 @@ def _asked(what: Source, kinds: Sequence[Kind] | None, native: bool) -> set[Prob
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[FP8Linear, tuple[int, int]]]:
-    """FP8 Linears and the shape that they are multiplied in: joined siblings have one together."""
+    """FP8 Linears and the shapes in which they are multiplied; fused siblings have one together."""
     for layer in model.modules():
         if isinstance(layer, FP8Linear):
             group, _ = layer.__dict__.get("_place", (None, 0)) if isinstance(layer, SiblingLinear) else (None, 0)
@@ -267,7 +269,7 @@ def _reason(kind: Kind, n: int, k: int, native: bool) -> str:
     if kind not in TUNED:
         return "scales along K have no table, the formula serves it"
     if kind != "weight" and not native:
-        return "this card has no FP8 products, its kind is weight"
+        return "this GPU has no FP8 products, so its kind is weight"
     if n % 16 or k % 16:
         return "N and K must be multiples of 16, the formula serves others"
     return ""

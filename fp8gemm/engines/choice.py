@@ -115,8 +115,8 @@ def probe(device: torch.device | str) -> Machine:
 def _probe(device: torch.device, engines: tuple[tuple[str, Engine], ...]) -> Machine:
     """As ``probe``; the engines are a cache key, so that one registered later is probed as well."""
     machine = _device(device)
-    told = {name: engine.probe(device, machine) for name, engine in engines}
-    return replace(machine, found={name: facts for name, facts in told.items() if facts is not None})
+    found = {name: engine.probe(device, machine) for name, engine in engines}
+    return replace(machine, found={name: facts for name, facts in found.items() if facts is not None})
 
 
 def _device(device: torch.device) -> Machine:

@@ -1,4 +1,4 @@
-"""The CPU kernels: one C++ file, compiled on first use, called through ctypes."""
+"""The compiled CPU kernels: one C++ file, compiled at first use and called through ctypes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_di
 
 @functools.cache
 def find() -> Library | Unavailable:
-    """The compiled kernels, or the reason why there are none; a process compiles or loads them once.
+    """The compiled kernels, or the reason why there are none; compiled or loaded once per process.
 
-    Two threads that are first at once both get here, and both end with the same file: nothing waits, so that a fork
-    in between cannot leave a lock behind.
+    If two threads call it first at once, both compile, and both end up with the same file: neither waits for a lock,
+    which a fork could leave locked forever in the child.
     """
     built = build()
     return built if isinstance(built, Unavailable) else open_library(built)
 
 
 def loaded() -> Library | None:
-    """The compiled kernels, or None where there are none."""
+    """The compiled kernels; None if there are none."""
     found = find()
     return found if isinstance(found, Library) else None

@@ -1,7 +1,7 @@
-"""Compiles the kernels with the system's C++ compiler into a cache directory that only the user may write.
+"""Compiling the kernels with the system's C++ compiler, into a cache directory that only the user can write.
 
-A compiled library is called ``fp8gemm-SOURCE-CONTENT.so``: a digest of all that went into it and one of its own bytes,
-which are compared before it is loaded. Whatever goes wrong is a reason to do without, never an exception.
+A compiled library is called ``fp8gemm-SOURCE-CONTENT.so``: a digest of everything that went into it, and one of its own
+bytes, which is verified before loading. Any failure becomes a reason why there are no kernels, never an exception.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from ..progress import announce
 SOURCE = Path(__file__).with_name("fp8gemm.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # No flag names a CPU: each kernel is compiled for its own instruction set and chosen at run time, so that a cache in
-# a shared home directory serves machines that differ. Nothing links OpenMP: its symbols come from torch's.
+# a shared home directory serves different machines. OpenMP is not linked: its symbols come from torch's runtime.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
-# Vectors of sums use fused multiply-add where there is one; loops vectorize since no trap is watched.
+# Vector sums may use fused multiply-add; loops vectorize since floating-point traps are not observed.
 FLOAT_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 DARWIN_FLAGS = ("-undefined", "dynamic_lookup")
 COMPILE_SECONDS = 300
-ABANDONED = ".part"  # what a name ends with while its owner works there
+ABANDONED = ".part"  # suffix of a directory while its owner works in it
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Why there are no compiled kernels here."""
+    """Why compiled kernels are not available."""
 
     reason: str
 
 
 def build(environment: Mapping[str, str] = os.environ) -> Path | Unavailable:
-    """The shared library: the one that came with the package, else from the cache, else compiled into it now."""
+    """The shared library: the one in the package, else from the cache, else compiled into the cache now."""
     if environment.get("FP8GEMM_NATIVE") == "0":
         return Unavailable("FP8GEMM_NATIVE=0 turns the compiled kernels off")
     if not hasattr(os, "getuid"):
         return Unavailable(f"the compiled kernels need Linux or macOS, found {sys.platform}")
     try:
         return _build(environment)
-    except (OSError, RuntimeError, ValueError) as error:  # of file systems, of homes that are not there, of odd paths
-        return Unavailable(f"the compiled kernels cannot be made: {error}; set FP8GEMM_CACHE to a folder of your own")
+    except (OSError, RuntimeError, ValueError) as error:  # of file systems, missing home directories, or odd paths
+        return Unavailable(f"the compiled kernels cannot be built: {error}; set FP8GEMM_CACHE to a folder of your own")
 
 
 def _build(environment: Mapping[str, str]) -> Path | Unavailable:
@@ -64,7 +64,7 @@ def _build(environment: Mapping[str, str]) -> Path | Unavailable:
         return found
     command, version = found
     flags = FLAGS + FLOAT_FLAGS + (DARWIN_FLAGS if sys.platform == "darwin" else ())
-    # The C library too, as homes are shared between machines: one built for a newer one does not load on an older.
+    # With the C library's version: a home may be shared, and a library built for a newer one does not load on an older.
     system = " ".join((platform.machine(), *platform.libc_ver()))
     key = _digest(
         source, version.encode(), " ".join((*command, *flags)).encode("utf-8", "surrogateescape"), system.encode()
@@ -80,21 +80,21 @@ def _build(environment: Mapping[str, str]) -> Path | Unavailable:
                 return refused
             if library.name == _library_name(key, library.read_bytes()):
                 return library
-            library.unlink()  # cut short or overwritten: it would kill whoever loads it
-    announce(f"fp8gemm compiles its CPU kernels into {directory}, once; this takes some seconds")
+            library.unlink()  # truncated or overwritten: loading it would crash the process
+    announce(f"fp8gemm is compiling its CPU kernels into {directory}; this happens once and takes some seconds")
     return compile_to(directory, key, (*command, *flags))
 
 
 def carried_name(source: bytes) -> str:
-    """The name under which a wheel carries the library made from ``source`` beside it."""
+    """The name of the library in a wheel, made from the ``source`` beside it."""
     return f"fp8gemm-{platform.machine()}-{_digest(source)}.so"
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """``FP8GEMM_CACHE``, else ``fp8gemm`` in the user's cache directory; ``~`` is the user's home.
+    """``FP8GEMM_CACHE``, else ``fp8gemm`` in the user's cache directory; ``~`` is expanded.
 
     Raises:
-        RuntimeError: there is no home directory to expand.
+        RuntimeError: there is no home directory.
     """
     if environment.get("FP8GEMM_CACHE"):
         return Path(environment["FP8GEMM_CACHE"]).expanduser()
@@ -103,7 +103,7 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def compile_to(directory: Path, key: str, command: tuple[str, ...]) -> Path | Unavailable:
-    """Compile in a folder of this process's own, then move the library, whole and on disk, to its name."""
+    """Compiles in a directory of this process, then moves the complete library, flushed to disk, to its name."""
     with _workplace(directory) as workplace:
         made = workplace / "fp8gemm.so"
         try:
@@ -129,7 +129,7 @@ def _library_name(key: str, content: bytes) -> str:
 
 @contextmanager
 def _workplace(directory: Path) -> Iterator[Path]:
-    """A new folder in ``directory`` whose name says which process works there; it goes at the end."""
+    """A new directory in ``directory`` whose name identifies this process; it is removed at the end."""
     path = directory / f"{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}{ABANDONED}"
     path.mkdir(mode=0o700)
     try:
@@ -139,7 +139,7 @@ def _workplace(directory: Path) -> Iterator[Path]:
 
 
 def _clear_abandoned(directory: Path) -> None:
-    """Removes what killed builds left: here those of processes that are gone, from other hosts what is old."""
+    """Removes leftovers of killed builds: of dead processes on this host, and old ones of other hosts."""
     for path in directory.glob(f"*{ABANDONED}"):
         with suppress(FileNotFoundError):  # another process has just removed it
             host, _, process = path.name.removesuffix(ABANDONED).rpartition(".")[0].rpartition(".")
@@ -158,13 +158,13 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return True
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on disk."""
+    """Flushes a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -173,12 +173,12 @@ def _flush(path: Path) -> None:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """What a compiler says may be in any encoding."""
+    """A compiler's output, which may be in any encoding."""
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
 
 
 def _compiler(environment: Mapping[str, str]) -> tuple[tuple[str, ...], str] | Unavailable:
-    """The command of a C++ compiler, and what it says of its version."""
+    """The command of a C++ compiler and its version; or why there is none."""
     named = environment.get("CXX")
     names = (named,) if named else COMPILERS
     for name in names:
@@ -190,7 +190,7 @@ def _compiler(environment: Mapping[str, str]) -> tuple[tuple[str, ...], str] | U
             command = (path, *command[1:])
             result = _run([*command, "--version"])
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return Unavailable(f"{name!r} is no compiler that runs: {error}; install one, or set CXX")
+            return Unavailable(f"{name!r} is not a working compiler: {error}; install one, or set CXX")
         if result.returncode == 0:
             return command, result.stdout
     origin = "CXX" if named else "PATH"
@@ -198,7 +198,7 @@ def _compiler(environment: Mapping[str, str]) -> tuple[tuple[str, ...], str] | U
 
 
 def _make_directory(directory: Path) -> Unavailable | None:
-    """Makes a directory and those above it that are missing, all for this user alone; why that cannot be done."""
+    """Makes a directory and its missing parents, for this user alone; returns why that is impossible, or None."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         for path in reversed(missing):
@@ -209,7 +209,7 @@ def _make_directory(directory: Path) -> Unavailable | None:
 
 
 def _refusal(path: Path) -> Unavailable | None:
-    """Why code in ``path`` must not be run: someone else may have written it."""
+    """Why code in ``path`` must not be loaded: another user may have written it."""
     status = path.stat()
     if status.st_uid != os.getuid():
         return Unavailable(

@@ -1,17 +1,17 @@
-// y = x @ (data * scale).T + bias on a CPU, for FP8 (e4m3) weights and bf16, fp16 or fp32 activations; and the
-// quantizer that makes such weights. Plain C interface, no dependency but a C++17 compiler.
+// y = x @ (data * scale).T + bias on a CPU, for FP8 (e4m3) weights and bf16, fp16 or fp32 activations; also the
+// quantizer for such weights. A plain C interface without dependencies beyond a C++17 compiler.
 //
-//   1  Numbers            formats, and the tables of all 128 magnitudes of e4m3
-//   2  Problem, Kernel    what is asked; what each instruction set provides
+//   1  Numbers            formats, and tables of all 128 magnitudes of e4m3
+//   2  Problem, Kernel    the arguments of a product; what each instruction set implements
 //   3  AMX kernel         tiles of 16 x 16 outputs
-//   4  Driver             shares panels of the weight's rows out to threads
+//   4  Driver             distributes panels of the weight's rows over threads
 //   5  C interface
 //   6  Vector kernels     dot products along k, and the quantizer: the file includes itself to compile this last
-//                         section once for each instruction set
+//                         section once per instruction set
 //
-// Each output is summed over k in an order that depends on neither the number of threads nor on timing.
-// Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply sums, or weights where that is exact;
-// nothing but out is ever rounded to bf16.
+// Each output is summed over k in an order that depends neither on the number of threads nor on timing. Weights are
+// decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is exact; only
+// out is ever rounded to bf16.
 
 #ifndef FP8GEMM_SECTION  // sections 1 to 5
 
@@ -32,7 +32,7 @@
 #include <pthread.h>
 #endif
 
-// The intrinsics for AMX came with gcc 11 and clang 12, those for bf16 with gcc 10 and clang 9.
+// gcc 11 and clang 12 introduced the intrinsics for AMX, gcc 10 and clang 9 those for bf16.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define FP8GEMM_HAS_AMX 1
 #endif
@@ -42,8 +42,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-// torch's OpenMP runtime, which is in the process already: a second one would spin against it, at a tenth of the
-// speed. Null where no such runtime is loaded; then one thread runs.
+// torch's OpenMP runtime, which is already in the process: the threads of a second one would compete with it, at a
+// tenth of the speed. Null if no such runtime is loaded; then a single thread runs.
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 extern "C" __attribute__((weak)) int omp_get_thread_num();
 
@@ -61,12 +61,12 @@ INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 INLINE uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 INLINE float float_of(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 INLINE int64_t size_of(int64_t type) { return type == FP32 ? 4 : 2; }
-// How many bf16 add up to a number of this type: each holds 8 of its 8, 11 or 24 significant bits.
+// The number of bf16 whose sum is a number of this type: each holds 8 of its 8, 11 or 24 significant bits.
 INLINE int64_t parts(int64_t type) { return type == BF16 ? 1 : type == FP16 ? 2 : 3; }
 
 INLINE float from_bf16(uint16_t half) { return float_of(uint32_t(half) << 16); }
 
-// An fp16's magnitude shifted into an fp32 is too small by 2^112; the product is exact and mends subnormals too.
+// An fp16's magnitude shifted into an fp32 is too small by 2^112; the product is exact, for subnormals as well.
 INLINE float from_fp16(uint16_t half) {
     uint32_t magnitude = half & 0x7FFF;
     float value = magnitude < 0x7C00 ? float_of(magnitude << 13) * 0x1p112f : float_of(magnitude << 13 | 0x7F800000);
@@ -100,8 +100,8 @@ INLINE void store_number(void* address, int64_t i, int64_t type, float value) {
     else static_cast<uint16_t*>(address)[i] = type == BF16 ? to_bf16(value) : to_fp16(value);
 }
 
-// The values of the e4m3 magnitudes 0x00 to 0x7F: as fp32 with the negative ones after them, and as the upper and
-// lower byte of a bf16, which holds each of them exactly and as a normal number (AMX takes subnormals for zero).
+// The values of the e4m3 magnitudes 0x00 to 0x7F: as fp32 followed by the negative ones, and as the upper and lower
+// byte of a bf16, which represents each exactly and as a normal number (AMX flushes subnormals to zero).
 struct Tables {
     float fp32[256];
     alignas(64) uint8_t upper[128], lower[128];
@@ -120,7 +120,7 @@ struct Tables {
 const Tables tables;
 
 // x [m, k], data [n, k], scale [ceil(n / rows), ceil(k / cols)], bias [n] or null, out [m, n]; types are as in Type,
-// strides in elements. library.py fills this in, field by field.
+// strides in elements. library.py fills in this struct, field by field.
 struct Problem {
     const uint8_t *x, *data;
     const float* scale;
@@ -140,10 +140,10 @@ struct Problem {
 struct Tokens { int64_t start, count; uint8_t* packed; };
 // Rows [start, start + count) of the weight; `next` are the rows to prefetch meanwhile, or null.
 struct Rows { int64_t start, count; const uint8_t* next; };
-// How many tokens are packed at a time, how many rows make a panel, the unit of work, and what memory both take.
+// The number of tokens packed at a time, the number of rows of a panel (the unit of work), and the memory for both.
 struct Plan { int64_t pack_unit, panel_rows, packed_bytes, scratch_bytes; };
 
-// How one instruction set multiplies: `pack` makes units [first, last) of the packed tokens, `panel` some rows of out.
+// An instruction set's product: `pack` packs units [first, last) of the tokens, `panel` computes some rows of out.
 struct Kernel {
     const char* name;
     int64_t (*block_tokens)(const Problem&);
@@ -163,7 +163,7 @@ struct Quantization {
     const uint8_t* x_row(int64_t row) const { return x + row * x_stride * size_of(x_type); }
 };
 
-// out [m, k] of any type: rows ids[0], ids[1], ... of data * scale, or all rows in their order where ids is null.
+// out [m, k] of any type: rows ids[0], ids[1], ... of data * scale, or all rows in order if ids is null.
 struct Lookup {
     const int64_t* ids;
     const uint8_t* data;
@@ -229,9 +229,10 @@ END_TARGET
 
 // ---- 3  AMX kernel
 //
-// C [16 rows of w, 16 columns] += A [16, 32] B [32, 16] in bf16, with the weight as A: decoded rows are A tiles as they
-// are, while B wants pairs of k in turn, so x is transposed, once, when it is packed. A token is one column if x is
-// bf16; fp16 and fp32 are split into 2 and 3 bf16 parts whose sum they are exactly, a column each, summed at the end.
+// C [16 rows of w, 16 columns] += A [16, 32] B [32, 16] in bf16, with the weight as A: decoded rows can be used as A
+// tiles directly, while B needs pairs of k interleaved, so x is transposed once, when it is packed. A token is one
+// column if x is bf16; fp16 and fp32 are split into 2 and 3 bf16 parts with exactly their sum, one column each, and the
+// columns are added at the end.
 
 #if FP8GEMM_HAS_AMX
 BEGIN_TARGET(TARGET_AMX)
@@ -246,12 +247,12 @@ INLINE int64_t tile_columns(const Problem& p, int64_t tokens) { return ceil_div(
 
 int64_t block_tokens(const Problem& p) { return 32 * tokens_per_tile(p.x_type); }
 
-// Elements along k that are decoded at a time. Measured on 2 cores of a Xeon with AMX (L1 48 KB, L2 2 MB), gcc 12,
-// November 2026: while memory is what is waited for, short chunks let decoding and multiplying overlap; then longer
-// ones load and store sums less often.
+// Elements along k decoded at a time. Measured on 2 cores of a Xeon with AMX (L1 48 KB, L2 2 MB), gcc 12, November
+// 2026: while memory is the bottleneck, short chunks let decoding and multiplying overlap; with more tokens, longer
+// chunks load and store sums less often.
 INLINE int64_t chunk_of(int64_t columns) { return columns <= 4 ? 128 : 256; }
 
-// Many tokens do not fit the L2 cache, and are read once for each panel: then its sums take a quarter of that cache.
+// Many tokens do not fit in the L2 cache and are read once per panel; the panel's sums then take a quarter of it.
 Plan plan(const Problem& p, int64_t tokens, int threads) {
     int64_t columns = tile_columns(p, tokens), chunk = chunk_of(columns);
     int64_t share = round_up(ceil_div(p.n, 4 * threads), 32);
@@ -260,7 +261,7 @@ Plan plan(const Problem& p, int64_t tokens, int threads) {
     return {tokens_per_tile(p.x_type), rows, packed, rows * chunk * 2 + rows * columns * 64 + 4 * TILE};
 }
 
-// What is multiplied together lies together: a power of two of distance would crowd it into few sets of the caches.
+// Tiles that are multiplied together are adjacent: a power-of-two distance would map them to few sets of the caches.
 INLINE int64_t packed_tile(const Problem& p, Tokens tokens, int64_t column, int64_t step) {
     int64_t columns = tile_columns(p, tokens.count), steps = chunk_of(columns) / 32;
     return ((step / steps * columns + column) * steps + step % steps) * TILE;
@@ -290,14 +291,14 @@ INLINE void transpose(__m512i r[16]) {
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// The upper 16 bits of two times 16 fp32.
+// The upper 16 bits of two vectors of 16 fp32.
 INLINE __m512i upper_halves(__m512 first, __m512 second) {
     const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_permutex2var_epi16(_mm512_castps_si512(first), odd, _mm512_castps_si512(second));
 }
 
-// Cut `value` after its first 8 significant bits, a bf16; the rest is exact, and zero for infinity and NaN.
+// Truncates `value` to its first 8 significant bits, a bf16; `rest` is exact, and zero for infinity and NaN.
 INLINE __m512 cut(__m512 value, __m512& rest) {
     __mmask16 special = _mm512_fpclass_ps_mask(value, 0x99), nan = _mm512_fpclass_ps_mask(value, 0x81);
     __m512i bits = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(int(0xFFFF0000)));
@@ -359,8 +360,8 @@ INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
     return _mm512_mask_add_epi16((__m512i)values, ordinary, (__m512i)values, exponent);
 }
 
-// Decode elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32]; rows that are not there are zero.
-// Scales [16][blocks along k] multiply them, unless null; step i's 32 elements are of block blocks[i].
+// Decodes elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32], with zeros for missing rows.
+// Scales [16][blocks along k] multiply them, unless null; the 32 elements of step i are in block blocks[i].
 INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
                    const float* const* scale_rows, const int64_t* blocks, uint8_t* out) {
     const __m512i magnitude_bits = _mm512_set1_epi8(0x7F);
@@ -389,7 +390,7 @@ INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, 
     }
 }
 
-// c[2][COLUMNS] (+)= sum over `steps` of a[2] b[COLUMNS], all of tiles; strides, a's and b's and c's, in bytes.
+// c[2][COLUMNS] (+)= sum over `steps` of a[2] b[COLUMNS], all tiles; the strides of a, b and c are in bytes.
 template <int COLUMNS>
 INLINE void multiply(const uint8_t* a, const uint8_t* b, int64_t stride, int64_t steps, uint8_t* c, int64_t c_stride,
                      bool accumulate) {
@@ -420,7 +421,7 @@ INLINE void multiply(const uint8_t* a, const uint8_t* b, int64_t stride, int64_t
     if (COLUMNS > 1) _tile_stored(3, c + c_stride + TILE, 64);
 }
 
-// The same where scales, [blocks of this chunk][MAX_ROWS], multiply each block's own sums, in `tiles`.
+// The same, where scales, [blocks of this chunk][MAX_ROWS], multiply each block's own sums, in `tiles`.
 template <int COLUMNS>
 INLINE void multiply_blocks(const Problem& p, const uint8_t* a, const uint8_t* b, int64_t stride, int64_t chunk,
                             int64_t count, const float* scales, uint8_t* c, int64_t c_stride, uint8_t* tiles) {
@@ -474,7 +475,7 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// All tiles of sums of a panel, token by token; stores alone would wait for one line of out after the other.
+// All tiles of sums of a panel, token by token; in tile order, stores would miss on one line of out after the other.
 INLINE void finish_panel(const Problem& p, Tokens tokens, Rows rows, const uint8_t* sums) {
     int64_t per_tile = tokens_per_tile(p.x_type), columns = tile_columns(p, tokens.count);
     for (int64_t j = 0; j < columns; ++j) {
@@ -487,7 +488,7 @@ INLINE void finish_panel(const Problem& p, Tokens tokens, Rows rows, const uint8
     }
 }
 
-// Scratch: a decoded chunk [tiles of 16 rows][steps], sums [tiles of 16 rows][columns of tiles], 4 more tiles.
+// Workspace: a decoded chunk [tiles of 16 rows][steps], sums [tiles of 16 rows][columns of tiles], 4 more tiles.
 void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     static constexpr TileConfig config;
     _tile_loadconfig(&config);
@@ -495,7 +496,7 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     uint8_t *sums = weight + padded_rows * size * 2, *tiles = sums + padded_rows * columns * 64;
     const float* scale_rows[MAX_ROWS];
     float scales[8][MAX_ROWS];
-    // For few tokens it costs less to scale the sums of long blocks than the weights.
+    // For few tokens it is cheaper to scale the sums of long blocks than the weights.
     bool vary = p.scales_vary_along_k(), folded = vary && (columns > 4 || p.cols < 64);
     for (int64_t r = 0; r < padded_rows; ++r) {
         scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
@@ -539,8 +540,8 @@ END_TARGET
 
 namespace {
 
-// Run body(task, following task or -1, thread) for each task. Each thread has a range of tasks, the same in every call,
-// so that what it reads stays in its caches; when done it goes on with the next range, so that none is waited for.
+// Runs body(task, following task or -1, thread) for each task. Each thread has a range of tasks, the same in every
+// call, so that its data stays in its caches; a thread that is done continues with the next range, to balance the load.
 template <class Body> struct Shared {
     static constexpr int MAX_THREADS = 256;
     const Body& body;
@@ -568,7 +569,7 @@ template <class Body> struct Shared {
     }
 };
 
-// The threads of an OpenMP runtime do not survive a fork, and the child would wait for them for ever.
+// The threads of an OpenMP runtime do not survive a fork, and the child would wait for them forever.
 std::atomic<bool> forked{false};
 
 template <class Body> void parallel(int threads, int64_t tasks, const Body& body) {
@@ -579,7 +580,7 @@ template <class Body> void parallel(int threads, int64_t tasks, const Body& body
     else GOMP_parallel(Shared<Body>::run, &shared, unsigned(threads), 0);
 }
 
-// Memory of the calling thread, kept between calls, since fresh pages cost more than small products do.
+// Memory of the calling thread, kept between calls, since fresh pages cost more than small products.
 struct Workspace {
     static constexpr int64_t KEPT = int64_t(32) << 20;
     uint8_t* memory = nullptr;
@@ -615,7 +616,7 @@ const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem&
 
 bool multiply(const Problem& p, const Kernel& kernel, int threads) {
     if (p.m == 0 || p.n == 0) return true;
-    // A thread is worth waking, at some microseconds, for some tens of thousands of weights.
+    // Waking a thread takes some microseconds, which some tens of thousands of weights are worth.
     threads = int(smaller<int64_t>(larger(threads, 1), 1 + p.n * p.k * (p.m + 16) / (1 << 20)));
     int64_t blocks = ceil_div(p.m, kernel.block_tokens(p)), unit = kernel.plan(p, 1, threads).pack_unit;
     int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
@@ -651,7 +652,7 @@ float scale_of(float amax, const Quantization& q) {
     return q.ue8m0 ? float_of((bits_of(scale) + 0x7FFFFF) & 0x7F800000) : scale;
 }
 
-// Blocks of rows are shared between threads in strips, each with an amax of its own.
+// Blocks of rows are distributed over threads in strips, each with its own amax.
 bool quantize(const Quantization& q, const Quantizer& quantizer, int threads) {
     constexpr int64_t STRIP = 64;
     int64_t blocks = q.blocks(), strips = ceil_div(smaller(q.rows, q.n), STRIP), bands = ceil_div(q.n, q.rows);
@@ -684,12 +685,12 @@ void look_up(const Lookup& l, const Quantizer& quantizer, int threads) {
     });
 }
 
-// The level of this CPU and operating system. Linux lets a process use the AMX tiles, 8 KB of context for each thread,
-// only once it has asked; that this CPU's tiles multiply bf16 is bit 22 of CPUID 7's EDX (Intel's SDM, volume 2).
+// The level of this CPU and operating system. Linux allows a process to use the AMX tiles, 8 KB of context per thread,
+// only after a request; that the tiles multiply bf16 is bit 22 of CPUID 7's EDX (Intel's SDM, volume 2).
 int detect() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;  // all that do have F16C
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;  // CPUs with both have F16C
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!avx512) return AVX2;
@@ -712,8 +713,8 @@ int detect() {
 
 }  // namespace
 
-// ---- 5  C interface: levels as in Level; 0 is success, -1 is out of memory, -2 is ends that do not ascend to m, -3 is
-// a null pointer where there are elements, -4 is an id that is none of a row
+// ---- 5  C interface: levels as in Level; 0 is success, -1 out of memory, -2 ends that do not ascend to m, -3 a null
+// pointer to elements, -4 an index out of range
 
 extern "C" {
 
@@ -736,7 +737,7 @@ int fp8gemm_linear(int level, int threads, const Problem* p) {
     return multiply(*p, *choose(smaller(level, fp8gemm_level()), *p), threads) ? 0 : -1;
 }
 
-// data, scale and bias of each expert follow those of the one before; tokens of expert e end before ends[e].
+// data, scale and bias of each expert follow those of the previous one; tokens of expert e end before ends[e].
 int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_stride, const int32_t* ends,
                     int64_t experts) {
     int64_t start = 0;
@@ -777,8 +778,8 @@ int fp8gemm_lookup(int level, int threads, const Lookup* l) {
 namespace {
 namespace FP8GEMM_SECTION {
 
-// Vec: LANES fp32 sums. Operand: STEP elements of a weight or of x, as they are multiplied. TOKENS x ROWS sums and
-// their operands fill the registers.
+// Vec: LANES fp32 sums. Operand: STEP elements of a weight or of x, in the form in which they are multiplied. TOKENS x
+// ROWS sums and their operands fill the registers.
 constexpr int ROWS = 4;
 
 #if FP8GEMM_LEVEL == 3
@@ -789,7 +790,7 @@ constexpr int LANES = 16, STEP = 32, TOKENS = 6, CODES = 64;
 
 INLINE Vec multiply_add(Vec sum, Operand a, Operand b) { return _mm512_dpbf16_ps(sum, a, b); }
 
-// Decode 64 codes through tables of their upper and lower bytes, to two times 32 in their order.
+// Decodes 64 codes by tables of their upper and lower bytes, to two vectors of 32 in order.
 INLINE void decode_register(__m512i code, Operand* out) {
     const __m512i upper0 = _mm512_load_si512(tables.upper), upper1 = _mm512_load_si512(tables.upper + 64);
     const __m512i lower0 = _mm512_load_si512(tables.lower), lower1 = _mm512_load_si512(tables.lower + 64);
@@ -813,7 +814,7 @@ constexpr int CODES = FP8GEMM_LEVEL == 0 ? 4 : 2 * LANES;
 
 INLINE Vec multiply_add(Vec sum, Operand a, Operand b) { return sum + a * b; }  // becomes fma where there is one
 
-// With AVX: the bits of a code, moved to an fp16's, have 2^-8 of its value; subnormals convert to fp32 at full speed.
+// With AVX: a code's bits, moved to an fp16's, have 2^-8 of its value; subnormals convert to fp32 at full speed.
 INLINE void decode_step(const uint8_t* codes, Operand* out) {
 #if FP8GEMM_LEVEL == 0
     for (int i = 0; i < CODES; ++i) out[0][i] = tables.fp32[codes[i]];
@@ -854,7 +855,7 @@ INLINE float sum(Vec vector) {
 constexpr int64_t SPAN = 512;       // elements along k that are decoded at a time
 constexpr int64_t PREFETCH = 4096;  // bytes ahead; half and double measured alike or slower
 
-// Blocks along k begin at multiples of STEP in packed rows, so that what pads one never meets the next.
+// Blocks along k start at multiples of STEP in packed rows, so that the padding of one is separate from the next.
 INLINE int64_t padded_block(const Problem& p) {
     return p.scales_vary_along_k() ? round_up(p.cols, STEP) : round_up(p.k, CODES);
 }
@@ -862,7 +863,7 @@ INLINE int64_t padded_k(const Problem& p) {
     return p.scales_vary_along_k() ? ceil_div(p.k, p.cols) * padded_block(p) : padded_block(p);
 }
 
-// CODES codes of which `count` exist; the others are zeros.
+// CODES codes, of which `count` exist; the others are zeros.
 INLINE void decode_some(const uint8_t* codes, int64_t count, Operand* out) {
     if (count >= CODES) return decode_step(codes, out);
     uint8_t last[CODES] = {};
@@ -870,7 +871,7 @@ INLINE void decode_some(const uint8_t* codes, int64_t count, Operand* out) {
     decode_step(last, out);
 }
 
-// Decode `count` codes and then zeros, CODES at a time, prefetching as many at `next`.
+// Decodes `count` codes followed by zeros, CODES at a time, prefetching as many at `next`.
 INLINE void decode(const uint8_t* codes, const uint8_t* next, Element* out, int64_t count) {
     for (int64_t i = 0; i < count; i += CODES) {
         Operand operands[CODES / STEP];
@@ -880,7 +881,7 @@ INLINE void decode(const uint8_t* codes, const uint8_t* next, Element* out, int6
     }
 }
 
-// The dot product of a row of the weight with one token, without a detour through memory; blocks are whole CODES.
+// The dot product of a row of the weight with one token, directly from the codes; blocks are multiples of CODES.
 INLINE Vec dot_row(const Problem& p, int64_t row, const Element* x) {
     const uint8_t* codes = p.data_row(row);
     bool vary = p.scales_vary_along_k();
@@ -958,7 +959,7 @@ void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
     }
 }
 
-// Sums of ROWS rows of the weight from `row` on with all tokens, before they are added up over lanes.
+// Sums of ROWS rows of the weight from `row` on with all tokens, before the lanes are added.
 INLINE void sum_rows(const Problem& p, Tokens tokens, int64_t row, Element* w, Vec* total) {
     const Element* x = reinterpret_cast<const Element*>(tokens.packed);
     bool vary = p.scales_vary_along_k();
@@ -1003,7 +1004,7 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
 const Kernel kernel = {NAMES[FP8GEMM_LEVEL], block_tokens, plan, pack, panel};
 
 #if FP8GEMM_LEVEL < 3
-// The largest finite magnitude; integers order as the floats do.
+// The largest finite magnitude; as integers, floats have the same order.
 template <class Bits>
 INLINE Bits largest_magnitude(const uint8_t* address, int64_t count, Bits infinity) {
     const Bits* x = reinterpret_cast<const Bits*>(address);
@@ -1032,7 +1033,7 @@ void amax_rows(const Quantization& q, int64_t first, int64_t last, float* amax) 
         }
 }
 
-// An e4m3 is rounded at 2^20 of an fp32's bits, to even; below 2^-6 at 2^-9, where 2^14 has its last bit.
+// An e4m3 is rounded at bit 2^20 of an fp32, to even; below 2^-6 at 2^-9, where the last bit of 2^14 is.
 INLINE uint8_t to_e4m3(float x, float scale) {
     uint32_t sign = bits_of(x) >> 24 & 0x80;
     float scaled = float_of(bits_of(x / scale) & 0x7FFFFFFF);

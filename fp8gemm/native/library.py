@@ -1,4 +1,4 @@
-"""The compiled kernels as Python methods on tensors: everything they rely on is checked here."""
+"""The compiled kernels as Python methods on tensors, which check everything that the kernels rely on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Instructions, ...] = get_args(Instructions)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCALE_FLOOR = 2.0**-126
-NULL, INDEX = -3, -4  # statuses: a null pointer where there are elements; an id that is none of a row
+NULL, INDEX = -3, -4  # status codes: a null pointer to elements; an index out of range
 
 
 class _Problem(ctypes.Structure):
@@ -63,7 +63,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def open_library(path: Path) -> Library | Unavailable:
-    """Load the library at ``path`` for this CPU, or for less of it where ``FP8GEMM_ISA`` says so."""
+    """Loads the library at ``path`` for this CPU's instruction set, or for a lower level given by ``FP8GEMM_ISA``."""
     wanted = os.environ.get("FP8GEMM_ISA") or LEVELS[-1]
     if wanted not in LEVELS:
         return Unavailable(f"FP8GEMM_ISA must be one of {', '.join(LEVELS)}, found {wanted!r}")
@@ -73,14 +73,14 @@ def open_library(path: Path) -> Library | Unavailable:
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return Unavailable(f"{path} does not load: {error}")
+        return Unavailable(f"{path} cannot be loaded: {error}")
     level = min(functions.fp8gemm_level(), LEVELS.index(wanted))
     return Library(path, LEVELS[level], bool(functions.fp8gemm_has_threads()), functions)
 
 
 @dataclass(frozen=True)
 class Library:
-    """The kernels for one level of instructions; ``threads`` is False where torch's OpenMP runtime is out of reach."""
+    """The kernels for one instruction level; ``threads`` is False if torch's OpenMP runtime is not available."""
 
     path: Path
     instructions: Instructions
@@ -93,15 +93,16 @@ class Library:
 
     @property
     def features(self) -> frozenset[str]:
-        """The levels that may be used, and ``"threads"``."""
+        """The available levels, and ``"threads"``."""
         return frozenset(LEVELS[: self.level + 1]) | ({"threads"} if self.threads else frozenset())
 
     def lowered(self, instructions: Instructions) -> Library:
-        """The same kernels without what comes after ``instructions``, as on an older CPU."""
+        """The same kernels limited to ``instructions``, as on an older CPU."""
         return replace(self, instructions=LEVELS[min(self.level, LEVELS.index(instructions))])
 
     def path_for(self, m: int, dtype: torch.dtype, *, k: int = 4096, cols: int | None = None) -> str:
-        """The name of the kernel for ``m`` tokens in ``dtype`` and scales of ``cols`` elements of a row of ``k``."""
+        """The name of the kernel for ``m`` tokens in ``dtype``, with scales that cover ``cols`` of a row's ``k``
+        elements."""
         problem = _Problem(x_type=TYPES[dtype], m=m, k=k, cols=cols or max(k, 1))
         name: bytes = self.functions.fp8gemm_kernel(self.level, byref(problem))
         return name.decode()
@@ -116,14 +117,14 @@ class Library:
         bias: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """``out [M, N] = x [M, K] @ (data [N, K] * scale).T + bias [N]``, summed in float32, rounded once.
+        """``out [M, N] = x [M, K] @ (data [N, K] * scale).T + bias [N]``, accumulated in float32 and rounded once.
 
-        ``scale`` is float32 ``[ceil(N / rows), ceil(K / cols)]``. ``x`` is bfloat16, float16 or float32; ``bias``
-        and ``out`` are of the same dtype or float32. The last dimension of each has unit stride.
+        ``scale`` is float32 ``[ceil(N / rows), ceil(K / cols)]``. ``x`` is bfloat16, float16 or float32; ``bias`` and
+        ``out`` have the same dtype, or float32. The last dimension of each has unit stride.
 
         Raises:
-            ValueError: for another shape, dtype, stride or device.
-            MemoryError: for want of workspace.
+            ValueError: a shape, dtype, stride or device does not match.
+            MemoryError: there is not enough memory for a workspace.
         """
         self.bind(x, data, scale, rows, cols, bias, out)(x.data_ptr(), out.data_ptr())
 
@@ -137,10 +138,12 @@ class Library:
         bias: torch.Tensor | None,
         out: torch.Tensor,
     ) -> Callable[[int, int], None]:
-        """``linear`` of operands like these, checked once: takes the addresses of ``x`` and ``out``.
+        """``linear`` for operands like these, which are checked once; the result takes the addresses of ``x`` and
+        ``out``.
 
         Raises:
-            ValueError: as ``linear``. What it returns raises MemoryError for want of workspace.
+            ValueError: as for ``linear``. The returned function raises MemoryError if there is no memory for a
+            workspace.
         """
         wrong = _mistakes(x, data, scale, rows, cols, bias, out)
         if wrong:
@@ -149,7 +152,7 @@ class Library:
         function, level, copied = self.functions.fp8gemm_linear, self.level, _Problem.from_buffer_copy
 
         def run(x_address: int, out_address: int) -> None:
-            problem = copied(template)  # each call its own, as threads may be in several at once
+            problem = copied(template)  # one per call, as several threads may call at once
             problem.x, problem.out = x_address, out_address
             _check(function(level, torch.get_num_threads(), byref(problem)))
 
@@ -166,13 +169,13 @@ class Library:
         bias: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """``linear`` with expert ``e``'s ``data [E, N, K]``, ``scale [E, ...]`` and ``bias [E, N]`` for its tokens.
+        """``linear`` for each expert ``e``'s tokens, with ``data [E, N, K]``, ``scale [E, ...]`` and ``bias [E, N]``.
 
         Tokens are sorted by expert; those of expert ``e`` end before ``ends[e]``, int32 ``[E]`` on the CPU.
 
         Raises:
-            ValueError: as ``linear``, and for ends that do not ascend to M.
-            MemoryError: for want of workspace.
+            ValueError: as for ``linear``, or ``ends`` does not ascend to M.
+            MemoryError: there is not enough memory for a workspace.
         """
         wrong = _mistakes(x, data, scale, rows, cols, bias, out)
         if ends.dtype != torch.int32 or tuple(ends.shape) != data.shape[:1] or not ends.is_contiguous() or _away(ends):
@@ -200,8 +203,8 @@ class Library:
         """``fp8gemm.numerics.quantize`` of ``x [N, K]`` to float8_e4m3fn, bit for bit, into the last two tensors.
 
         Raises:
-            ValueError: for a shape, dtype, stride or device that does not fit.
-            MemoryError: for want of workspace.
+            ValueError: a shape, dtype, stride or device does not match.
+            MemoryError: there is not enough memory for a workspace.
         """
         wrong = _quantize_mistakes(x, rows, cols, data_out, scale_out)
         if wrong:
@@ -224,13 +227,13 @@ class Library:
         ids: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Rows ``ids [M]`` (int64) of ``data [N, K] * scale``, or all, as ``[M, K]`` of ``dtype``, rounded once.
+        """Rows ``ids [M]`` (int64) of ``data [N, K] * scale``, or all rows, as ``[M, K]`` of ``dtype``, rounded once.
 
         ``data`` is float8_e4m3fn with unit stride along K, ``scale`` contiguous float32
-        ``[ceil(N / rows), ceil(K / cols)]``, ``ids`` contiguous; all on the CPU, which the caller has seen to.
+        ``[ceil(N / rows), ceil(K / cols)]``, ``ids`` contiguous; the caller ensures that all are on the CPU.
 
         Raises:
-            IndexError: an id is not that of a row.
+            IndexError: an id is out of range.
         """
         n, k = data.shape
         out = torch.empty(n if ids is None else ids.numel(), k, dtype=dtype, device="cpu")
@@ -240,16 +243,16 @@ class Library:
         )
         status = self.functions.fp8gemm_lookup(self.level, torch.get_num_threads(), byref(problem))
         if status == INDEX:
-            raise IndexError(f"an index is outside of the {n} rows of the weight")
+            raise IndexError(f"an index is out of range for a weight with {n} rows")
         _check(status)
         return out
 
 
 def _check(status: int) -> None:
     if status == NULL:
-        raise ValueError("native kernels: an operand has elements but no memory, as tensor subclasses have")
+        raise ValueError("native kernels: an operand has elements but no memory, like some tensor subclasses")
     if status:
-        raise MemoryError("the native kernels found no memory for their workspace")
+        raise MemoryError("the native kernels could not allocate their workspace")
 
 
 def _problem(
@@ -281,7 +284,7 @@ def _mistakes(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> list[str]:
-    """All that is wrong with the operands of ``linear``, or of ``grouped`` if ``data`` has three dimensions."""
+    """All mismatches between the operands of ``linear``, or of ``grouped`` if ``data`` has three dimensions."""
     if rows < 1 or cols < 1:
         return [f"rows and cols must be at least 1, found {rows} and {cols}"]
     if x.dim() != 2 or data.dim() not in (2, 3):
@@ -329,12 +332,12 @@ def _quantize_mistakes(
 
 
 def _rows_are_dense(tensor: torch.Tensor) -> bool:
-    """Whether rows lie in memory as kernels read them; an empty tensor, whatever its strides, has nothing to read."""
+    """Whether rows have the strides that the kernels need; an empty tensor always does, as nothing is read."""
     return tensor.numel() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
 
 
 def _away(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is not in this process's memory: on another device, or without memory of its own."""
+    """Whether a tensor is not in this process's memory: it is on another device, or has no memory of its own."""
     return tensor.device.type != "cpu" or not plain(tensor)
 
 

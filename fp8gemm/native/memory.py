@@ -1,11 +1,12 @@
-"""Which tensors may be handed to C by address: those whose memory holds their values, where nobody has to see it."""
+"""Which tensors may be passed to C by address: plain ones whose memory holds their values, with no mode to notify."""
 
 from __future__ import annotations
 
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# Private, and asked at every call: the public ways cost microseconds. Both are there from torch 2.10 to 2.15.
+# Private functions, as these checks run at every call and the public ones take microseconds. They exist in torch 2.10
+# to 2.15.
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 
@@ -13,9 +14,9 @@ _transform = torch._C._functorch.peek_interpreter_stack
 def plain(*tensors: torch.Tensor | None) -> bool:
     """Whether all of these are plain tensors, outside of every dispatch mode and functorch transform.
 
-    A subclass (DTensor, FakeTensor) or a functorch wrapper has no memory, or another's; so has a tensor that is sparse,
-    nested, of another library's layout, or zero by decree, and the memory of a negative view has the other sign. Under
-    a mode (make_fx, FlopCounterMode) a product has to be an operation that the mode sees.
+    Subclasses (DTensor, FakeTensor) and functorch wrappers have no memory, or another tensor's; so do sparse and nested
+    tensors, those of another library's layout, and zero tensors. The memory of a negative view has the other sign.
+    Under a mode (make_fx, FlopCounterMode) a product has to be an operation that the mode sees.
     """
     return not _modes() and _transform() is None and all(tensor is None or _holds(tensor) for tensor in tensors)
 

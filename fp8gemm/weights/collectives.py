@@ -62,15 +62,15 @@ def _agree(group: Any, key: FP8Weight, message: Message | None, others: Iterable
     able = all(one is not None and one.ready and one.facts == facts for one in messages)
     outside = zlib.crc32(repr((tuple(key.shape), key.dtype)).encode())
     mine = torch.tensor([outside, facts, int(able)], dtype=torch.int64, device=key.device)
-    told = [torch.empty_like(mine) for _ in range(group.size())]
-    group.allgather([told], [mine]).wait()
-    words = [tuple(word) for word in torch.stack(told).tolist()]
-    if {word[0] for word in words} != {outside}:
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    group.allgather([gathered], [mine]).wait()
+    answers = [tuple(answer) for answer in torch.stack(gathered).tolist()]
+    if {answer[0] for answer in answers} != {outside}:
         raise UnsupportedError(
             f"a collective needs weights of the same shape and dtype on all ranks; rank {group.rank()} has "
             f"{tuple(key.shape)} in {key.dtype}, another rank has something else; patch the model alike on all"
         )
-    return all(word[1:] == (facts, 1) for word in words)
+    return all(answer[1:] == (facts, 1) for answer in answers)
 
 
 class _Finishing(torch.distributed.Work):

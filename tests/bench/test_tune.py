@@ -382,9 +382,9 @@ def test_shapes_that_are_left_out_say_why() -> None:
     }
     assert [kind for kind, *_ in problems_of([(64, 64)], None, native=True)[0]] == ["block", "row", "weight"]
     assert problems_of([(64, 64)], None, native=False)[0] == [("weight", 64, 64)]
-    with pytest.raises(ValueError, match=r"nothing to tune: row 64 x 64: this card has no FP8 products"):
+    with pytest.raises(ValueError, match=r"nothing to tune: row 64 x 64: this GPU has no FP8 products"):
         problems_of([(64, 64)], ["row"], native=False)
-    with pytest.raises(ValueError, match=r"kinds must be of row, block, weight, found rows"):
+    with pytest.raises(ValueError, match=r"kinds must be from row, block, weight, found rows"):
         problems_of([(64, 64)], ["rows"], native=True)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"shapes are \(N, K\), both at least 1; found none"):
         problems_of([], None, native=True)
@@ -443,7 +443,7 @@ def test_tune_without_a_card_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         UnsupportedError, match="the triton engine cannot be tuned on cpu: runs on cuda only, found cpu"
     ):
         tune([(64, 64)])
-    with pytest.raises(UnsupportedError, match=r"cuda:1 is not here: torch finds 0 CUDA cards; cpu is here"):
+    with pytest.raises(UnsupportedError, match=r"cuda:1 does not exist: torch finds 0 CUDA devices; use cpu"):
         tune([(64, 64)], device="cuda:1")
     with pytest.raises(UnsupportedError, match="products are timed on cpu and cuda, found mps"):
         tune([(64, 64)], device="mps")

@@ -175,7 +175,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
 def test_odd_compilers_leave_torch_and_a_reason(tmp_path):
     latin = fake_compiler(tmp_path, r"printf 'caf\351' >&2; false")
     for compiler, reason in (
-        ('"unbalanced', "is no compiler that runs"),
+        ('"unbalanced', "is not a working compiler"),
         (str(tmp_path), "no C++ compiler"),
         ("\0", "CXX"),
         (latin, "status 1: caf\ufffd"),
@@ -185,7 +185,7 @@ def test_odd_compilers_leave_torch_and_a_reason(tmp_path):
         assert isinstance(found, native.Unavailable), compiler
         assert reason in found.reason
     assert list((tmp_path / "cache").iterdir()) == []
-    assert "does not load" in patched(tmp_path, CXX=fake_compiler(tmp_path / "empty", "touch"))
+    assert "cannot be loaded" in patched(tmp_path, CXX=fake_compiler(tmp_path / "empty", "touch"))
     assert "no compiler that runs" in patched(tmp_path, CXX='"unbalanced')
 
 
@@ -274,7 +274,7 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_compiling_says_so_once(tmp_path):
     environment = {"FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
     code = "from fp8gemm import native; native.build()"
-    line = f"fp8gemm compiles its CPU kernels into {tmp_path / 'cache'}, once; this takes some seconds\n"
+    line = f"fp8gemm is compiling its CPU kernels into {tmp_path / 'cache'}; this happens once and takes some seconds\n"
     assert run_in_process(code, **environment).stderr == line
     assert run_in_process(code, **environment).stderr == ""
     quiet = {**environment, "FP8GEMM_CACHE": str(tmp_path / "other"), "TQDM_DISABLE": "1"}

@@ -71,7 +71,7 @@ def test_strides_dtypes_and_large_values() -> None:
 def test_ids_that_are_none_of_a_row_raise_as_in_torch(ids: list[int]) -> None:
     table = nn.Embedding(7, 16)
     convert(table, "weight", FP8GemmOptions())
-    with pytest.raises((IndexError, RuntimeError), match=r"outside of the 7 rows|index"):
+    with pytest.raises((IndexError, RuntimeError), match=r"a weight with 7 rows|index"):
         table(torch.tensor(ids))
 
 

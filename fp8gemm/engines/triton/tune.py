@@ -213,6 +213,6 @@ def open_table(card: str, versions: Mapping[str, str | None], date: str, *, over
             "them, FP8GEMM_CACHE=FOLDER keeps them apart"
         )
     if rows and former["versions"] != header["versions"]:
-        told = ", ".join(f"{name} {version}" for name, version in (former["versions"] or {}).items())
-        header["source"] = f"tuned; older rows with {told} on {former['date']}"
+        measured_with = ", ".join(f"{name} {version}" for name, version in (former["versions"] or {}).items())
+        header["source"] = f"tuned; older rows with {measured_with} on {former['date']}"
     return Table(path, header, rows)

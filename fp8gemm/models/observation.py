@@ -1,7 +1,7 @@
-"""One forward pass, watched: which multiply-adds ran on FP8, which on dense weights, and what each weight was used for.
+"""Observing a forward pass: which multiply-adds ran on FP8 or on dense weights, and how each parameter was used.
 
-A dispatch mode sees every operation below autograd. Operands are recognized by their storage, so views, and values that
-were computed from parameters alone (a cast, a norm), count as those parameters.
+A dispatch mode sees every operation below autograd. Operands are identified by their storage, so views of parameters,
+and values computed from parameters alone (a cast, a norm), count as those parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Seen:
-    """What one parameter was used for: along which of its dimensions products contracted it, and what else."""
+    """How one parameter was used: which of its dimensions were contracted by products, and other uses."""
 
     contracted: set[tuple[int, int]] = field(default_factory=set)  # dimension, extent
     looked_up: bool = False
@@ -41,8 +41,8 @@ class Observer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.over = False  # whether the pass that was to be watched has ended
-        self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # of a storage: begin, end, parameter
+        self.over = False  # whether the observed pass has ended
+        self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by storage: begin, end, parameter
         self.parameters: dict[str, nn.Parameter] = {}
         self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
         self.homes: dict[int, str] = {}
@@ -61,11 +61,11 @@ class Observer(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Otherwise what torch.compile meets for the first time under a mode is never compiled."""
+        """Allows torch.compile under the mode; otherwise, code first called under a mode would never be compiled."""
         return True
 
     def coverage(self) -> Coverage:
-        """What was counted."""
+        """The counts so far."""
         return Coverage(fp8=dict(self.fp8), dense=dict(self.dense), dequantized=dict(self.dequantized))
 
     def __torch_dispatch__(
@@ -152,7 +152,7 @@ class Observer(TorchDispatchMode):
                 self.note(func, args, tensor, name, factors)
 
     def note(self, func: Any, args: tuple[Any, ...], tensor: torch.Tensor, name: str, factors: list[Any]) -> None:
-        """Writes down what an operation did with a parameter itself."""
+        """Notes how an operation used a parameter directly."""
         seen, parameter = self.uses[name], self.parameters[name]
         for place, factor in enumerate(factors):
             if factor is tensor:
@@ -168,7 +168,7 @@ class Observer(TorchDispatchMode):
             seen.others.append(str(func))
 
     def roles(self) -> dict[str, Role]:
-        """The parameters that turned out to be factors of products, and of nothing else, by name."""
+        """The parameters that were used only as factors of products, by name, with their roles."""
         found = {}
         for name, seen in self.uses.items():
             layout = _layout(self.parameters[name], seen)
@@ -178,7 +178,7 @@ class Observer(TorchDispatchMode):
 
 
 def _layout(parameter: nn.Parameter, seen: Seen) -> Layout | None:
-    """How a parameter's memory is a matrix, or a stack of them, for the products that it was seen in."""
+    """How a parameter's memory is a matrix, or a stack of matrices, for the products in which it was observed."""
     if seen.others or len(seen.contracted) != 1 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
         return None
     ((axis, extent),) = seen.contracted
@@ -186,16 +186,16 @@ def _layout(parameter: nn.Parameter, seen: Seen) -> Layout | None:
     turned = axis == parameter.dim() - 2
     if extent == size[axis]:
         return Layout.of(size, turned=turned)
-    if parameter.dim() == 2 and turned and size[0] % extent == 0:  # experts one below the other
+    if parameter.dim() == 2 and turned and size[0] % extent == 0:  # experts concatenated along the rows
         return Layout.of((size[0] // extent, extent, size[1]), turned=True, folded=size)
     return None
 
 
 def _contracted(func: Any, place: int, factor: torch.Tensor, parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Which dimension of a parameter a product sums over, and how much of it; None where that cannot be told."""
+    """Which dimension of a parameter a product contracts, and its extent; None if that cannot be determined."""
     if factor.dim() < 2 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
         return None
-    # The first factor of a product is summed over its last dimension, the second over its last but one.
+    # The first factor of a product is contracted over its last dimension, the second over its second to last.
     axis = factor.dim() - 1 - (0 if func in (aten.linear.default, aten.mv.default) else place)
     step, extent = factor.stride(axis), factor.shape[axis]
     across = factor.stride(2 * factor.dim() - 3 - axis)
@@ -208,10 +208,10 @@ def _contracted(func: Any, place: int, factor: torch.Tensor, parameter: nn.Param
 
 
 def watch(model: nn.Module, inputs: object) -> Observer:
-    """Runs ``model`` on example inputs, without gradients and in evaluation mode, and watches it.
+    """Runs ``model`` on example inputs, without gradients and in evaluation mode, and observes it.
 
-    ``inputs`` is a tensor, a tuple of positional arguments, or a mapping of keywords. Random numbers are drawn as if
-    nothing had run.
+    ``inputs`` is a tensor, a tuple of positional arguments, or a mapping of keyword arguments. The state of the random
+    number generators is restored afterwards.
     """
     args: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}

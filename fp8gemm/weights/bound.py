@@ -1,7 +1,7 @@
-"""Calls like one that was seen before: everything is decided, and only what may have changed since is looked at.
+"""Bound calls: calls of a layer for which all decisions were made in advance, to reduce the overhead per call.
 
-A layer binds a call the second time it meets a shape. From then on such a call costs the checks of ``Bound.fits`` and
-the engine's launch; whatever does not fit goes the long way, which is always right.
+A layer binds a call when it sees an input shape for the second time. From then on, such a call costs the checks of
+``Bound.fits`` and the engine's launch. All other calls take the general path of ``FP8Linear``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .remembered import ALIGNMENT
 from .weight import FP8Weight
 
 Key = tuple[torch.Size, torch.dtype, torch.device]
-SHAPES = 32  # that a layer keeps bound; one more and it starts again
-KEPT_KERNEL = "kept 16-bit weight"  # in the report
+SHAPES = 32  # the most shapes that a layer keeps bound; one more clears them
+KEPT_KERNEL = "kept 16-bit weight"  # its name in the report
 
 
 class Layer(Protocol):
-    """What of an FP8Linear decides whether a call is like an earlier one."""
+    """The part of an FP8Linear that decides whether a bound call is still valid."""
 
     _parameters: dict[str, Any]
 
 
 class Bound:
-    """One layer's call for inputs of one shape, dtype and device, as long as its weight stays in this version."""
+    """A layer's call for inputs of one shape, dtype and device, valid for one version of its weight."""
 
     __slots__ = ("bias", "bias_address", "compute", "held", "home", "kernel", "kind", "version")
 
@@ -47,12 +47,12 @@ class Bound:
     ) -> None:
         self.home, self.version, self.compute, self.kernel, self.kind = home, version, compute, kernel, kind
         self.bias = bias
-        # The memory of weight and bias, which kernels may read while another thread gives both something else.
+        # Keeps the memory of weight and bias alive: another thread may replace both while a kernel reads them.
         self.held = held
         self.bias_address = 0 if held[1] is None else held[1].data_ptr()
 
     def fits(self, layer: Layer, x: torch.Tensor) -> bool:
-        """Whether weight, bias and ``x`` are as they were, beyond the key; whether nobody wants gradients or a cast."""
+        """Whether weight, bias and ``x`` allow this call (beyond its key), and no gradient or autocast is required."""
         home, bias = self.home, self.bias
         parameters = layer._parameters
         weight = parameters.get("weight")
@@ -67,7 +67,7 @@ class Bound:
         )
 
     def is_stale(self, layer: Layer, weight: FP8Weight) -> bool:
-        """Whether weight or bias are not what they were: such a call never fits again."""
+        """Whether weight or bias have changed, so that this call is never valid again."""
         bias, home = self.bias, weight._home
         if self.home is not home or self.version != home.version or layer._parameters.get("bias", layer) is not bias:
             return True
@@ -79,17 +79,17 @@ class Bound:
 
 
 class Unbound:
-    """A call that goes the long way."""
+    """A marker for calls that take the general path."""
 
 
-UNBOUND = Unbound()  # no engine makes it shorter
-SEEN = Unbound()  # once
+UNBOUND = Unbound()  # the engine has nothing to bind
+SEEN = Unbound()  # called once so far
 
 
 def notice(layer: Layer, weight: FP8Weight, key: Key, x: torch.Tensor) -> None:
-    """Remembers that a plain input of this key came, and binds its call if it is the second."""
+    """Notes an input with this key, and binds its call if it is the second."""
     calls = layer.__dict__.get("_bound")
-    if calls is None:  # another thread undoes the patch
+    if calls is None:  # another thread is undoing the patch
         return
     seen = calls.get(key)
     if seen is None:
@@ -103,13 +103,14 @@ def notice(layer: Layer, weight: FP8Weight, key: Key, x: torch.Tensor) -> None:
 
 
 def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound | None:
-    """The call for inputs like ``x``; None where this very one cannot tell."""
+    """The call for inputs like ``x``; None if this input does not allow a decision."""
     home, bias = weight._home, layer._parameters.get("bias", x)
-    version, stored = home.version, home.stored  # in this order: what another thread publishes since does not fit
+    # in this order, so that what another thread publishes in between is detected
+    version, stored = home.version, home.stored
     packed = None if stored is None else stored.packed
     if (
         home.pending
-        or type(home) is not Home  # FSDP2's goes when the layer has run
+        or type(home) is not Home  # FSDP2 frees its weight after the layer has run
         or stored is None
         or packed is None
         or stored.device != x.device
@@ -140,7 +141,7 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
 
 
 def faster_kept(home: Home, x: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight) -> torch.Tensor | None:
-    """The kept weight, where it lies beside ``x`` and the engine says that it is multiplied sooner than FP8."""
+    """The kept original, if it is on the device of ``x`` and the engine expects it to be faster than FP8."""
     original = home.original
     if original is None or x.numel() == 0:
         return None
@@ -151,7 +152,7 @@ def faster_kept(home: Home, x: torch.Tensor, bias: torch.Tensor | None, packed: 
 
 
 def _plain(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> bool:
-    """Whether ``x`` lies as kernels want it, and neither autograd nor autocast has anything to do with it."""
+    """Whether ``x`` is laid out as kernels need it, and neither autograd nor autocast is involved."""
     return (
         x.is_contiguous()
         and x.data_ptr() % ALIGNMENT == 0

@@ -1,4 +1,4 @@
-"""The operations ``fp8gemm::linear`` and ``fp8gemm::grouped``: a product as tracers, modes and the profiler see it."""
+"""The operations ``fp8gemm::linear`` and ``fp8gemm::grouped``: products as tracers, modes and the profiler see them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..engines import ENGINES, PackedWeight, restore
 from ..scaled import Granularity, ScaledTensor, Scheme
 from .remembered import ALIGNMENT, call_key, remembered_linear
 
-# What a form is beside its bytes, in the types of a schema: a block of 0 is all rows or columns, no block is none.
-# An argument that has its default is neither written into a graph nor converted at each call.
+# The attributes of a packed weight beside its bytes, in types that schemas support: a block of 0 means all rows or
+# columns, an empty block means none. Arguments equal to their defaults are neither written into graphs nor converted.
 _FORM: dict[str, tuple[str, Any]] = {
     "engine": ("str", "cpu"),
     "accumulate": ("str", "auto"),
@@ -25,7 +25,7 @@ _FORM: dict[str, tuple[str, Any]] = {
     "static": ("bool", False),
     "scale_format": ("str", "float32"),
     "extra": ("Tensor[]?", None),
-    "extra_names": ("str", ""),  # joined by blanks, as torch.jit.trace has no lists of strings
+    "extra_names": ("str", ""),  # joined by spaces, as torch.jit.trace does not support lists of strings
     "derive": ("bool", False),
 }
 _OF_LINEAR: dict[str, tuple[str, Any]] = {
@@ -47,8 +47,8 @@ def _schema(arguments: dict[str, tuple[str, Any]]) -> str:
 _library: Any = torch.library.Library("fp8gemm", "DEF")  # type: ignore[no-untyped-call]
 _OPERANDS = "Tensor x, Tensor data, Tensor scale, int[] shape, ScalarType out_dtype"
 _library.define(f"linear({_OPERANDS}, *, {_schema(_OF_LINEAR | _FORM)}) -> Tensor")
-# Inductor writes every default out, and twelve arguments are converted in 8 us. This one is for where all but the bias
-# are defaults: row scales on the CPU engine.
+# Inductor passes every default, and converting twelve arguments takes 8 us. This overload is for weights whose
+# arguments are all defaults: row scales on the CPU engine.
 _library.define(f"linear.rows({_OPERANDS}, Tensor? bias) -> Tensor")
 _library.define(f"grouped({_OPERANDS}, Tensor ends, *, {_schema(_FORM)}) -> Tensor")
 
@@ -61,7 +61,7 @@ def call_linear(
     x_scale: torch.Tensor | None = None,
     x_grid: Granularity | None = None,
 ) -> torch.Tensor:
-    """``y [M, N] = x [M, K] @ w.T + bias`` by the operation; ``x`` is FP8 where it comes with scales."""
+    """``y [M, N] = x [M, K] @ w.T + bias`` by the operation; ``x`` is FP8 if ``x_scale`` is given."""
     shape, scales = [weight.n, weight.k], {"x_scale": x_scale, "input_scale": weight.input_scale}
     form = _form(weight, bias=bias, x_block=_block(x_grid), **scales)
     if form.keys() <= {"bias"}:
@@ -81,7 +81,7 @@ def call_grouped(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_
 
 
 def _form(weight: PackedWeight, **others: Any) -> dict[str, Any]:
-    """The arguments of an operation by which ``weight`` differs from the defaults."""
+    """The arguments of an operation in which ``weight`` differs from the defaults."""
     scheme = weight.scheme
     form = {
         "engine": weight.engine,
@@ -134,7 +134,7 @@ def _form_of(
     derive: bool = False,
     input_scale: torch.Tensor | None = None,
 ) -> PackedWeight:
-    """The form that an operation was handed in pieces; ``shape`` is ``[N, K]``, or ``[E, N, K]`` of a stack."""
+    """The packed weight from an operation's arguments; ``shape`` is ``[N, K]``, or ``[E, N, K]`` for a stack."""
     *experts, n, k = shape
     weight = PackedWeight(
         engine=engine,
@@ -164,8 +164,8 @@ def _linear_operation(
     x_block: Sequence[int] = (),
     **form: Any,
 ) -> torch.Tensor:
-    """``Engine.linear``, or ``linear_quantized`` where ``x`` comes with scales."""
-    if not x.is_contiguous():  # also one that was zero by decree: it comes here as one zero, expanded
+    """``Engine.linear``, or ``linear_quantized`` if ``x_scale`` is given."""
+    if not x.is_contiguous():  # for example a zero tensor, which arrives as an expanded scalar
         x = x.contiguous()
     calls = data.__dict__.get("_fp8gemm_calls")
     if calls and x_scale is None and "derive" not in form and x.data_ptr() % ALIGNMENT == 0:
@@ -182,7 +182,7 @@ def _linear_operation(
     return ENGINES[weight.engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
 
 
-# Forms by the id of their bytes, with those bytes as they were counted: derived once for each change of them.
+# Packed weights by the id of their bytes, with the version of those bytes: derived once per version.
 _derivations: dict[int, tuple[weakref.ref[torch.Tensor], int, PackedWeight]] = {}
 
 
@@ -191,7 +191,7 @@ def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) ->
 
 
 def _derived(bare: PackedWeight) -> PackedWeight:
-    """A form with what its engine derives from the bytes."""
+    """The packed weight with the tensors that its engine derives from the bytes."""
     data, key = bare.data, id(bare.data)
     version = 0 if data.is_inference() else data._version
     found = _derivations.get(key)

@@ -1,7 +1,7 @@
-"""One product by an engine's form of a weight: a plain call in eager, an operation where somebody watches.
+"""The product of activations with a packed weight: a plain call in eager mode, an operation if anything observes it.
 
-An operation is what torch.compile, torch.jit.trace, dispatch modes, the profiler and tensor subclasses can see; C only
-sees plain memory. While compiling activations are rounded outside of it wherever the engine rounds them apart.
+torch.compile, torch.jit.trace, dispatch modes, the profiler and tensor subclasses can only see operations, and C code
+needs plain memory. While compiling, activations are quantized outside of the operation if the engine supports that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def multiply(
 ) -> torch.Tensor:
     """``y [M, N] = x [M, K] @ w.T + bias [N]``, differentiable in ``x`` and ``bias``; the weight is frozen.
 
-    ``version`` counts what was written to the weight: backward raises where that was something since forward.
+    ``version`` returns the weight's version: backward raises if the weight was written to since forward.
     """
     if wants_derivative(x, bias):
         y: torch.Tensor = _Product.apply(x, bias, weight, out_dtype, version)  # type: ignore[no-untyped-call]
@@ -38,12 +38,12 @@ def multiply(
 
 
 def wants_derivative(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether autograd has to see a product."""
+    """Whether autograd has to record a product."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def in_forward_mode() -> bool:
-    """Whether tangents of forward-mode differentiation may be on their way."""
+    """Whether forward-mode differentiation is active, so that inputs may have tangents."""
     return forward_ad._current_level >= 0
 
 
@@ -91,7 +91,7 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None
     x_scale = None
-    if rounding is not None:  # as plain operations, which the compiler fuses with those before them
+    if rounding is not None:  # as plain operations, which the compiler can fuse with those before them
         static = weight.input_scale if weight.scheme.static else None
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
         x, x_scale = rounded.data, rounded.scale
@@ -99,7 +99,7 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
 
 
 def grouped_forward(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """``Engine.grouped`` for a stack, as an operation where somebody watches."""
+    """``Engine.grouped`` for a stack, as an operation if anything observes it."""
     if not (torch.compiler.is_compiling() or watched(x, weight.data, weight.scale, ends)):
         return ENGINES[weight.engine].grouped(x, weight, ends, None, out_dtype)
     return call_grouped(x, weight, ends, out_dtype)
@@ -109,28 +109,30 @@ profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def watched(*tensors: torch.Tensor | None) -> bool:
-    """Whether a product of these has to be an operation: somebody traces, counts or profiles, or C cannot read them."""
+    """Whether a product has to be an operation: it is traced, counted or profiled, or C cannot read these tensors."""
     return jit_tracing() or profiling() or not native.plain(*tensors)
 
 
 def exporting() -> bool:
-    """The flag behind ``torch.compiler.is_exporting()``, which torch 2.10's Dynamo takes for true in every trace."""
+    """The flag behind ``torch.compiler.is_exporting()``, which torch 2.10's Dynamo assumes to be true in every
+    trace."""
     return torch.compiler._is_exporting_flag
 
 
 def jit_tracing() -> bool:
-    """Whether torch.jit.trace is recording, to which anything but an operation of torch's is a constant."""
+    """Whether torch.jit.trace is recording; it treats everything except torch operations as constants."""
     return torch._C._get_tracing_state() is not None
 
 
 def _more_than(m: int, few: int) -> bool:
     """Whether there are more than ``few`` tokens.
 
-    Where their number is symbolic that is a guard, and a no where there can be none. An exported program has one graph,
-    in which the engine decides when it runs, unless it decides alike for all.
+    If their number is symbolic, this installs a guard, or returns False if no guard is possible. An exported program
+    has only one graph, in which the engine decides at run time, unless it decides alike for every number.
     """
     if exporting():
         return few == 0
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # a slow import, and torch.compile has made it
+    # a slow import, which torch.compile has already done
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return bool(guard_or_false(m > few))

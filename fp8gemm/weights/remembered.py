@@ -1,4 +1,4 @@
-"""Products that were decided before: from the second of a shape on, only the decided call is made."""
+"""Bound products: from the second call with a shape on, all decisions are reused."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 from ..engines import ENGINES, PackedWeight
 
-MOST_CALLS = 32  # that a weight keeps decided; one more and it starts again
-ALIGNMENT = 16  # bytes, of inputs: what compiled kernels were specialized for
+MOST_CALLS = 32  # the most bound calls of a weight; one more clears them
+ALIGNMENT = 16  # bytes, of inputs: the alignment that compiled kernels were specialized for
 
 
 def remembered_linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """``Engine.linear``; from the second time on that an ``x`` of this shape comes, by a call that was decided then.
+    """``Engine.linear``; from the second call with this shape of ``x`` on, by a bound call.
 
-    Decided calls lie beside the bytes that they are for, by the addresses of all that goes into them but ``x``.
+    Bound calls are stored with the bytes that they are for, by the addresses of all their tensors except ``x``.
     """
     data = weight.data
     if type(data) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % ALIGNMENT or not x.numel():
@@ -32,7 +32,7 @@ def remembered_linear(
     if call is None:
         if len(calls) >= MOST_CALLS:
             calls.clear()
-        # Bound the second time, as what comes once may never come again; False where an engine has nothing to bind.
+        # Bind at the second call, as a first one may remain the only one; False if the engine has nothing to bind.
         calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
     return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
 
@@ -47,7 +47,7 @@ def call_key(
     bias: torch.Tensor | None,
     input_scale: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    """What tells decided calls apart, beside the bytes of one weight."""
+    """The key of a bound call among those of one weight's bytes."""
     bias_at = 0 if bias is None else bias.data_ptr()
     input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
     ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)

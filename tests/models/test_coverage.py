@@ -1,5 +1,5 @@
-"""Architectures of transformers, small and random: nearly all multiply-adds with a weight run on FP8, and what comes
-out is what the same model gives with its weights dequantized."""
+"""Small random transformers architectures: nearly all multiply-adds with weights run on FP8, and the outputs are those
+of the same model with its weights dequantized."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = {"input_ids": IDS}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
 BOTH = {"input_ids": IDS, "pixel_values": IMAGES}
 
-# The names of the usual sizes differ; 128 wide so that depthwise convolutions and routers weigh little, as in reality.
+# Names of sizes differ between models; a width of 128 keeps depthwise convolutions and routers small in relation.
 GPT = {"vocab_size": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64}
 WIDE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FULL = {**WIDE, "intermediate_size": 256}
@@ -92,5 +92,5 @@ def test_nearly_all_multiply_adds_run_on_fp8(name: str) -> None:
     assert not found.coverage.dequantized
     dense, _ = disable_fp8_gemm(copy.deepcopy(model))
     expected = answer(dense, inputs)
-    # Both sum in float32, in different orders: some 2^-23 for each of a dozen layers, of the largest value.
+    # Both sum in float32 in different orders: about 2^-23 of the largest value for each of a dozen layers.
     assert torch.allclose(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

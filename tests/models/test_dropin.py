@@ -1,4 +1,4 @@
-"""What a patched model must still be: a row of the table in docs/drop-in.md each."""
+"""Drop-in behavior of patched models: one test per row of the table in docs/drop-in.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
 from fp8gemm.models import selection
 
 STORAGE = ["keep", "cpu_offload", "discard"]
-CPU = {"dtype": torch.float32, "device": "cpu"}  # what the tests' own tensors are, whatever the defaults
+CPU = {"dtype": torch.float32, "device": "cpu"}  # of the tests' own tensors, whatever the defaults
 by_storage = pytest.mark.parametrize("storage", STORAGE)
 
 
@@ -31,7 +31,7 @@ def options(storage: str = "keep", **others: object) -> FP8GemmOptions:
 
 @pytest.fixture(autouse=True, params=["plain", "bfloat16, with meta", "float16, set meta"])
 def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The defaults that a program may have set around everything: none of them is what a patched model needs."""
+    """Global defaults that a program may have set: a patched model must not depend on any of them."""
     dtype, _, how = request.param.partition(", ")
     before = torch.get_default_dtype()
     if dtype != "plain":
@@ -51,7 +51,7 @@ def randn(*shape: int, **others: object) -> torch.Tensor:
 
 
 class Mlp(nn.Module):
-    """Two Linears; asks the second for its weight's dtype as T5 does."""
+    """Two Linears; reads the second one's weight dtype, as T5 does."""
 
     def __init__(self, width: int = 64, hidden: int = 96, device: str = "cpu") -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, limit: float = 0.08) -> b
 
 
 def fp8_bytes(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every byte of FP8 and scale that a model holds."""
+    """All FP8 bytes and scales of a model."""
     return {
         name: torch.cat(
             [layer.scaled().data.view(torch.uint8).flatten(), layer.scaled().scale.view(torch.uint8).flatten()]
@@ -216,7 +216,7 @@ def test_06_attention_and_transformer_layers_really_run_fp8(storage: str, traini
         rows = report(model).converted
         assert len(rows) == layers
         for row in rows:
-            # Of cross attention the query has its own rows of in_proj_weight, keys and values share the rest.
+            # In cross attention, queries have rows of in_proj_weight of their own, and keys and values share the rest.
             calls = 2 if row.name.endswith("multihead_attn.in_proj_weight") else 1
             assert row.calls == calls, f"{type(plain).__name__}: {row.name} did not run"
             assert row.dequantizations == 0, f"{type(plain).__name__}: {row.name} was dequantized"
@@ -345,7 +345,7 @@ def test_12_dense_state_dict_is_quantized_and_wrong_ones_are_refused(storage: st
     assert torch.equal(model(x), enable_fp8_gemm(plain, inplace=False)(x))
     state = OrderedDict(model.state_dict())
     del state["wi.weight_scale"]
-    model.load_state_dict(state)  # its own entry remembers the scale
+    model.load_state_dict(state)  # the model's own entry, which has its scale
     state["wi.weight"] = state["wi.weight"].as_subclass(torch.Tensor)  # as from a file
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"wi.weight_scale\""):
         model.load_state_dict(state)
@@ -498,7 +498,7 @@ def test_19_threads_and_replicas(storage: str) -> None:
     replica = model.wi._replicate_for_data_parallel()
     replica.weight, replica.bias = model.wi.weight.detach(), model.wi.bias.detach()
     assert torch.equal(replica(x), model.wi(x))
-    replica.weight = model.wi.weight.dequantize()  # what a broadcast of it to another device makes
+    replica.weight = model.wi.weight.dequantize()  # the result of broadcasting it to another device
     assert close(replica(x), model.wi(x), 1e-2)
 
 
@@ -550,7 +550,7 @@ def test_21_an_exception_in_the_middle_changes_nothing(storage: str, inplace: bo
         enable_fp8_gemm(model, options=options(storage), inplace=inplace)
     assert [type(layer) for layer in model] == [nn.Linear] * 3
     assert list(model.state_dict()) == list(state)
-    if storage == "discard" and inplace:  # what was discarded cannot come back exactly
+    if storage == "discard" and inplace:  # the discarded originals cannot be restored exactly
         assert close(model(x), expected)
     else:
         assert torch.equal(model(x), expected)

@@ -1,4 +1,4 @@
-"""Gated MLPs are found by what they compute, and give the same whether activation and rounding are one step or not."""
+"""Gated MLPs are recognized by what they compute; fusing activation and quantization does not change the result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.weights import linear
 
-WRONG = 7.0  # what a kernel that must not run would add
+WRONG = 7.0  # added by a kernel that must not run
 
 
 class Gating(ReferenceEngine):
-    """The reference with a fused step from 5 tokens on, which is counted."""
+    """The reference engine with a fused step from 5 tokens on, which it counts."""
 
     def __init__(self) -> None:
         self.fused = 0
@@ -41,7 +41,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Gating:
 
 
 class Mlp(nn.Module):
-    """As transformers writes it."""
+    """As written in transformers."""
 
     def __init__(self, act: nn.Module | None = None, *, bias: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Mlp(nn.Module):
 
 
 class OtherNames(nn.Module):
-    """As Llama's own code writes it, the factors the other way round."""
+    """As written in Llama's own code, with the factors reversed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Branching(Mlp):
 
 
 class Writing(Mlp):
-    """A step that nobody uses, and that changes what the others see."""
+    """A step whose result is not used, but which modifies what the others see."""
 
     def forward(self, x):
         x.mul_(2)
@@ -180,7 +180,7 @@ def test_gradients_and_autocast_take_the_models_own_code(engine: Gating) -> None
 
 @torch.no_grad()
 def test_joined_gate_and_up(engine: Gating) -> None:
-    """Halves of one product, whose rows do not follow each other."""
+    """The halves of one product, whose rows are not adjacent."""
     plain = patched(nn.Sequential(Mlp()))
     model = copy.deepcopy(plain)
     fuse_siblings(model)
@@ -188,7 +188,7 @@ def test_joined_gate_and_up(engine: Gating) -> None:
     x = torch.randn(8, 32)
     for _ in range(3):
         torch.testing.assert_close(model(x.clone()), plain(x), rtol=2e-2, atol=2e-2)
-    assert engine.fused == 2  # the first pass is watched, product by product
+    assert engine.fused == 2  # the first pass is observed, and runs unfused
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Patching and undoing that is interrupted anywhere: the model is as it was, or converted, and every layer runs."""
+"""Interrupting patching and undoing at any point: the model is converted or unchanged, and every layer runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ by_setting = pytest.mark.parametrize(("storage", "inplace", "eager"), SETTINGS)
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch) -> Iterator[None]:
-    """What is raised while a generator or a bar of tqdm's is thrown away reaches nobody."""
+    """Exceptions raised while a generator or a tqdm bar is finalized reach nobody."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def _quiet(monkeypatch) -> Iterator[None]:
 
 
 class PreTrainedModel(nn.Module):
-    """By name and module one of transformers' models, whose ``save_pretrained`` is redirected."""
+    """Has the name and module of a transformers model, whose ``save_pretrained`` is redirected."""
 
     __module__ = "transformers.modeling_utils"
 
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
 
 class Special(nn.Linear):
-    """Kept with a reason."""
+    """Kept, with a reason."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input, self.weight * 2, self.bias)
@@ -86,7 +86,7 @@ class Model(PreTrainedModel):
 
 
 class Watched:
-    """A model, what it was before, and what is wrong with it after."""
+    """A model, its earlier state, and what is wrong with it afterwards."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ class Watched:
         found: dict[str, Any] = {}
         for name, module in self.model.named_modules():
             hooks = (len(module._state_dict_hooks), len(module._load_state_dict_pre_hooks))
-            own = sorted(vars(module).keys() - {"_fp8gemm_coverage"})  # noted by the first forward pass
+            own = sorted(vars(module).keys() - {"_fp8gemm_coverage"})  # recorded by the first forward pass
             found[name] = (type(module), own, hooks, list(module._parameters))
         for name, parameter in self.model.named_parameters():
             found[f"parameter {name}"] = (type(parameter), sorted(vars(parameter)), parameter.requires_grad)
@@ -112,7 +112,7 @@ class Watched:
         return [name for name, parameter in self.model.named_parameters() if isinstance(parameter, FP8Weight)]
 
     def runs(self) -> list[str]:
-        """Why the model does not do what it did; nothing if it does."""
+        """Why the model does not behave as before; empty if it does."""
         try:
             with torch.no_grad():
                 y = self.model(self.x)
@@ -122,7 +122,7 @@ class Watched:
         return [] if close else ["changed: other results"]
 
     def faults(self, *, said: bool, exact: bool) -> list[str]:
-        """What an interrupt left behind; ``exact``: the very parameters are due, or else values unless it was said."""
+        """What is wrong after an interrupt; ``exact`` requires the original parameters, unless a loss was reported."""
         model, faults, left = self.model, self.runs(), self.fp8()
         if left:
             whole = len(left) == 4 and type(model.first) is type(model.last) is type(model.tied) is FP8Linear
@@ -143,7 +143,7 @@ class Watched:
 
 
 def attempt(act: Callable[[], object]) -> tuple[BaseException | None, bool]:
-    """What interrupted ``act``, and whether that says that layers came back dequantized."""
+    """The exception that interrupted ``act``, and whether it reports layers that were dequantized."""
     caught: BaseException | None = None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -156,12 +156,12 @@ def attempt(act: Callable[[], object]) -> tuple[BaseException | None, bool]:
 
 
 class Strike(BaseException):
-    """What the tests raise where nobody expects anything."""
+    """The exception that the tests inject."""
 
 
 @contextlib.contextmanager
 def striking(n: int, *, lines: bool = False) -> Iterator[list[str]]:
-    """Raises at the ``n``-th call inside of the package, or at its ``n``-th line; yields where that was."""
+    """Raises at the ``n``-th call, or line, inside of the package; yields where that was."""
     seen, struck = 0, []
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -190,7 +190,7 @@ def options(storage: str, eager: bool) -> FP8GemmOptions:
 def strike_everywhere(
     storage: str, inplace: bool, eager: bool, *, step: int, lines: bool = False
 ) -> tuple[int, list[str]]:
-    """Interrupts patching at every ``step``-th call; how often, and what was wrong then."""
+    """Interrupts patching at every ``step``-th call; returns how often, and what was wrong afterwards."""
     faults: list[str] = []
     asked = options(storage, eager)
     handler = signal.getsignal(signal.SIGINT)
@@ -238,7 +238,7 @@ def test_out_of_memory_changes_nothing(storage: str, inplace: bool, eager: bool,
 
 @contextlib.contextmanager
 def storm(act: Callable[..., object], seed: int = 0) -> Iterator[None]:
-    """Another thread sends SIGINT all the time; it interrupts ``act``."""
+    """Sends SIGINT repeatedly from another thread while ``act`` runs."""
     over, chance = False, random.Random(seed)
 
     def send() -> None:
@@ -267,7 +267,8 @@ def storm(act: Callable[..., object], seed: int = 0) -> Iterator[None]:
 
 
 def weather(storage: str, inplace: bool, eager: bool, *, seconds: float, seed: int = 0) -> tuple[int, list[str]]:
-    """Patches under a storm for some seconds; how many interrupts there were, and what was wrong then."""
+    """Patches under repeated SIGINT for some seconds; returns the number of interrupts and what was wrong
+    afterwards."""
     count, faults, end = 0, [], time.monotonic() + seconds
     with storm(enable_fp8_gemm, seed):
         while time.monotonic() < end:
@@ -289,7 +290,7 @@ def test_a_storm_of_interrupts_changes_nothing(storage: str, inplace: bool, eage
 
 @pytest.mark.parametrize("storage", ["keep", "discard"])
 def test_undoing_that_is_interrupted_leaves_layers_that_run(storage: str) -> None:
-    """And a second call does the rest, so that the model is what it was."""
+    """A second call completes an interrupted undo, so that the model is what it was."""
 
     def undo(watched: Watched) -> None:
         attempt(lambda: disable_fp8_gemm(watched.model))
@@ -323,11 +324,12 @@ def test_undoing_that_is_interrupted_leaves_layers_that_run(storage: str) -> Non
 
 @pytest.mark.parametrize("storage", ["keep", "discard"])
 def test_what_was_fp8_before_stays_so(storage: str) -> None:
-    """An interrupt gives back only what this call has changed, in modules too that are half FP8."""
+    """An interrupt reverts only what this call has changed, also in modules that were partly FP8 before."""
     for n in range(1, 1_000_000, 9):
         watched = Watched()
         enable_fp8_gemm(watched.model, module_filter=["first", "*gate_up_proj", "last"], options=options(storage, True))
-        watched.model.last._parameters["weight"] = watched.parameters["last.weight"]  # an FP8Linear that is dense
+        # an FP8Linear whose weight is dense
+        watched.model.last._parameters["weight"] = watched.parameters["last.weight"]
         watched.parameters, watched.facts = dict(watched.model.named_parameters()), watched.look()
         watched.values = {name: parameter.clone() for name, parameter in watched.parameters.items()}
         before = watched.fp8()
@@ -351,11 +353,11 @@ def test_what_was_fp8_before_stays_so(storage: str) -> None:
 
 @pytest.mark.parametrize("room", [True, False])
 def test_a_note_where_warnings_are_errors(room: bool, monkeypatch) -> None:
-    """The interrupt itself arrives, and says what it has cost; a layer that cannot be dequantized stays FP8."""
+    """The interrupt itself propagates and reports its cost; a layer that cannot be dequantized stays FP8."""
     watched, real = Watched(), packed.quantize_weight
 
     def failing(w: torch.Tensor, *given: Any, **named: Any) -> Any:
-        if w.shape[0] == 64:  # the stack, whose turn comes after the first Linear
+        if w.shape[0] == 64:  # the stack, which is converted after the first Linear
             raise torch.OutOfMemoryError("no memory")
         return real(w, *given, **named)
 

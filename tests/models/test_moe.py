@@ -104,7 +104,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def calls_of_experts(model: nn.Module) -> dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-    """What every block of experts was given, and gave, when the model ran: routing as the model itself had it."""
+    """Inputs and outputs of every expert block in a run of the model, with the model's own routing."""
     calls = {}
     for name, module in model.named_modules():
         if name.endswith("experts"):
@@ -122,7 +122,7 @@ def calls_of_experts(model: nn.Module) -> dict[str, tuple[tuple[torch.Tensor, ..
 @pytest.mark.parametrize("config", MODELS)
 def test_transformers_experts_run_on_fp8(config, implementation: str, scheme: str) -> None:
     plain = make(config())
-    if config is not llama4:  # its experts have one implementation, their own
+    if config is not llama4:  # its experts have only one implementation
         plain.set_experts_implementation(implementation)
     model = enable_fp8_gemm(copy.deepcopy(plain), options=FP8GemmOptions(scheme=scheme), module_filter="*experts*")
     for name, (inputs, expected) in calls_of_experts(plain).items():
@@ -140,7 +140,7 @@ def test_transformers_experts_run_on_fp8(config, implementation: str, scheme: st
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_are_compiled(implementation: str) -> None:
-    """In one graph, but for the loop over experts with tokens, which transformers leaves to eager."""
+    """Compiles to one graph, except for the loop over experts with tokens, which transformers runs in eager mode."""
     model = make(qwen3_moe())
     model.set_experts_implementation(implementation)
     enable_fp8_gemm(model)
@@ -254,7 +254,7 @@ def test_einsum_over_a_stack(equation: str, x_shape: tuple[int, ...], runs: bool
 
 
 def test_warmup_spreads_tokens_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stacks of one kind once, for each M, with ends that rise to M."""
+    """Stacks of one kind run once per M, with ends that increase to M."""
     model = enable_fp8_gemm(nn.ModuleList([Einsum("ebk,enk->ebn", 4, 24, 32) for _ in range(2)]))
     stack = next(model.parameters())
     assert isinstance(stack, FP8Weight)
@@ -360,7 +360,7 @@ def test_tokens_of_absent_experts_give_zeros() -> None:
 
 
 def test_memory_of_a_model_that_is_mostly_experts() -> None:
-    """Nine tenths of the weights are experts: 0.56 of the bfloat16 bytes at most."""
+    """Experts are nine tenths of the weights: at most 0.56 of the bfloat16 bytes remain."""
     config = qwen3_moe()
     config.num_experts, config.moe_intermediate_size, config.hidden_size, config.vocab_size = 32, 256, 256, 500
     model = make(config, torch.bfloat16)

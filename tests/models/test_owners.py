@@ -1,4 +1,4 @@
-"""Every kind of owner of a matrix: what the planner makes of it, and that the products are right and on FP8."""
+"""Every kind of module that owns matrices: how they are planned, and that products are correct and on FP8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def seeded(*size: int) -> torch.Tensor:
 
 
 class Turned(nn.Module):
-    """Conv1D, as GPT-2 has it."""
+    """Conv1D, as in GPT-2."""
 
     def __init__(self, k: int = 32, n: int = 48) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Turned(nn.Module):
 
 
 class Transposing(nn.Linear):
-    """A Linear with a forward of its own, as Falcon's."""
+    """A Linear with its own forward, as in Falcon."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = input @ self.weight.T
@@ -50,7 +50,7 @@ class Doubling(nn.Linear):
 
 
 class Packed(nn.Module):
-    """Rows of one weight for queries, keys and values, by an alias and through a method."""
+    """Row ranges of one weight for queries, keys and values, accessed by an alias and by a method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Packed(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of which the forward takes one matrix after the other."""
+    """A stack whose matrices are used one after the other in the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Experts(nn.Module):
 
 
 class Biased(nn.Module):
-    """A stack of square blocks with their biases, as RecurrentGemma's gates are."""
+    """A stack of square blocks with biases, as the gates of RecurrentGemma."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Biased(nn.Module):
 
 
 class Flat(nn.Module):
-    """Experts one below the other in matrices, as DBRX has them."""
+    """Experts concatenated in matrices, as in DBRX."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Flat(nn.Module):
 
 
 class Grouped(nn.Linear):
-    """Block-diagonal: groups of rows, each with tokens of its own, as DeepSeek-V4 has it."""
+    """A block-diagonal weight: groups of rows, each for tokens of its own, as in DeepSeek-V4."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.weight.view(4, -1, x.shape[-1]).transpose(1, 2)
@@ -118,7 +118,7 @@ class Grouped(nn.Linear):
 
 
 class Sideways(nn.Module):
-    """The weight on the left, as in mixing along time; and inputs that are no rows in memory."""
+    """The weight as the left factor, as when mixing along time; and inputs that are not contiguous rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Sideways(nn.Module):
 
 
 class Headed(nn.Module):
-    """Projections with a dimension for the heads, as XLNet has them."""
+    """Projections with a separate dimension for heads, as in XLNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Headed(nn.Module):
 
 
 class Head(nn.Conv1d):
-    """A convolution of tokens, as Parakeet's CTC head is."""
+    """A convolution over tokens, as in Parakeet's CTC head."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -164,7 +164,7 @@ class Rescaled(nn.Conv1d):
 
 
 class Borrowed(nn.Module):
-    """The weight of a Linear as that of a 1x1 convolution, as DETR's segmentation heads have it."""
+    """The weight of a Linear used as that of a 1x1 convolution, as in DETR's segmentation heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class TiedScaled(Tied):
 
 
 class Bare(nn.Module):
-    """Parameters of which no code of this module's says what they are for."""
+    """Parameters whose use is not visible in the code of their own module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,14 +256,14 @@ def first(y: Any) -> torch.Tensor:
 
 
 def against_its_own_weights(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    """What the model gives is what its weights, dequantized, give."""
+    """The model's output is that of its dequantized weights."""
     dense, _ = disable_fp8_gemm(copy.deepcopy(model))
     assert not any(isinstance(parameter, FP8Weight) for parameter in dense.parameters())
     found, expected = first(model(*inputs)), first(dense(*inputs))
     assert found.shape == expected.shape
     if type(model) in CONVOLUTIONS:
         assert found.is_contiguous() == expected.is_contiguous()
-    # Both sum in float32, in different orders: K = 96 terms at most in a row, and up to eight products after another.
+    # Both sum in float32 in different orders: at most K = 96 terms per row, and up to eight consecutive products.
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -507,7 +507,7 @@ def test_products_that_are_dequantized_count_as_such() -> None:
             self.linear = nn.Linear(32, 32, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) @ self.linear.weight  # contracts N, along which the scales are
+            return self.linear(x) @ self.linear.weight  # contracts N, along which the scales vary
 
     model = enable_fp8_gemm(Sideways())
     model(X)
@@ -573,7 +573,7 @@ def test_compiled_models_are_compiled_though_their_first_pass_is_watched() -> No
     compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         compiled(X)
-        assert report(whole).coverage is None  # nobody has seen inside
+        assert report(whole).coverage is None  # the whole model has not been observed
         whole(X)
     assert report(whole).coverage is not None
 
@@ -587,7 +587,7 @@ def test_an_error_in_the_first_pass_leaves_no_mode_behind() -> None:
 
 
 def test_a_first_pass_left_by_ctrl_c_is_tidied_up_at_the_next() -> None:
-    """torch runs no hook for what is no Exception."""
+    """torch runs no hook for exceptions that are not an Exception."""
 
     class Interrupted(nn.Linear):
         calls = 0
@@ -642,7 +642,7 @@ def test_embeddings_are_converted_where_that_is_asked(scheme: str) -> None:
     options = FP8GemmOptions(scheme=scheme, embeddings=True)  # type: ignore[arg-type]
     model = enable_fp8_gemm(Untied(), options=options)
     assert isinstance(model.embed.weight, FP8Weight)
-    assert tuple(model.embed.weight.scaled().scale.shape) == (40, 1)  # a scale for each row, whatever the scheme
+    assert tuple(model.embed.weight.scaled().scale.shape) == (40, 1)  # a scale per row, whatever the scheme
     expected = model.embed.weight.dequantize()
     before = report(model).rows[0].dequantizations
     assert torch.equal(model.embed(IDS), expected[IDS])
@@ -652,7 +652,7 @@ def test_embeddings_are_converted_where_that_is_asked(scheme: str) -> None:
 def test_ties_stay() -> None:
     model = Tied()
     with pytest.raises(ValueError, match="module_filter"):
-        enable_fp8_gemm(model, module_filter="!embed")  # what is excluded anywhere stays
+        enable_fp8_gemm(model, module_filter="!embed")  # a pattern that excludes any occurrence keeps the weight
     enable_fp8_gemm(model, module_filter="head")
     assert model.head.weight is model.embed.weight
     assert [(row.name, row.ties) for row in report(model).converted] == [("head", ("embed",))]

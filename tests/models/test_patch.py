@@ -1,4 +1,4 @@
-"""enable, disable, plan and report beyond the drop-in table: filters, options, storage, memory."""
+"""enable, disable, plan and report, beyond the drop-in table: filters, options, storage and memory."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_disable_reports_per_layer() -> None:
 
 
 def test_half_the_memory_is_the_default() -> None:
-    """As the seed has it: nothing of the 16-bit weight is left, neither in the report nor in the layer."""
+    """With ``discard``, nothing of the 16-bit weight remains, neither in the report nor in the layer."""
     model = enable_fp8_gemm(nn.Linear(512, 512, bias=False, dtype=torch.bfloat16))
     assert model.original_weight is None
     assert report(model).bytes_after == 512 * 512 + 4 * 512
@@ -290,7 +290,7 @@ print(dense, peak.value - start, anonymous() - start, width * width * 2)
 
 
 def test_discarding_gives_memory_back_as_it_goes() -> None:
-    """Never more than the model and a few temporaries; at the end 0.60 of it at most. Linux counts it."""
+    """The peak is the model and a few temporaries; at the end at most 0.60 of the model remains. Measured on Linux."""
     if sys.platform != "linux":
         pytest.skip("reads /proc/self/status")
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], check=True, capture_output=True, text=True)
@@ -323,7 +323,7 @@ def test_undo_gives_back_whether_a_weight_trains(storage: str, trains: bool) -> 
 
 @pytest.mark.parametrize("scheme", ["row", "tensor", "block"])
 def test_scales_of_another_shape_are_refused_even_if_as_many(scheme: str) -> None:
-    """As many numbers in another order would be other scales."""
+    """The same number of scales in another shape are different scales."""
     options = FP8GemmOptions(scheme=scheme)  # type: ignore[arg-type]
     model = enable_fp8_gemm(nn.Linear(256, 384), options=options)
     state = dict(model.state_dict())
@@ -362,7 +362,7 @@ KEPT_WRITES = {
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("born", [torch.enable_grad, torch.inference_mode])
 def test_a_kept_original_tells_of_every_write(write, kind, eager: bool, born) -> None:
-    """Also in copies, from pickles, and where it is held from before patching; undo gives that very object back."""
+    """Also in copies, in pickles, and through references from before patching; undo restores that very object."""
     with born():
         model = kind()
     name = next(iter(model._parameters))
@@ -407,7 +407,7 @@ class Routed(nn.Module):
 def test_plan_patch_and_load_ask_engines_the_same(
     accumulate: str, scheme: str, weight_dtype: torch.dtype, dtype: torch.dtype, monkeypatch, tmp_path
 ) -> None:
-    """And get the same answer: an engine that is refused is refused by each of the three, before anything changes."""
+    """All three give the same answer: each of them refuses an unsuitable engine before anything changes."""
     options = FP8GemmOptions(engine="reference", accumulate=accumulate, scheme=scheme, weight_dtype=weight_dtype)
     source = Routed().to(dtype)
     saved = weight_dtype == torch.float8_e4m3fn  # compressed-tensors has no other
@@ -437,7 +437,7 @@ def test_plan_patch_and_load_ask_engines_the_same(
                 parameter._home.form(parameter.dtype)
         found[name], asked = asked, set()
     for name, specs in found.items():
-        # A file's stack by tensor has a scale for each expert and half, and rounds activations by token.
+        # In files, a stack with tensor scales has a scale per expert and half, and activations are quantized per token.
         by_tensor = name == "load" and scheme == "tensor"
         assert {spec for spec in specs if not (by_tensor and spec.experts)} == {
             spec for spec in found["plan"] if not (by_tensor and spec.experts)
@@ -448,7 +448,7 @@ def test_plan_patch_and_load_ask_engines_the_same(
     refusing = True
     for name, way in ways.items():
         model = copy.deepcopy(source)
-        refused = accumulate == "precise" and name != "patch lazily"  # which asks where the weight will be
+        refused = accumulate == "precise" and name != "patch lazily"  # which has to know the device of the weight
         with pytest.raises(UnsupportedError, match="it sums otherwise") if refused else contextlib.nullcontext():
             way(model)
         assert any(isinstance(parameter, FP8Weight) for parameter in model.parameters()) == (
@@ -457,11 +457,11 @@ def test_plan_patch_and_load_ask_engines_the_same(
 
 
 class Table(nn.Embedding):
-    """A library's own embedding."""
+    """An embedding class of another library."""
 
 
 def test_what_came_after_patching_is_reported_and_converted_by_the_next_call() -> None:
-    """Joined projections, a new head, replaced weights, more experts; no embeddings, and each tied weight once."""
+    """Fused projections, a new head, replaced weights, more experts; no embeddings, and each tied weight once."""
     model = Routed()
     model.kept, model.table, model.replaced = nn.Linear(16, 16), nn.Embedding(32, 32), nn.Linear(32, 32)
     model.head, model.tied = nn.Linear(128, 256), nn.Linear(128, 256)

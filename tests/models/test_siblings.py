@@ -1,4 +1,4 @@
-"""Siblings that are given one tensor run as one product, and as themselves where they are not."""
+"""Siblings that receive the same tensor run as one product, and as separate layers otherwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fp8gemm.models.warmup import warmup
 
 
 class Attention(nn.Module):
-    """Three projections of what ``given`` makes of the input for each of them."""
+    """Three projections, each of which receives what ``given`` makes of the input."""
 
     def __init__(self, *, bias: bool = True, sizes: tuple[int, int, int] = (32, 16, 16)) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def _context_elsewhere(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def fused(scheme: str = "row", **more) -> tuple[nn.Sequential, nn.Sequential]:
-    """A patched model twice: as it is, and with its siblings joined."""
+    """A patched model twice: unchanged, and with its siblings fused."""
     model = nn.Sequential(Attention(), Attention(bias=False)).requires_grad_(False)
     model = nn.Sequential(model[0])
     enable_fp8_gemm(model, options=FP8GemmOptions(scheme=scheme))
@@ -53,7 +53,7 @@ def fused(scheme: str = "row", **more) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def products(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The N of every product that a model runs, from now on."""
+    """Records the N of every product that a model runs from now on."""
     found: list[int] = []
     for engine in {type(one) for one in ENGINES.values()}:
         real = engine.linear
@@ -99,7 +99,7 @@ def test_memory_is_not_doubled() -> None:
 
 
 def test_a_tensor_changed_in_between_is_another_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very case that sharing by pointer gets wrong."""
+    """The case that comparing data pointers gets wrong."""
     plain, joined = fused()
     for _ in range(2):
         joined(torch.randn(3, 24))
@@ -113,11 +113,11 @@ def test_a_tensor_changed_in_between_is_another_tensor(monkeypatch: pytest.Monke
 
 
 def test_only_those_that_agree_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cross attention: k and v see the context, q does not."""
+    """Cross attention: k and v receive the context, q does not."""
     plain, joined = fused()
     plain[0].given = joined[0].given = _context_elsewhere
     seen = products(joined, monkeypatch)
-    for tokens in range(3, 6):  # another shape each time, so that no call is bound
+    for tokens in range(3, 6):  # a new shape each time, so that no call is bound
         x = torch.randn(tokens, 24)
         expected = plain(x)
         seen.clear()
@@ -271,7 +271,7 @@ def test_warmup_runs_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    """A weight that a layer elsewhere has too is not moved into a joined one."""
+    """A weight that is tied to another layer is not moved into a fused one."""
     model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj")}) for _ in range(2))
     model[1]["q_proj"].weight = model[0]["q_proj"].weight
     found = fuse_siblings(enable_fp8_gemm(model))

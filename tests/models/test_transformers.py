@@ -1,4 +1,4 @@
-"""Real transformers architectures, tiny and random: patched in every storage mode, compared with themselves."""
+"""Real transformers architectures, small and random: patched in every storage mode and compared with themselves."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_architecture(make: Callable[[], tuple[nn.Module, dict[str, torch.Tensor
 
 
 def test_what_is_not_a_linear_is_converted_too() -> None:
-    """GPT-2's projections are Conv1D, and its head is tied to the embeddings."""
+    """GPT-2's projections are Conv1D, and its output head is tied to the embeddings."""
     model, _ = gpt2()
     model.lm_head.weight = model.transformer.wte.weight
     enable_fp8_gemm(model)
@@ -107,7 +107,7 @@ def test_compiles_whole(make: Callable[[], tuple[nn.Module, dict[str, torch.Tens
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_generates_with_a_static_cache_and_a_compiled_forward(fullgraph: bool) -> None:
-    """What transformers does by itself on a GPU: the cache is a structure of dicts that each forward changes."""
+    """What transformers does by default on a GPU: the cache is a structure of dicts that each forward changes."""
     config = transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, eos_token_id=98, pad_token_id=0, **SMALL)
     model = enable_fp8_gemm(transformers.LlamaForCausalLM(config).eval())
     asked = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
@@ -136,7 +136,7 @@ def test_tied_heads_are_one_fp8_parameter_through_all_that_one_does_with_them(tm
     assert is_tied_in_fp8(model)
     expected = plain(TOKENS).logits
     before = model(TOKENS).logits
-    assert (before - expected).norm() / expected.norm() < 0.06  # what q, k, v and the MLP cost alone: 0.04
+    assert (before - expected).norm() / expected.norm() < 0.06  # the error from q, k, v and the MLP alone: 0.04
     assert all(row.dequantizations == 0 for row in report(model).rows)
     model.resize_token_embeddings(101, mean_resizing=False)
     assert is_tied_in_fp8(model)
@@ -159,7 +159,7 @@ def test_tied_heads_are_one_fp8_parameter_through_all_that_one_does_with_them(tm
 
 
 def test_a_tied_head_costs_a_language_model_about_what_its_other_layers_cost() -> None:
-    """Kullback-Leibler divergence of the next token, of a trained bigram model: with and without the head in FP8."""
+    """Kullback-Leibler divergence of the next token, for a trained bigram model, with and without the head in FP8."""
     torch.manual_seed(0)
     model = tied_llama()
     text = (torch.arange(4096) * 7 + torch.arange(4096) // 5 * 3) % 96
@@ -180,6 +180,6 @@ def test_a_tied_head_costs_a_language_model_about_what_its_other_layers_cost() -
         return float((dense.exp() * (dense - fp8)).sum(-1).mean())
 
     others, head, both = divergence("!lm_head"), divergence("lm_head"), divergence(None)
-    # Measured: 1e-4 and 2e-4 nats of two layers and the head, which is both the first and the last product here.
+    # Measured: 1e-4 and 2e-4 nats, from two layers and the head, which here is both the first and the last product.
     assert 0 < head < 4 * others
     assert both < 1e-3

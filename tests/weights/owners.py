@@ -1,4 +1,4 @@
-"""Modules of every kind that owns FP8 weights: a Linear, stacks of experts, parameters of its own, a tied weight."""
+"""Example modules of every kind that owns FP8 weights: Linears, stacks of experts, bare parameters, tied weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("linear", "plain", "turned", "own", "tied")
 
 
 class Experts(nn.Module):
-    """``x [E, M, K]`` through stacks ``[E, N, K]``, or ``[E, K, N]`` where they are turned."""
+    """``x [E, M, K]`` through stacks ``[E, N, K]``, or ``[E, K, N]`` if transposed (``turned``)."""
 
     def __init__(self, turned: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def dense(kind: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def in_fp8(kind: str, scheme: Any = "row", storage: Any = "discard") -> tuple[nn.Module, torch.Tensor]:
-    """The same with its matrices in FP8."""
+    """The same module with its matrices in FP8."""
     module, x = dense(kind)
     options = FP8GemmOptions(scheme=scheme, fp16_weight_storage=storage)
     if kind == "tied":
@@ -76,7 +76,7 @@ def in_fp8(kind: str, scheme: Any = "row", storage: Any = "discard") -> tuple[nn
 
 
 def forget(module: nn.Module) -> nn.Module:
-    """Other values in every parameter, so that what is loaded is seen."""
+    """Puts other values in every parameter, so that a later load has a visible effect."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(-2)

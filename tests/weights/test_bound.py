@@ -1,4 +1,4 @@
-"""Calls of a shape that was seen before take a shorter way; whatever changes in between, the result is the same."""
+"""Bound calls: whatever changes between two calls of the same shape, the result is that of an unbound call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 
 
 class Binding(ReferenceEngine):
-    """The reference, whose bound calls are counted: what the compiled kernels and Triton do, on every machine."""
+    """The reference engine, which counts bound calls as the compiled kernels and Triton do, on every machine."""
 
     name = "reference"
 
@@ -107,7 +107,7 @@ def _load(layer: FP8Linear) -> None:
 
 
 def _move_weight(layer: FP8Linear) -> None:
-    """As offloading hooks do it: other memory behind the very parameter."""
+    """Replaces the memory of the same parameter, as offloading hooks do."""
     layer.weight.data = layer_of().weight.data
 
 
@@ -161,7 +161,7 @@ def test_every_change_is_noticed(change: Callable[[FP8Linear], None], engine: Bi
 
 @torch.no_grad()
 def test_a_moved_bias_is_bound_again(engine: Binding) -> None:
-    """As layerwise casting moves it at every call."""
+    """Casts the layer at every call, as layerwise casting does."""
     layer = layer_of()
     x = torch.randn(3, 64, dtype=BF16)
     for _ in range(3):
@@ -294,7 +294,7 @@ def test_reverting_leaves_no_trace(engine: Binding) -> None:
 
 @torch.no_grad()
 def test_threads_share_a_bound_call() -> None:
-    """The compiled kernels', where there are any: operands of one call never reach another's."""
+    """With the compiled kernels, if available: concurrent calls do not mix up their operands."""
     linear = nn.Linear(256, 128, dtype=BF16)
     layer = FP8Linear.from_linear(linear)
     xs = [torch.randn(2, 256, dtype=BF16) for _ in range(4)]
@@ -335,7 +335,7 @@ def test_the_cpu_engine_binds_bit_for_bit(dtype: torch.dtype, scheme: str) -> No
 
 
 class Losing(Binding):
-    """FP8 is slower than a kept weight from five tokens on."""
+    """As if FP8 were slower than a kept weight from five tokens on."""
 
     def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         return m >= 5
@@ -353,13 +353,15 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 @pytest.mark.parametrize("storage", ["keep", "cpu_offload", "discard"])
 def test_a_kept_weight_where_fp8_loses(storage: str, losing: Engine) -> None:
-    """In place of FP8 where it is there, in both ways, and named in the report; FP8 where it is not."""
+    """It runs in place of FP8 if it is on the input's device, bound or not, and appears in the report; else FP8
+    runs."""
     linear = nn.Linear(64, 48, dtype=BF16).requires_grad_(False)
     layer = FP8Linear.from_linear(linear, FP8GemmOptions(engine="reference", fp16_weight_storage=storage))  # type: ignore[arg-type]
     for m in (4, 5):
         layer.home.activity = Activity()
         x = torch.randn(m, 64, dtype=BF16)
-        kept = m >= 5 and storage != "discard"  # offloaded to the CPU, it lies beside a CPU's input
+        # an original that was offloaded to the CPU is on the device of a CPU input
+        kept = m >= 5 and storage != "discard"
         for _ in range(4):
             assert layer(x).equal(linear(x)) == kept
         assert (KEPT_KERNEL in layer.activity.kernels) == kept

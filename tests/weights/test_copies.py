@@ -1,4 +1,4 @@
-"""Copies of modules with FP8 weights: by copy, by pickle, in other processes and on other devices' replicas."""
+"""Copies of modules with FP8 weights: by ``copy``, by pickle, in other processes and as replicas on other devices."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(kind: str, scheme: str, sto
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_is_written_to_and_still_due(way: str) -> None:
-    """What was written and waits to be rounded goes along."""
+    """Pending writes are copied as well."""
     module, x = in_fp8("linear")
     module[0].weight[5:] = 1
     twin = WAYS[way](module)
@@ -70,7 +70,7 @@ def test_a_copy_is_written_to_and_still_due(way: str) -> None:
 def test_ties_and_aliases_stay(way: str) -> None:
     module, x = in_fp8("tied")
     assert isinstance(module, Tied)
-    module.alias = module.first.weight.t()  # a view of the weight beside it
+    module.alias = module.first.weight.t()  # a view of the weight, stored as another attribute
     twin = WAYS[way](module)
     assert twin.second.weight is twin.first.weight
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_shared_model_answers_in_another_process(method: str, kind: str) -> No
 
 
 def broadcast(tensors: list[Any], devices: list[int], detach: bool = False) -> list[list[torch.Tensor]]:
-    """What torch's broadcast of many tensors gives: they themselves, and flattened copies on the other devices."""
+    """The result of torch's broadcast of many tensors: the tensors themselves, and flat copies on other devices."""
     if not tensors:
         return []
     flat = torch._utils._flatten_dense_tensors(tensors)

@@ -1,4 +1,4 @@
-"""What counts, averages, clips, steps and casts the parameters of a model finds FP8 weights as it finds dense ones."""
+"""Counting, averaging, clipping, optimizing and casting a model's parameters treats FP8 weights like dense ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8gemm import FP8GemmOptions, FP8Linear, FP8Weight, UnsupportedError, enab
 
 
 def mlp(storage: str = "discard") -> tuple[nn.Module, nn.Module]:
-    """Dense, and patched."""
+    """The same model dense and patched."""
     dense = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64, bias=False)).bfloat16()
     options = FP8GemmOptions(fp16_weight_storage=storage)  # type: ignore[arg-type]
     return dense, enable_fp8_gemm(copy.deepcopy(dense), options=options)
@@ -66,7 +66,7 @@ def test_optimizers_and_clipping_leave_it_alone() -> None:
 
 
 def test_moving_averages() -> None:
-    """Step by step in full precision: rounding every small step to FP8 would lose them all."""
+    """Averages in full precision: rounding every small step to FP8 would lose them all."""
     _, model = mlp()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     average.update_parameters(model)
@@ -97,7 +97,7 @@ CASTS = {
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("cast", CASTS)
 def test_casts_to_float8_change_nothing(cast: str, dtype: torch.dtype) -> None:
-    """It is FP8: a cast of its values, as by diffusers' layerwise casting, would lose scales and the kept original."""
+    """The weight is FP8 already: casting its values, as diffusers' layerwise casting does, would lose the scales."""
     x = torch.randn(3, 96, dtype=torch.bfloat16)
     for storage in ("discard", "keep"):
         layer: Any = mlp(storage)[1][2]
@@ -122,7 +122,7 @@ def test_casts_to_float8_change_nothing(cast: str, dtype: torch.dtype) -> None:
 
 
 def test_casts_that_change_nothing_need_no_exchange() -> None:
-    """nn.Module exchanges subclasses by ``swap_tensors``, which a weak reference to the parameter forbids."""
+    """nn.Module replaces subclasses by ``swap_tensors``, which fails if a weak reference to the parameter exists."""
     layer = mlp()[1][0]
     parameter = layer.weight
     reference = weakref.ref(parameter)
@@ -134,7 +134,7 @@ def test_casts_that_change_nothing_need_no_exchange() -> None:
 
 
 def test_copies_beside_a_kept_original_keep_it_too() -> None:
-    """As peft merges safely: into a copy, which is then assigned."""
+    """Merges into a copy that is then assigned, as peft's safe merge does."""
     layer: Any = mlp("keep")[1][0]
     original, start = layer.original_weight, layer.original_weight.detach().clone()
     delta = torch.full_like(start, 2**-9)

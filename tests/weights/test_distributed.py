@@ -22,7 +22,7 @@ AREAS: dict[str, Callable[[int], None]] = {}
 
 
 def area(check: Callable[[int], None]) -> Callable[[int], None]:
-    """A check that each of the processes runs with its rank."""
+    """Registers a check that each of the processes runs with its rank."""
     AREAS[check.__name__] = check
     return check
 
@@ -55,7 +55,7 @@ def raises_everywhere(act: Callable[[], object], match: str) -> None:
 
 
 class Headed(nn.Module):
-    """A frozen FP8 model and a head that trains."""
+    """A frozen FP8 model with a trainable head."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Headed(nn.Module):
 
 @area
 def ddp(rank: int) -> None:
-    """Rank 0's weights reach the others bit for bit, with scales, and gradients are averaged."""
+    """The other ranks get rank 0's bytes and scales bit for bit, and gradients are averaged."""
     from torch.nn.parallel import DistributedDataParallel
 
     for dtype, options in (
@@ -116,7 +116,7 @@ SHAPES = [
 
 
 class Adapted(nn.Module):
-    """A frozen FP8 model with a low-rank adapter beside it that trains."""
+    """A frozen FP8 model with a trainable low-rank adapter."""
 
     def __init__(self, scheme: str, n: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Adapted(nn.Module):
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to the order of sums: in 16 bits then the rounding of what comes of them differs here and there."""
+    """Compares up to the order of sums; with 16 bits, the rounding of their results may then differ."""
     if found.dtype == torch.float32:
         torch.testing.assert_close(found, expected)
     else:
@@ -137,7 +137,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @area
 def fsdp2(rank: int) -> None:
-    """Each rank holds its rows in FP8; the forward pass and the adapter's gradients are those of one process."""
+    """Each rank stores its rows in FP8; forward pass and adapter gradients equal those of a single process."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -192,7 +192,7 @@ class Turned(nn.Module):
 
 @area
 def fsdp2_settings(rank: int) -> None:
-    """Other dtypes, gathered weights that stay or are copied, shards that are written to, layouts it cannot shard."""
+    """Other dtypes, gathered weights that are kept or copied, writes to shards, and unsupported layouts."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -241,7 +241,7 @@ def fsdp2_settings(rank: int) -> None:
 
 @area
 def tensor_parallel(rank: int) -> None:
-    """Each rank holds half of the FP8 bytes of both layers, and nothing is dequantized."""
+    """Each rank stores half of the FP8 bytes of both layers, and nothing is dequantized."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -264,7 +264,7 @@ def tensor_parallel(rank: int) -> None:
                 assert local.dequantize().equal(layer.weight.dequantize()[part])
                 local.activity.dequantizations = 0
             x = tokens(dtype)
-            # Half sums are rounded before they are added, and activations to FP8 where a rank has half of each token.
+            # Half sums are rounded before they are added, and a rank that has half of each token quantizes that alone.
             tolerance = 1e-4 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(model(x), alone(x), rtol=tolerance, atol=tolerance)
             for local in (wide, narrow):
@@ -274,7 +274,7 @@ def tensor_parallel(rank: int) -> None:
 
 @area
 def distribute(rank: int) -> None:
-    """Every placement holds the same values, in FP8 where no block of scales is cut, and comes back."""
+    """Every placement has the same values, in FP8 unless it cuts a scale block, and can be undone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -320,7 +320,7 @@ def equal(found: FP8Weight, expected: FP8Weight) -> bool:
 
 @area
 def moves(rank: int) -> None:
-    """What only moves weights moves bytes and scales, whole or in part, at once or later."""
+    """Collectives that only move weights send bytes and scales: whole weights or parts, synchronous or not."""
     other = 1 - rank
     for scheme in ("row", "tensor", "block"):
 
@@ -366,7 +366,8 @@ def moves(rank: int) -> None:
             dist.send(ours, 0)
         assert equal(received, theirs)
         received = torch.empty_like(ours)
-        works = [dist.isend(ours, other), dist.irecv(received, other)]  # both at once: neither may wait for the other
+        # both at once, so that neither waits for the other
+        works = [dist.isend(ours, other), dist.irecv(received, other)]
         for work in works:
             work.wait()
         assert equal(received, theirs)
@@ -375,7 +376,7 @@ def moves(rank: int) -> None:
 
 @area
 def reductions(rank: int) -> None:
-    """What computes goes by values, also where a rank's weight was written to or is of another scheme."""
+    """Collectives that compute use values, also if a rank's weight has pending writes or another scheme."""
     ours, both = linear(96, 64, seed=rank).weight, [linear(96, 64, seed=seed).weight.dequantize() for seed in (0, 1)]
     dense = both[rank].clone()
     target = ours.data.clone()
@@ -392,7 +393,7 @@ def reductions(rank: int) -> None:
 
     written = ours.data.clone()
     if rank == 0:
-        written.mul_(3)  # a scratch copy that holds values now
+        written.mul_(3)  # a temporary copy, which now has dense values
     dist.broadcast(written, 0)
     assert values(written).equal(both[0] * 3)
     mixed = linear(96, 64, "row" if rank == 0 else "tensor", seed=rank).weight
@@ -412,7 +413,7 @@ def reductions(rank: int) -> None:
 
 @area
 def stacks(rank: int) -> None:
-    """Experts are sharded whole, also an uneven number, of a parameter [E, N, K] or [E, K, N]."""
+    """Experts are sharded as a whole, also in uneven numbers, for parameters [E, N, K] and [E, K, N]."""
     from torch.distributed.fsdp import fully_shard
 
     class Experts(nn.Module):
@@ -445,7 +446,7 @@ def stacks(rank: int) -> None:
 
 @area
 def checkpoints(rank: int) -> None:
-    """torch.distributed.checkpoint saves and loads a replicated model, and one that FSDP2 shards, bit for bit."""
+    """torch.distributed.checkpoint saves and loads replicated models, and models sharded by FSDP2, bit for bit."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.fsdp import fully_shard
 

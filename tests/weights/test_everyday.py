@@ -1,4 +1,4 @@
-"""What is written to a model's weights every day, in steps and from threads, and the products with their parts."""
+"""Ordinary writes to a model's weights, in several steps and from several threads, and products with views."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _register(layer: nn.Linear, values: torch.Tensor) -> None:
 
 
 def _flat(layer: nn.Linear, values: torch.Tensor) -> None:
-    """The second parameter lies behind the first in one flat tensor."""
+    """The second parameter follows the first in one flat tensor."""
     first = nn.Parameter(torch.ones(7, dtype=torch.bfloat16), requires_grad=False)
     flat = torch.cat([torch.zeros(7, dtype=torch.bfloat16), values.view(-1)])
     torch.nn.utils.vector_to_parameters(flat, [first, layer.weight])
@@ -76,7 +76,7 @@ EVERYDAY: dict[str, Callable[[nn.Linear], Any]] = {
 
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_everyday_writes(name: str) -> None:
-    """Until the next product they are there to the bit, however many steps they take; then each is rounded once."""
+    """Pending writes are exact over any number of steps; the next product rounds each value once."""
     x = torch.randn(3, K, dtype=torch.float32).bfloat16()
     for storage in ("discard", "keep"):
         for scheme in ("row", "tiles"):
@@ -104,7 +104,7 @@ def test_everyday_writes(name: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["row", "tiles", "tensor"])
 def test_copies_between_weights(scheme: str) -> None:
-    """By their bytes where the scales' grids agree, as values where they do not."""
+    """Copies bytes if the granularities agree, and values otherwise."""
     for other in ("row", "tiles", "tensor"):
         for view in (lambda w: w, lambda w: w[8:24], lambda w: w.t(), lambda w: w[:, 3:5]):
             target, source = matrix(scheme).weight, matrix(other).weight
@@ -200,7 +200,7 @@ def test_parts_are_a_product_each() -> None:
 
 
 def test_no_write_is_lost_to_another_thread() -> None:
-    """One thread quantizes what another one is writing: each row is written once, and all are there in the end."""
+    """One thread quantizes while another writes: each row is written once, and no write is lost."""
     for _ in range(2):
         layer, done = matrix("row"), threading.Event()
 

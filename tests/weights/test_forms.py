@@ -1,4 +1,4 @@
-"""Products in the forms that models write them: each is one FP8 product, and none dequantizes the weight."""
+"""Products in all the forms that models use: each runs as one FP8 product and does not dequantize the weight."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_one_product_and_no_dequantization(name: str, mode: Callable[[], torch.n
     with mode():
         found, expected = FORMS[name](layer.weight), FORMS[name](dense)
     assert found.shape == expected.shape
-    # Sums of 64 products in float32, in another order; bfloat16 is rounded once more.
+    # Float32 sums of 64 products in another order; bfloat16 adds one rounding.
     close = 2**-7 if found.dtype == torch.bfloat16 else 1e-4
     assert torch.allclose(found, expected, rtol=close, atol=close)
     if name != "a cast":  # whose weight is another, of the same bytes

@@ -1,4 +1,4 @@
-"""Rows that are looked up in FP8, and whole matrices dequantized: the bits of ``numerics.dequantize``."""
+"""Looking up rows in FP8, and dequantizing whole matrices: the same bits as ``numerics.dequantize``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRIDS = [Granularity(1, None), Granularity(None, None), Granularity(128, 128), G
 
 
 def weight(n: int, k: int, grid: Granularity) -> ScaledTensor:
-    """All codes, NaN included, under scales of many sizes."""
+    """All codes, including NaN, with scales of many magnitudes."""
     data = (torch.arange(n * k) * 7 % 256).to(torch.uint8).view(n, k).view(torch.float8_e4m3fn)
     scale = 2.0 ** torch.randint(-30, 12, grid.scale_shape((n, k))) * (1 + torch.rand(grid.scale_shape((n, k))))
     return ScaledTensor(data, scale, grid)
@@ -44,7 +44,7 @@ def test_the_bits_are_those_of_dequantize(size: tuple[int, int], grid: Granulari
 def test_every_level_of_instructions_agrees(grid: Granularity) -> None:
     library = native.find()
     if not isinstance(library, native.Library):
-        return  # nothing compiled here: torch did all of the above
+        return  # no compiled kernels: torch computed all of the above
     w = weight(70, 173, grid)
     ids = torch.randint(70, (9,))
     for level in ("portable", "avx2", "avx512", "amx"):
@@ -59,7 +59,7 @@ def test_strides_dtypes_and_large_values() -> None:
     cut = ScaledTensor(wide.data[:, 8:72], wide.scale, wide.granularity)
     assert same(dequantized(cut, torch.float32), dequantize(cut))
     scales = weight(64, 96, Granularity(1, 32))
-    part = ScaledTensor(scales.data[:, :64], scales.scale[:, :2], scales.granularity)  # scales do not lie together
+    part = ScaledTensor(scales.data[:, :64], scales.scale[:, :2], scales.granularity)  # scales that are not contiguous
     assert same(dequantized(part, torch.float32), dequantize(part))
     e5m2 = quantize(torch.randn(16, 32), dtype=torch.float8_e5m2)
     assert torch.equal(rows_of(e5m2, torch.tensor([3]), torch.float32), dequantize(e5m2)[[3]])

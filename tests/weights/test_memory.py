@@ -1,4 +1,4 @@
-"""Only plain memory reaches C: what has none runs through the registered op, or is refused in words."""
+"""Only plain memory reaches C: tensors without it run through the registered operation, or raise an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ compiled = pytest.mark.skipif(isinstance(FOUND, native.Unavailable), reason="the
 
 
 class Watch(TorchDispatchMode):
-    """Remembers every operation."""
+    """A mode that records every operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_fake_tensors(model: nn.Module) -> None:
 
 
 def test_memory_with_the_other_sign(model: nn.Module) -> None:
-    """A negative view's memory holds the negated values: as input, as bias and as the weight that is quantized."""
+    """The memory of a negative view has the negated values: tested as input, as bias and as the weight to quantize."""
     x = inputs(model)
     flipped = torch._neg_view(x)
     assert flipped.is_contiguous()
@@ -152,7 +152,8 @@ dist.destroy_process_group()
 def test_distributed_tensors_kill_nothing() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", DISTRIBUTED], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    told = [line for line in done.stdout.splitlines() if line.startswith(("refused", "ran", "kept"))]  # gloo talks too
+    # gloo prints, too
+    told = [line for line in done.stdout.splitlines() if line.startswith(("refused", "ran", "kept"))]
     assert [line.split()[0] for line in told] == ["refused", "ran", "kept"], done.stdout
     assert "mixed torch.Tensor and DTensor" in told[0]
     assert told[1] == "ran DTensor True"
@@ -172,7 +173,7 @@ def test_a_wrapped_weight_is_kept_with_its_name() -> None:
 
 @compiled
 def test_c_refuses_null() -> None:
-    """The last wall: a null pointer comes back as a status, with whatever operand."""
+    """The last check: a null pointer to any operand is reported as a status."""
     assert isinstance(FOUND, native.Library)
     x, data, scale, out = torch.ones(2, 8), torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(4, 1), torch.ones(2, 4)
     for name in ("x", "data", "scale", "out"):

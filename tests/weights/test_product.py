@@ -1,4 +1,4 @@
-"""What torch.compile sees of a product: an op, and before it the rounding of activations where that can be fused."""
+"""What torch.compile sees of a product: an operation, after the quantization of activations where it can be fused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEYOND = 8
 
 
 class Apart(ReferenceEngine):
-    """Leaves up to 8 tokens as they are, as a GPU engine does, and rounds more before its product."""
+    """Does not quantize up to 8 tokens, as a GPU engine does, and quantizes more before its product."""
 
     traceable = False
 
@@ -42,7 +42,7 @@ class Apart(ReferenceEngine):
 
 
 class Graphs:
-    """A backend that keeps what it was given and runs it as it is."""
+    """A backend that records its graph and runs it unchanged."""
 
     def __init__(self) -> None:
         self.seen: list[torch.fx.GraphModule] = []
@@ -136,7 +136,7 @@ def test_inductor_and_gradients() -> None:
     "ignore::torch.jit.TracerWarning",
 )
 def test_jit_tracing_records_the_product() -> None:
-    """Not the outputs of the example as constants."""
+    """The outputs are not recorded as constants."""
     layer = layer_of()
     traced = torch.jit.trace(layer, torch.randn(20, 256))
     for m in (20, 33):
@@ -146,7 +146,7 @@ def test_jit_tracing_records_the_product() -> None:
 
 @pytest.mark.parametrize("scheme", ["row", "block"])
 def test_the_triton_engine_is_traced_without_a_card(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of its dispatch is looked into, which reads files and asks drivers."""
+    """torch.compile does not trace into its dispatch, which reads files and queries drivers."""
     monkeypatch.setattr(TritonEngine, "place", lambda engine, device: place((9, 0)))
     monkeypatch.setattr(TritonEngine, "rejects", lambda engine, spec, machine: [])
     linear = nn.Linear(512, 64, dtype=torch.bfloat16).requires_grad_(False)
@@ -199,7 +199,7 @@ def test_a_forward_that_changes_a_dict_compiles_whole(engine: str) -> None:
     ids=["linear", "matmul"],
 )
 def test_products_of_the_parameter_compile_with_an_engine_that_is_traced_and_derives(how) -> None:
-    """A trace hands the weight over without what torch's products take beside the bytes."""
+    """A traced graph receives the weight without the tensors that the engine derived for torch's products."""
     layer = enable_fp8_gemm(nn.Linear(64, 96), options=FP8GemmOptions(engine="torch", scheme="tensor"))
     x = torch.randn(40, 64)
     with torch.no_grad():
@@ -209,14 +209,14 @@ def test_products_of_the_parameter_compile_with_an_engine_that_is_traced_and_der
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.10's own archive
 @pytest.mark.parametrize("extra", [False, True], ids=["plain", "derived"])
 def test_an_exported_program_holds_its_bytes_once_and_takes_others(extra: bool, monkeypatch, tmp_path) -> None:
-    """Also where the engine multiplies by tensors that it derived from the bytes, such as a scale a column."""
+    """Also if the engine multiplies by tensors derived from the bytes, such as a scale per column."""
     if extra:
         monkeypatch.setattr(fp8gemm.engines.cpu, "_library", lambda *operands: None)
     monkeypatch.setattr(product, "ENGINES", ENGINES)
     linears = (nn.Linear(512, 512), nn.Linear(512, 512))
     first, second = (fp8gemm.enable_fp8_gemm(linear.requires_grad_(False)) for linear in linears)
     packed = first.home.stored.packed
-    assert bool(packed.extra) == extra or not extra  # machines without a compiler derive in both cases
+    assert bool(packed.extra) == extra or not extra  # machines without a compiler derive tensors in both cases
     x = torch.randn(2, 512)
     exported = torch.export.export(first, (x,))
     torch.export.save(exported, tmp_path / "program.pt2")

@@ -1,4 +1,4 @@
-"""Small changes to an FP8 weight: what rounding leaves of them, and the warning where that is little."""
+"""Small changes to an FP8 weight: how much of them survives rounding, and the warning if it is little."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def layer(**options: Any) -> FP8Linear:
 
 
 def small_change(weight: torch.Tensor) -> torch.Tensor:
-    """A delta of 0.3 % of the weight, in its norm."""
+    """A delta with 0.3 % of the weight's norm."""
     delta = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float32)
     return delta * (0.003 * weight.dequantize().norm() / delta.norm())
 
 
 def kept(made: FP8Linear, was: torch.Tensor, delta: torch.Tensor) -> float:
-    """How much of the delta is there once it was rounded."""
+    """The share of the delta that survives rounding."""
     found = dequantize(made.scaled()) - was
     return float((found * delta).sum() / (delta * delta).sum())
 
@@ -41,9 +41,9 @@ TILES = Scheme(weight=Granularity(64, 32), activation=None)
 
 @pytest.mark.parametrize("scheme", ["row", "tensor", TILES], ids=str)
 def test_small_changes(scheme: Any) -> None:
-    """Rounded to nearest most of them vanish, stochastically they are there on average, and ``keep`` has them all.
+    """Rounding to nearest loses most of them, stochastic rounding keeps them on average, and ``keep`` keeps them all.
 
-    Over 32768 values the share of the delta that stochastic rounding keeps has a standard deviation of about 0.04.
+    Over 32768 values, the share that stochastic rounding keeps has a standard deviation of about 0.04.
     """
     shares = {}
     for name, options in {
@@ -66,7 +66,7 @@ def test_small_changes(scheme: Any) -> None:
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
-    """On average over 20 merges all of it is there, without a warning; the same generator gives the same bytes."""
+    """On average over 20 merges nothing is lost, without a warning; the same generator gives the same bytes."""
     shares = []
     for seed in range(20):
         made = layer(rounding="stochastic", generator=torch.Generator().manual_seed(1000 + seed))
@@ -103,7 +103,7 @@ def test_only_what_changed_is_rounded(how: Any, experts: int) -> None:
     assert set((changed[:, -2] // 16).tolist()) == {1}
     assert set((changed[:, -1] // 32).tolist()) == {1}
     assert (before.scale != after.scale).sum() <= 1
-    weight.copy_(weight.dequantize())  # what is there already
+    weight.copy_(weight.dequantize())  # a copy of the same values
     assert weight.scaled().data.view(torch.uint8).equal(after.data.view(torch.uint8))
 
 

@@ -22,7 +22,7 @@ CASTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def values(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """What the parameters are worth, dense."""
+    """The parameters' dense values."""
     return {
         name: (parameter.to(dtype or parameter.dtype).dequantize() if isinstance(parameter, FP8Weight) else parameter)
         for name, parameter in module.named_parameters(remove_duplicate=False)
@@ -223,7 +223,7 @@ def test_a_cast_entry_takes_no_memory_until_it_is_looked_at() -> None:
     assert isinstance(entry.detach().clone(), FP8Entry)
     assert (entry.shape, entry.dtype) == ((64, 64), torch.bfloat16)
     assert module[0].weight.activity.dequantizations == 0
-    assert isinstance(FP8Weight(entry, requires_grad=False), FP8Weight)  # how libraries make a parameter like another
+    assert isinstance(FP8Weight(entry, requires_grad=False), FP8Weight)  # as libraries create a parameter like another
     assert module[0].weight.activity.dequantizations == 0
     assert entry.is_contiguous()
     assert type(entry) is torch.Tensor
@@ -281,7 +281,7 @@ def test_an_entry_is_the_weight_as_it_was() -> None:
 
 @torch.no_grad()
 def test_a_checkpoint_is_read_into_a_state_dict_in_place() -> None:
-    """As torch.distributed.checkpoint.load does, before load_state_dict."""
+    """Loads in place before load_state_dict, as torch.distributed.checkpoint.load does."""
     module, x = in_fp8("turned")
     y, filed = module(x), through_torch(module.state_dict())
     twin = forget(in_fp8("turned")[0])

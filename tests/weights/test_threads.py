@@ -1,4 +1,4 @@
-"""Other threads see a weight as it was or as it is, while one casts, loads, writes to or forgets it; and forks."""
+"""Other threads see a weight before or after a cast, load, write or ``forget``, never in between; and forks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm
 from fp8gemm.weights import home
 from fp8gemm.weights.packed import quantized
 
-SECONDS = 0.3  # each
+SECONDS = 0.3  # per test
 
 
 class Experts(nn.Module):
@@ -34,7 +34,7 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.experts = nn.Linear(32, 48), Experts()
         with torch.no_grad():
-            self.layer.bias.copy_(torch.arange(48) % 3)  # in every dtype the same
+            self.layer.bias.copy_(torch.arange(48) % 3)  # exact in every dtype
 
 
 def cast(model: Model, turn: int) -> None:
@@ -55,7 +55,7 @@ def load_dense(model: Model, turn: int) -> None:
 
 @torch.no_grad()
 def write(model: Model, turn: int) -> None:
-    """Doubled, which is exact in FP8, and back; in two parts, as an update of rows would be."""
+    """Doubles the weight, which is exact in FP8, and restores it, in two parts like an update of rows."""
     for parameter in (model.layer.weight, model.experts.gate_up_proj):
         parameter.mul_(2 if turn == 0 else 0.5)
 
@@ -77,7 +77,7 @@ def copy_and_save(model: Model, turn: int) -> None:
 
 
 def patch(model: Model, turn: int) -> None:
-    """Undone and patched again: the layer changes its class while it runs."""
+    """Undoes the patch and patches again: the layer changes its class while it runs."""
     if turn == 0:
         disable_fp8_gemm(model)
     else:
@@ -96,7 +96,7 @@ READERS: dict[str, Callable[[Model, torch.Tensor], torch.Tensor]] = {
 
 
 def alike(y: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Row by row, to within what FP8 rounds away: written values may be read before they are rounded."""
+    """Writes row by row; compared up to FP8's rounding, as pending writes may be read before they are quantized."""
     return bool(((y - expected).norm(dim=-1) <= 0.06 * expected.norm(dim=-1)).all())
 
 
@@ -126,9 +126,9 @@ def test_threads_see_the_old_weight_or_the_new(act: Callable[[Model, int], None]
     model.load_state_dict(model.dense[1])
     model.states.append(copy.deepcopy(model.state_dict()))
     x = torch.randn(64, 32)
-    # Dtypes change under whoever brings a tensor of his own, as they do in torch.
+    # A caller with a tensor of its own sees the dtype change, as in torch.
     names = [name for name in READERS if act is not cast or name.startswith("layer") or "experts" in name]
-    if act is patch:  # a dense weight cannot tell its dequantized values, and bmm rounds otherwise
+    if act is patch:  # a dense weight gives no dequantized values, and bmm rounds differently
         names = [name for name in names if name not in ("values", "all experts")]
 
     def results() -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ def test_threads_see_the_old_weight_or_the_new(act: Callable[[Model, int], None]
     expected = []
     for turn in (0, 1):
         act(model, turn)
-        expected += [results() for _ in range(3)]  # bound calls too
+        expected += [results() for _ in range(3)]  # including bound calls
     faults: list[str] = []
     over = False
 
@@ -188,7 +188,7 @@ def test_a_weight_is_quantized_once_however_many_ask(storage: str, monkeypatch) 
 
 @pytest.mark.parametrize("by_bytes", [True, False])
 def test_two_threads_may_write_to_two_parts(by_bytes: bool) -> None:
-    """Nothing that one wrote is lost, in one weight."""
+    """No write to the same weight from several threads is lost."""
     layer = enable_fp8_gemm(nn.Linear(32, 48))
     sources = [enable_fp8_gemm(nn.Linear(32, 48)).weight for _ in range(2)]
     faults: list[str] = []

@@ -1,4 +1,4 @@
-"""What traces, counts, transforms or differentiates a model meets FP8 weights as it meets dense ones."""
+"""Tracers, counters, function transforms and autodiff treat FP8 weights like dense ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Experts(nn.Module):
 
 
 class Owner(nn.Module):
-    """Multiplies by parameters of layers and by views of them, not by layers."""
+    """Multiplies by parameters of layers and by views of them, not by calling layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Owner(nn.Module):
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A patched model and a dense one with the very same values."""
+    """A patched model and a dense one with the same values."""
     model = enable_fp8_gemm(nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 8)), options=WEIGHT_ONLY)
     dense = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 8))
     dense.load_state_dict(model.state_dict(), strict=False)
@@ -97,7 +97,7 @@ def test_a_write_between_forward_and_backward_is_noticed() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.10's own
 def test_products_are_counted_and_named() -> None:
-    """As many floating-point operations as dense, under the profiler too."""
+    """The same number of floating-point operations as the dense model, also in the profiler."""
     model, dense = pair()
     counts = []
     for one in (model, dense):
@@ -115,7 +115,7 @@ def test_products_are_counted_and_named() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_products_stay_on_fp8_whoever_owns_the_weight(backend: str) -> None:
-    """Experts and chunks of a fused weight too; nothing is dequantized, writes are seen, M may change."""
+    """Experts and chunks of a fused weight as well; nothing is dequantized, writes are seen, and M may change."""
     for kind, shapes in ((Experts, [(4, 5, 32), (4, 9, 32)]), (Owner, [(5, 32), (9, 32)])):
         torch._dynamo.reset()
         model = enable_fp8_gemm(kind(), options=WEIGHT_ONLY).requires_grad_(False)
@@ -128,5 +128,5 @@ def test_compiled_products_stay_on_fp8_whoever_owns_the_weight(backend: str) -> 
         with torch.no_grad():
             parameter.mul_(2)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-        assert sum(row.dequantizations for row in report(model).rows) <= before + 1  # the write's own
+        assert sum(row.dequantizations for row in report(model).rows) <= before + 1  # the write itself
         disable_fp8_gemm(model)

@@ -1,4 +1,4 @@
-"""Writes through views, made in each of torch's ways, reach an FP8 weight as they reach a dense one."""
+"""Writes through views, made in each of torch's ways, reach an FP8 weight as they would reach a dense one."""
 
 from __future__ import annotations
 
@@ -77,12 +77,13 @@ def stack(scheme: str, storage: str, *, turned: bool) -> nn.Module:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_writes_through_views(scheme: str, storage: str) -> None:
     x = torch.randn(3, K, dtype=torch.float32).bfloat16()
-    turn = list(SCHEMES).index(scheme) + (storage == "keep")  # all pairs of a view and a write come up, not all at once
+    # covers all pairs of view and write, but not all combinations
+    turn = list(SCHEMES).index(scheme) + (storage == "keep")
     for number, view in enumerate(MATRIX_VIEWS.values(), start=turn):
         for write in (list(WRITES.values())[(number + step) % len(WRITES)] for step in (0, 3)):
             layer = matrix(scheme, storage)
             for _ in range(2):
-                layer(x)  # bound
+                layer(x)  # binds the call
             check_write(layer.weight, lambda w, write=write, view=view: write(view(w)))
             y = layer(x)
             assert isinstance(layer.weight, FP8Weight)
@@ -106,7 +107,7 @@ def test_writes_to_stacks(scheme: str, storage: str, turned: bool) -> None:
 
 @pytest.mark.parametrize("write", WRITES)
 def test_pieces_that_were_copied_stay_as_they_were(write: str) -> None:
-    """A copy is not a view: neither sees what is written to the other."""
+    """A copy is not a view: writes to one do not change the other."""
     copies: list[Callable[[torch.Tensor], torch.Tensor]] = [
         *(torch.clone, lambda w: w.float(), lambda w: w.to(torch.float16), lambda w: w[8:16].clone()),
         *(lambda w: w.t().contiguous(), lambda w: w.to(torch.bfloat16, copy=True), lambda w: w * 1),
@@ -178,7 +179,7 @@ def test_reading_as_numbers() -> None:
     assert weight.view(torch.float32).dequantize().equal(values)
     array = weight.numpy()
     assert (array == values.numpy()).all()
-    with pytest.raises(ValueError, match="read-only"):  # it would not reach the weight
+    with pytest.raises(ValueError, match="read-only"):  # writes to the array would not reach the weight
         array[0] = 1
 
 
@@ -204,7 +205,7 @@ IN_INFERENCE: dict[str, Callable[[FP8Weight, FP8Weight], Any]] = {
 @pytest.mark.parametrize("made_inside", [False, True])
 @pytest.mark.parametrize("name", IN_INFERENCE)
 def test_inference_mode_gives_what_no_grad_gives(name: str, made_inside: bool) -> None:
-    """It hands over whole what torch takes apart elsewhere, and knows views of what was made outside of it."""
+    """Inference mode does not decompose some operations, and counts writes to views of normal tensors."""
     with torch.inference_mode(made_inside):
         torch.manual_seed(0)
         w, stack = matrix("row").weight, enable_fp8_gemm(Stack()).up_proj

@@ -1,4 +1,4 @@
-"""Every operation of torch that writes to a tensor reaches an FP8 weight as it reaches a dense one, or raises."""
+"""Every torch operation that writes to a tensor either reaches an FP8 weight as it would a dense one, or raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8gemm.errors import UnsupportedError
 from fp8gemm.scaled import ScaledTensor
 from fp8gemm.weights import FP8Linear
 
-# Why no arguments are tried: of whole packets, or of single overloads.
+# Why an operation is not run, by packet or overload.
 NOT_RUN = {
     "the result is whole numbers or truth values": """
         __iand__ __ilshift__ __ior__ __irshift__ __ixor__ all any argmax argmin argsort bincount bitwise_and
@@ -58,17 +58,18 @@ def reason(name: str) -> str | None:
     return _REASONS.get(name, _REASONS.get(packet))
 
 
-# Listed, and not in every version of torch.
+# Overloads in this list do not exist in every version of torch.
 NOT_EVERYWHERE = {"_philox_normal_", "_philox_uniform_", "miopen_ctc_loss"}
 
-# Here torch turns, or resizes for a moment, the very tensor that it was given.
+# These transpose, or temporarily resize, the very tensor that they are given.
 REFUSED = {"svd.U", "linalg_matrix_rank.out_tol_tensor"}
-SAME_SHAPE = {"detach_.default", "resize_.default", "resize_as_.default"}  # nothing to change, as they are called here
+# nothing changes with the arguments used here
+SAME_SHAPE = {"detach_.default", "resize_.default", "resize_as_.default"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations."""
+    """Runs thousands of tiny operations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,9 +89,9 @@ def exact(made: FP8Linear) -> torch.Tensor:
 
 
 def check_rounding(before: ScaledTensor, was: torch.Tensor, after: ScaledTensor, wanted: torch.Tensor) -> None:
-    """Rows that did not change keep their bytes; all others are wanted values, each rounded once to E4M3.
+    """Unchanged rows keep their bytes; the other values are the wanted ones, each rounded once to E4M3.
 
-    Its 3 bits of mantissa leave half a unit, 2**-4 of a value, and its smallest numbers half of 2**-9.
+    With 3 mantissa bits the error is at most half a unit, 2**-4 of a value, or half of 2**-9 for the smallest numbers.
     """
     same = ((was == wanted) | (was.isnan() & wanted.isnan())).all(dim=1)
     assert before.data.view(torch.uint8)[same].equal(after.data.view(torch.uint8)[same])
@@ -126,7 +127,7 @@ def everything() -> list[str]:
 
 
 def test_whole_vocabulary(everything: list[str]) -> None:
-    """What is not run is listed with a reason, and an operation that is new to torch is noticed here."""
+    """Every operation that is not run has a reason in the list, so operations new in torch are noticed here."""
     without = {name: found for name in everything if isinstance(found := write(name), str)}
     assert not without, "add arguments to vocabulary.OWN, or a reason to NOT_RUN"
     assert len(everything) > 900

@@ -1,4 +1,4 @@
-"""FP8 weights beside their dense twins."""
+"""FP8 weights compared with dense tensors of the same values (their twins)."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def matrix(scheme: str, storage: str = "discard", dtype: torch.dtype = torch.bfl
 
 
 def exact(weight: FP8Weight) -> torch.Tensor:
-    """The values that a write changes, in memory of their own."""
+    """The values to write, in separate memory."""
     original = weight._home.original
     return weight.dequantize() if original is None else original.detach().clone()
 
 
 def check_write(weight: FP8Weight, write: Callable[[torch.Tensor], Any]) -> torch.Tensor:
-    """Writes to a weight and to its dense twin, and compares values, bytes and blocks that nothing touched.
+    """Writes to a weight and to its dense twin, and compares values, and the bytes of untouched blocks.
 
-    A value is rounded to half a unit of E4M3's three bits, 2**-4 of it, and to half of its smallest number, 2**-10
-    times the scale. Returns the twin.
+    A value is rounded to half a unit of E4M3's three mantissa bits, 2**-4 of it, or to half of its smallest number,
+    2**-10 times the scale. Returns the twin.
     """
     before, twin = weight.scaled(), exact(weight)
     turned = weight._home.layout.turned
@@ -66,6 +66,6 @@ def check_write(weight: FP8Weight, write: Callable[[torch.Tensor], Any]) -> torc
 
 
 def near(y: torch.Tensor, wanted: torch.Tensor, tolerance: float = 0.05) -> None:
-    """FP8 products are off by up to 4 % of their norm where activations are rounded, and by bfloat16's where not."""
+    """The tolerance of products: 4 % of their norm if activations are quantized, else bfloat16's rounding."""
     error = (y.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
     assert error < tolerance

@@ -1,4 +1,4 @@
-"""The operations of torch that write to tensors, found by their schemas, each with arguments that it accepts."""
+"""The torch operations that write to tensors, found by their schemas, each with valid arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WHOLE_NUMBERS += ("max_values", "min_indices", "infos", "A_pivots")
 
 @dataclass(frozen=True)
 class Write:
-    """An overload that writes to its targets; ``arguments`` are all others, ``shapes`` those of the targets.
+    """An overload that writes to its targets; ``arguments`` are all others, ``shapes`` are those of the targets.
 
-    A target with a dtype for a shape is a plain tensor, which is not looked at.
+    A target with a dtype instead of a shape is a plain tensor, which is not checked.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Write:
     lists: bool = False
 
     def targets(self, *tensors: torch.Tensor) -> dict[str, Any]:
-        """Consecutive pieces of a tensor of ``SHAPE``, or all of it; of two such tensors where a list is written."""
+        """All or consecutive pieces of a tensor of ``SHAPE``; pieces of two such tensors if a list is written to."""
         found: dict[str, Any] = {}
         start = 0
         for key, shape in self.shapes.items():
@@ -42,7 +42,7 @@ class Write:
         return found
 
     def run(self, targets: dict[str, Any]) -> None:
-        """Once, on these targets; arguments that are tensors are copied before."""
+        """Runs it once on these targets; tensor arguments are copied first."""
         overload = overload_of(self.name)
         values = {key: _copied(value) for key, value in self.arguments.items()} | targets
         schema = overload._schema.arguments
@@ -67,7 +67,7 @@ def is_written(argument: Any) -> bool:
 
 
 def names() -> Iterator[str]:
-    """Every overload that writes to a tensor and that a public name of torch leads to."""
+    """Every overload that writes to a tensor and is reachable by a public name of torch."""
     homes = (torch, torch._C._nn, torch._C._linalg, torch._C._special, torch._C._fft)
     for schema in torch._C._jit_get_all_schemas():
         name = schema.name.removeprefix("aten::")
@@ -85,7 +85,7 @@ def names() -> Iterator[str]:
 
 
 def values(*shape: int) -> torch.Tensor:
-    """Between 0.1 and 0.9, where almost every function is defined."""
+    """Values between 0.1 and 0.9, where almost every function is defined."""
     generator = torch.Generator().manual_seed(7)
     return torch.rand(shape, generator=generator, dtype=torch.float32) * 0.8 + 0.1
 
@@ -94,7 +94,7 @@ def positive_definite(n: int) -> torch.Tensor:
     return values(n, n) @ values(n, n).T + n * torch.eye(n, dtype=torch.float32)
 
 
-# What a tensor is that nobody says more about, one after the other until an operation accepts it.
+# Default tensor arguments, tried one after the other until an operation accepts one.
 TENSORS: tuple[Callable[[], torch.Tensor], ...] = (
     lambda: values(*SHAPE),
     lambda: positive_definite(8),
@@ -126,7 +126,7 @@ def _index(like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([0, 2], dtype=torch.int64)
 
 
-# By the name of an argument, of what the other tensors are like.
+# Tensor arguments by name.
 NAMED: dict[str, Callable[[torch.Tensor], Any]] = {
     "dim": lambda t: 0,
     "index": _index,
@@ -152,7 +152,7 @@ NAMED: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def _of_kind(kind: str, value: Any) -> Any:
-    """``dim`` and its likes are one number for some overloads and a list of them for others."""
+    """``dim`` and similar arguments are one number in some overloads and a list in others."""
     if "List" in kind and isinstance(value, int):
         return [value]
     if "List" not in kind and isinstance(value, list):
@@ -188,7 +188,7 @@ def _convolution(spatial: int, **more: Any) -> dict[str, Any]:
 
 _IMAGE = values(1, 2, 6, 6)
 _WHOLE = torch.arange(8, dtype=torch.int64)
-# Of operations that want more than that, by packet or by overload.
+# Arguments of operations that need more than that, by packet or overload.
 OWN: dict[str, dict[str, Any]] = {
     "lu_unpack": {"LU_data": positive_definite(8), "LU_pivots": torch.arange(1, 9, dtype=torch.int32)},
     "clamp": {"min": 0.3, "max": 0.6},
@@ -207,7 +207,7 @@ OWN: dict[str, dict[str, Any]] = {
     "as_strided_copy": {"size": [4, 4], "stride": [8, 1]},
     "as_strided_scatter": {"src": values(4, 4), "size": [4, 4], "stride": [8, 1]},
     "as_strided_": {"size": [4, 4], "stride": [8, 1]},
-    # Reduced, their output holds all elements for a moment, and torch writes beyond an output that is a view.
+    # These resize their output to all elements for a moment, and torch writes beyond an output that is a view.
     "huber_loss": {"reduction": 0},
     "soft_margin_loss": {"reduction": 0},
     "bmm": {"self": values(2, 4, 8), "mat2": values(2, 8, 4)},
@@ -294,7 +294,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def write(name: str) -> Write | str:
-    """The overload with arguments that a dense tensor accepts; the last error where none of ours are."""
+    """The overload with arguments that a dense tensor accepts; the last error if there are none."""
     schema = overload_of(name)._schema
     targets = [a for a in schema.arguments if is_written(a)]
     in_place = targets[0] is schema.arguments[0] or is_written(schema.arguments[0])

@@ -1,4 +1,4 @@
-"""What every engine must do. Each check takes an engine and a device, and fails by assertion; none knows a name."""
+"""The conformance suite for engines. Each check takes an engine and a device, and fails by an assertion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMES = [
     Scheme(weight=MX, activation=None, scale_format="ue8m0"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-# Multiples of everything; ragged in both; narrower than any tile; one output.
+# Aligned; unaligned in both dimensions; narrower than any tile; a single output.
 SHAPES = [(256, 384), (130, 200), (17, 33), (1, 7)]
 TOKENS = [0, 1, 2, 3, 5, 17, 70]
 
@@ -38,7 +38,7 @@ def accepted_specs(engine: Engine, machine: Machine, *, experts: int = 0) -> Ite
 
 
 def check(engine: Engine, machine: Machine, device: torch.device) -> int:
-    """All checks on all problems that the engine accepts; how many problems those were."""
+    """Runs all checks on all problems that the engine accepts; returns the number of those problems."""
     specs = list(accepted_specs(engine, machine))
     stacks = [stack for stack in accepted_specs(engine, machine, experts=EXPERTS) if stack.n > 1]
     for spec in specs:
@@ -50,7 +50,7 @@ def check(engine: Engine, machine: Machine, device: torch.device) -> int:
 
 
 def exact_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Small integers times powers of two have products that every rounding leaves alone: bitwise equality."""
+    """Small integers times powers of two have exact products, whatever the rounding: bitwise equality."""
     weight, packed = _packed(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
     for m, with_bias in itertools.product(TOKENS, (True, False)):
         x = _integer_tokens(m, spec, packed.scheme, device)
@@ -76,7 +76,7 @@ def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) ->
     x = torch.randn(33, spec.k, device=device).to(spec.compute_dtype)
     rounded = _rounded(x, replace(packed, scheme=engine.rounds(x.shape[0], packed, x.dtype)), weight)
     expected = rounded @ _dense(weight).t() + bias.double()
-    # What a sum of random signs comes to, which unlike the sum itself cannot cancel to nothing; and the sum if larger.
+    # The expected size of a sum with random signs, which unlike the sum cannot cancel to zero; or the sum if larger.
     typical = (rounded.square() @ _dense(weight).square().t() + bias.double().square()).sqrt().maximum(expected.abs())
     error = engine.linear(x, packed, bias, spec.compute_dtype).double() - expected
     for dim, what in (((0, 1), "the whole"), (1, "a token"), (0, "an output")):
@@ -86,7 +86,7 @@ def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) ->
 
 
 def wide_accumulation(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Partial sums that need 13 bits and cancel: an accumulator of bfloat16 or float16 loses what is left."""
+    """Partial sums that need 13 bits and cancel: an accumulator in bfloat16 or float16 loses the remainder."""
     k = 4096
     half = torch.ones(1, k // 2, device=device)
     odd = torch.cat([3 * half, -3 * half], dim=1)
@@ -104,7 +104,8 @@ def wide_accumulation(engine: Engine, spec: MatmulSpec, device: torch.device) ->
 
 
 def special_values(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Tokens of zeros give the bias; NaN and infinity spoil their own token or output; outliers spoil no other."""
+    """Tokens of zeros give the bias; NaN and infinity affect only their own token or output; outliers affect no
+    other."""
     weight = quantize(torch.randn(spec.n, spec.k, device=device), spec.scheme.weight)
     bias = torch.randn(spec.n, device=device).to(spec.compute_dtype)
     x = torch.randn(5, spec.k, device=device).to(spec.compute_dtype)
@@ -127,7 +128,7 @@ def special_values(engine: Engine, spec: MatmulSpec, device: torch.device) -> No
 
 
 def exact_restoration(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """restore gives back what prepare was given, every byte of it: all 256 codes, NaN included."""
+    """restore returns the bytes that prepare was given: all 256 codes, including NaN."""
 
     def codes(zeros: bool) -> ScaledTensor:
         code = torch.randint(0, 256, (spec.n, spec.k), dtype=torch.uint8, device=device)
@@ -143,9 +144,9 @@ def exact_restoration(engine: Engine, spec: MatmulSpec, device: torch.device) ->
 
 
 def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Tokens cut out of a wider tensor, whose rows begin at any address.
+    """Tokens in slices of a wider tensor, whose rows start at any address.
 
-    The inputs make the product exact: a library may take another kernel for unaligned rows, and sum in another order.
+    The inputs make the product exact, as a library may choose another kernel and order of summation for unaligned rows.
     """
     weight, packed = _packed(engine, spec, lambda zeros: _integer_weight(spec, device, zeros=zeros))
     tokens = _integer_tokens(6, spec, packed.scheme, device)
@@ -155,9 +156,9 @@ def any_row_stride(engine: Engine, spec: MatmulSpec, device: torch.device) -> No
 
 
 def float64_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Operands with more than float32's 24 bits: float64 in is float64 throughout.
+    """Operands with more than float32's 24 bits: float64 activations are float64 throughout.
 
-    A sum of K products errs by at most K units of 2**-53 of the sum of magnitudes, in whatever order.
+    A sum of K products errs by at most K units of 2**-53 of the sum of magnitudes, in any order.
     """
     if spec.compute_dtype != torch.float64:
         return
@@ -172,7 +173,7 @@ def float64_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> 
 
 
 def grouped_products(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Tokens sorted by expert: no tokens, all to one, one, uneven, and some of absent experts; bitwise on integers."""
+    """Tokens sorted by expert: none, all for one, one, uneven, and some of absent experts; bitwise on integers."""
     stack, packed = _packed(engine, spec, lambda zeros: _integer_stack(spec, device, zeros=zeros))
     bias = torch.randint(-3, 4, (EXPERTS, spec.n), device=device).to(spec.compute_dtype)
     for counts in ROUTINGS:
@@ -228,7 +229,7 @@ def _integer_stack(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> Sc
 
 
 def _integer_weight(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> ScaledTensor:
-    """Codes of -1, 1 and perhaps 0 with scales of 1 and 2; zero where ``_integer_tokens`` pins activation scales."""
+    """Codes of -1, 1 and perhaps 0 with scales of 1 and 2; zero where ``_integer_tokens`` fixes activation scales."""
     data = 2 * torch.randint(0, 2, (spec.n, spec.k), device=device).float() - 1
     if zeros:
         data *= torch.randint(0, 2, data.shape, device=device)
@@ -239,7 +240,7 @@ def _integer_weight(spec: MatmulSpec, device: torch.device, *, zeros: bool) -> S
 
 
 def _integer_tokens(m: int, spec: MatmulSpec, effective: Scheme, device: torch.device) -> torch.Tensor:
-    """-1, 0 and 1; for engines that round activations also a 448 in every group, so that the scales are exactly 1."""
+    """-1, 0 and 1; for engines that quantize activations also a 448 in every group, so that scales are exactly 1."""
     x = torch.randint(-1, 2, (m, spec.k), device=device)
     if effective.activation is not None:
         x[:, ::32] = 448
@@ -247,7 +248,7 @@ def _integer_tokens(m: int, spec: MatmulSpec, effective: Scheme, device: torch.d
 
 
 def _dense(weight: ScaledTensor) -> torch.Tensor:
-    """The dequantized weight, float64, computed apart from fp8gemm's own dequantize."""
+    """The dequantized weight in float64, computed independently of fp8gemm's dequantize."""
     rows, cols = weight.granularity.block(weight.shape)
     n, k = weight.shape
     i = torch.arange(n, device=weight.device)[:, None] // rows
@@ -256,5 +257,5 @@ def _dense(weight: ScaledTensor) -> torch.Tensor:
 
 
 def _rounded(x: torch.Tensor, packed: PackedWeight, weight: ScaledTensor) -> torch.Tensor:
-    """The tokens as the engine says it rounds them, float64."""
+    """The tokens in float64 after the quantization that the engine's ``rounds`` returns."""
     return ReferenceEngine().rounded(x, replace(packed, data=weight.data, scale=weight.scale, extra={})).double()

@@ -1,4 +1,4 @@
-"""Options and fixtures that every test may use."""
+"""Options and fixtures for all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints and with what status it ends."""
+"""The command line: its output and its exit status."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One copy of each weight is enough, and no table but an empty one."""
+    """One copy of each weight, and an empty table."""
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
     monkeypatch.setattr(native, "cache_directory", lambda: tmp_path)
 
@@ -129,7 +129,7 @@ BENCH = ["bench", "--device", "cpu", "--shapes", "64x128,100x60", "--tokens", "1
 
 @pytest.mark.usefixtures("_small")
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every product by bfloat16 and by engines, with what each takes and errs; those that reject it say why."""
+    """All products by bfloat16 and by engines, with times and errors; engines that reject a product say why."""
     assert main([*BENCH, "--engines", "auto,cpu,reference,triton", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["device"] == "cpu"
@@ -176,7 +176,7 @@ def test_bench_reports_a_wrong_engine_and_does_not_time_it(
         (["--tune", "--scheme", "row"], "--scheme cannot be used with --tune"),
         (["--tokens", "0"], "tokens must be at least 1, found 0"),
         (["--device", "cuda:77"], "cuda:77 does not exist"),
-        (["--engines", "triton"], ""),  # it is told why, and nothing but bfloat16 was timed
+        (["--engines", "triton"], ""),  # the table says why, and only bfloat16 was timed
     ],
 )
 @pytest.mark.usefixtures("_small")
@@ -210,7 +210,7 @@ def test_tune_without_a_card_ends_with_one(capsys: pytest.CaptureFixture[str]) -
 
 
 class OnCard(TritonEngine):
-    """The reference's products, as if on an H200; library products give zeros."""
+    """Computes products with the reference engine, as if on an H200; library products return zeros."""
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         return []
@@ -228,7 +228,7 @@ class OnCard(TritonEngine):
 
 @pytest.mark.usefixtures("_small")
 def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """By shapes, then by a checkpoint; the rows of both stay."""
+    """First by shapes, then by a checkpoint; the table keeps the rows of both."""
     monkeypatch.setattr(plans, "TritonEngine", OnCard)
     command = ["bench", "--tune", "--device", "cpu", "--seconds", "0.01"]
     assert main([*command, "--shapes", "64x128,64x100", "--tokens", "3,4,20", "--kinds", "row"]) == 0

@@ -1,4 +1,4 @@
-"""Every public name says in its docstring what it is, with an example that runs."""
+"""Every public name has a docstring with an example that runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLIC = {name: getattr(fp8gemm, name) for name in fp8gemm.__all__ if callable(g
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_in_docstrings(name: str) -> None:
-    """As printed, but for the whitespace of tensors."""
+    """The output is as printed, except for the whitespace of tensors."""
     thing = PUBLIC[name]
     names = {**vars(inspect.getmodule(thing)), "torch": torch, "nn": nn, "F": F}
     found = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names)

@@ -1,4 +1,8 @@
-"""The floors and doors of the package hold: imports go down, and each third party has one door."""
+"""The layering of the package: imports go only to lower layers, and each third-party package has one importer.
+
+A *room* is a top-level module or folder of the package, a *floor* is a layer of rooms, and the *door* of a third-party
+package is the room that may import it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import fp8gemm
 
 PACKAGE = Path(fp8gemm.__file__).parent
 
-# From the ground up; a room imports rooms on floors below its own, never beside or above. Folders are one room.
+# From the lowest layer up. A room imports only rooms on lower floors, never on its own or above.
 FLOORS = [
     {"errors", "scaled", "progress"},
     {"native", "numerics"},
@@ -40,7 +44,7 @@ DOORS = {
 
 
 def imports(source: str, package: list[str]) -> set[str]:
-    """The modules that a source imports, absolute; ``package`` is where relative imports start."""
+    """The absolute names of modules that a source imports; ``package`` is where relative imports start."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,7 +60,7 @@ def imports(source: str, package: list[str]) -> set[str]:
 
 
 def problems(room: str, source: str, package: list[str]) -> list[str]:
-    """What a room of the package imports that it may not."""
+    """The imports of a room of the package that break the rules."""
     floor = {name: level for level, names in enumerate(FLOORS) for name in names}
     found = []
     for module in sorted(imports(source, package)):
@@ -110,7 +114,7 @@ FACTORIES |= {"scalar_tensor", "tensor", "zeros"}
 
 
 def unnamed(source: str) -> list[str]:
-    """Calls of torch's factories that leave dtype or device to defaults, which are the user's to set."""
+    """Calls of torch's factories without dtype or device, whose defaults belong to the user."""
     found = []
     for node in ast.walk(ast.parse(source)):
         function = node.func if isinstance(node, ast.Call) else None
@@ -132,7 +136,7 @@ def test_every_tensor_that_is_made_names_dtype_and_device() -> None:
 
 
 def test_importing_touches_nothing() -> None:
-    """No driver, no vLLM, no Triton, no compiler, no environment variable."""
+    """No driver, vLLM, Triton or compiler is touched, and no environment variable is changed."""
     script = """
 import os, sys, torch
 before, modules = dict(os.environ), set(sys.modules)

@@ -1,4 +1,4 @@
-"""The numbers: codes, scales and rounding, against independent definitions."""
+"""Codes, scales and rounding, compared with independent definitions."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_quantize_properties(n: int, k: int, granularity: Granularity, scale_for
     assert tuple(scaled.scale.shape) == granularity.scale_shape(x.shape)
     assert scaled.data.float().isfinite().all()
     back = dequantize(scaled)
-    # Quantizing what was quantized changes nothing when the scales are the same.
+    # Quantizing again with the same scales changes nothing.
     again = quantize(back, granularity, scale=scaled.scale)
     assert torch.equal(dequantize(again), back)
     # Nothing saturates, and half an ulp of the largest binade bounds every error.
@@ -160,7 +160,7 @@ def test_weights_in_parts_are_bitwise_the_same(n: int, k: int, granularity: Gran
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_large_weights_in_parts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By torch alone too: the largest element may be in any part."""
+    """Also without compiled kernels: the largest element may be in any part."""
     monkeypatch.setattr(quantization, "_PART_ELEMENTS", 1000)
     if not compiled:
         monkeypatch.setattr(quantization, "_compiled", lambda *weight: None)

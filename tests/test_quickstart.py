@@ -1,4 +1,4 @@
-"""The quickstart's own measures: bytes of everything that a model holds, and a verdict that says when FP8 is slower."""
+"""The quickstart's own measurements: bytes of everything that a model holds, and a verdict if FP8 is slower."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_storage_counts_once(quickstart: ModuleType) -> None:
         enable_fp8_gemm(layer, options=FP8GemmOptions(fp16_weight_storage=storage))
         extra = sum(
             tensor.nbytes for tensor in layer.home.stored.packed.extra.values()
-        )  # an engine's own, where there is no compiler
+        )  # an engine's tensors, where there is no compiler
         assert quickstart.storage_bytes(layer) == n * k + 4 * n + kept + extra, storage
 
 

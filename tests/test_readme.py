@@ -1,4 +1,4 @@
-"""README and the pages in docs are true: their Python runs, README's output is real, and what they name exists."""
+"""README and docs are true: their Python code runs, README's output is real, and everything they name exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("C*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = r"```{}\n(.*?)```"
-# Scripts of the repository, each with the options that follow it.
+# Scripts of the repository, with the options that follow them.
 SCRIPT = re.compile(r"\b((?:examples|benchmarks|tests)/\w+\.py)((?: +[^\s`|]+)*)")
 COMMAND = re.compile(r"\bfp8gemm (\w+)((?: +[^\s`|]+)*)")
 OPTION = re.compile(r"(?<=\s)--[\w-]+")
@@ -31,13 +31,13 @@ def run(code: str) -> str:
 
 
 def slugs(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def mistakes(text: str, page: Path) -> list[str]:
-    """What ``text``, standing in ``page``, names and does not exist: files, headings, scripts, commands, options."""
+    """The files, headings, scripts, commands and options that ``text`` on ``page`` names but that do not exist."""
     found = []
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
         file = page.parent / target if target else page
@@ -62,7 +62,7 @@ def mistakes(text: str, page: Path) -> list[str]:
 
 
 def normalized(output: str) -> str:
-    """Without what differs between machines: the engine, its kernels, and the widths of columns that follow."""
+    """The table without what differs between machines: the engine, its kernels, and the widths of later columns."""
     output = re.sub(r"(?<=  )(native \w+|torch panels|fp8_scaled_mm_cpu)(?= x\d)", "KERNEL", output)
     output = re.sub(r"(?<=\d  )(cpu|vllm)(?= )", "ENGINE", output)
     return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())
@@ -136,7 +136,8 @@ def test_the_comparison_of_outputs_sees_every_number() -> None:
 
 
 def test_quickstart_gives_the_same_neighbours() -> None:
-    """Real weights, real sentences: the example checks cosine similarity and ranking, and exits with 1 if not."""
+    """Real weights and sentences: the example checks cosine similarity and ranking, and exits with 1 if they are
+    off."""
     done = subprocess.run(
         [sys.executable, "examples/quickstart.py", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )

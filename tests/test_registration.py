@@ -1,4 +1,4 @@
-"""Engines and formats of somebody else's, as the examples add them."""
+"""Registering third-party engines and formats, as the examples do."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def example(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
+    sys.modules[name] = module  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(autouse=True)
 def _tables() -> Iterator[None]:
-    """The tables as they were, afterwards."""
+    """Restores the tables afterwards."""
     engines, auto, formats = dict(ENGINES), dict(AUTO), list(FORMATS)
     yield
     for table, former in ((ENGINES, engines), (AUTO, auto)):
@@ -68,7 +68,7 @@ def test_an_engine_of_ones_own_conforms_and_runs() -> None:
 
 
 def test_what_it_finds_belongs_to_a_machine_that_was_probed_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked once for a device, its facts are in ``doctor``, and on other machines they are given as values."""
+    """``probe`` runs once per device, ``doctor`` shows its result, and other machines pass it as a value."""
     before, module, asked = probe("cpu"), example("own_engine"), []
     find = module.DenseEngine.probe
     monkeypatch.setattr(

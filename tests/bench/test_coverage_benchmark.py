@@ -1,4 +1,4 @@
-"""benchmarks/coverage.py: what it says of models that run, that do not, and that differ once patched."""
+"""benchmarks/coverage.py: its reports for models that run, that fail, and that differ after patching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def coverage() -> ModuleType:
 
 
 class Different(nn.Linear):
-    """Computes something else as soon as its weight is FP8."""
+    """Computes something else once its weight is FP8."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * (2 if isinstance(self.weight, FP8Weight) else 1)

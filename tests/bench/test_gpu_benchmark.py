@@ -1,4 +1,4 @@
-"""What of benchmarks/gpu.py needs no card: its arguments, cases, floors, ratios, goals, and what it writes."""
+"""The parts of benchmarks/gpu.py that need no GPU: arguments, cases, lower bounds, ratios, goals, and its output."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ LARGE = {"n": 8192, "k": 4096}  # 34 MB in FP8
 def rows(
     kind: str, m: int, microseconds: dict[str, float], experts: int = 0, n: int = 8192, k: int = 4096
 ) -> list[Row]:
-    """Measured rows of one product; in eager each takes as long as bfloat16."""
+    """Measured rows of one product; in eager mode each takes as long as bfloat16."""
     case = gpu_cases.Case(kind=kind, model="any", layer="any", n=n, k=k, m=m, experts=experts)
     timed = {name: {"graph us": us, "host us": 10.0} for name, us in microseconds.items()}
     return [{**vars(case), **case.floors, "name": name, **times} for name, times in timed.items()]
 
 
 def judged(measured: list[Row]) -> dict[str, Row]:
-    """The verdicts on one product by goal."""
+    """The verdicts on one product, by goal."""
     return {verdict["goal"]: verdict for verdict in gpu_goals.goals(measured)}
 
 
@@ -67,7 +67,7 @@ def test_cases() -> None:
 
 
 def test_floors() -> None:
-    """Those of the published table: 7.81 and 3.91 us at M = 1, 174 and 87.0 at M = 4096."""
+    """The lower bounds of the published table: 7.81 and 3.91 us at M = 1, 174 and 87.0 at M = 4096."""
     for m, bf16, fp8 in ((1, 7.81, 3.91), (4096, 174, 87.0)):
         floors = gpu_cases.Case(kind="row", model="", layer="o", n=4096, k=4096, m=m).floors
         assert floors["bf16 floor us"] == pytest.approx(bf16, rel=2e-3)
@@ -127,7 +127,7 @@ PEERS = SimpleNamespace(
 
 @pytest.fixture
 def cpu_instead_of_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are wrong then, and everything else is as on a card."""
+    """Times are meaningless here, but everything else is as on a GPU."""
     monkeypatch.setattr(gpu, "captured", lambda call: call)
     monkeypatch.setattr(gpu, "card_seconds", harness.wall_seconds)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -174,7 +174,7 @@ def test_grouped_and_block_products() -> None:
 
 
 def test_one_scale_is_checked_against_its_own_product() -> None:
-    """Rows of very different size lose with one scale what they keep with a scale each."""
+    """Rows of very different magnitude lose with a single scale what they keep with a scale each."""
     case = gpu_cases.Case(kind="row", model="any", layer="any", n=64, k=128, m=1)
     operands = gpu_candidates.Operands(case, "cpu")
     operands.dense[1:] *= 1e-6
@@ -223,7 +223,7 @@ def test_goals_of_many_tokens(m: int, wanted: float) -> None:
 
 
 def test_no_goal_is_above_the_ceiling() -> None:
-    """facts of the H200: 1.58 times at N = 2048 and 1.76 at N = 4096."""
+    """Published measurements of an H200: 1.58 times at N = 2048 and 1.76 at N = 4096."""
     for n, most in ((2048, 1.58), (4096, 1.76)):
         case = gpu_cases.Case(kind="row", model="", layer="", n=n, k=4096, m=4096)
         assert gpu_goals.ceiling(case) == pytest.approx(most, abs=5e-3)

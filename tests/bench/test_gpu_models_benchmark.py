@@ -1,4 +1,4 @@
-"""What of benchmarks/gpu_models.py needs no card: the blocks, its arguments, and a tiny run from end to end."""
+"""The parts of benchmarks/gpu_models.py that need no GPU: the blocks, its arguments, and a small complete run."""
 
 from __future__ import annotations
 

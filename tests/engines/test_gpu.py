@@ -1,7 +1,7 @@
-"""On a CUDA card: kernels against the reference bit for bit where they can be, CUDA graphs, torch.compile.
+"""On a CUDA GPU: kernels against the reference, bit for bit where possible; CUDA graphs; torch.compile.
 
-``pytest tests/engines/test_gpu.py tests/engines/test_engines.py`` is the whole check of a card; the conformance suite
-is in the latter.
+``pytest tests/engines/test_gpu.py tests/engines/test_engines.py`` checks a GPU completely; the latter runs the
+conformance suite.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fp8gemm.models.warmup import warmup
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = torch.device(DEVICE)
 BF16 = torch.bfloat16
-# Every path of the dispatch, both sides of each change; ragged and aligned shapes.
+# Every path of the dispatch, at both sides of each change of kernel; aligned and unaligned shapes.
 TOKENS = (1, 2, 4, 5, 16, 17, 64, 65, 128, 300, 600, 1030)
 SHAPES = ((256, 512), (4096, 4096), (4097, 1000), (2112, 7168), (1, 4096), (36, 60))
 ENGINE = TritonEngine()
@@ -48,7 +48,7 @@ ENGINE = TritonEngine()
 
 @pytest.fixture(autouse=True)
 def _card() -> None:
-    """Skips where the engine itself says that it cannot run."""
+    """Skips the test if the engine itself says that it cannot run."""
     reasons = ENGINE.rejects(MatmulSpec(scheme=SCHEMES["row"], n=256, k=256), probe(DEVICE))
     if reasons:
         pytest.skip("; ".join(reasons))
@@ -57,7 +57,7 @@ def _card() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["row", "tensor", "block", "weight_only"])
 def test_exact_products(name: str, shape: tuple[int, int]) -> None:
-    """Small integers at every M: bitwise, so that no tile, mask or split is wrong anywhere."""
+    """Small integers at every M, compared bitwise, so that no tile, mask or split can be wrong."""
     n, k = shape
     scheme = SCHEMES[name]
     spec = MatmulSpec(scheme=scheme, n=n, k=k)
@@ -72,7 +72,7 @@ def test_exact_products(name: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["row", "block", "weight_only"])
 def test_random_products(name: str) -> None:
-    """The rounding that ``rounds`` announces, and the same bits at every call."""
+    """The quantization is the one that ``rounds`` returns, and repeated calls give the same bits."""
     scheme = SCHEMES[name]
     for (n, k), m in itertools.product(SHAPES, TOKENS):
         weight = quantize(torch.randn(n, k, device=CUDA), scheme.weight)
@@ -87,7 +87,7 @@ def test_random_products(name: str) -> None:
 
 @pytest.mark.parametrize("accumulate", ["fast", "precise"])
 def test_long_sums_with_outliers(accumulate: str) -> None:
-    """Cancellation at K = 16384; precise sums lose nothing that bfloat16 holds."""
+    """Cancellation at K = 16384; precise accumulation loses nothing that bfloat16 can represent."""
     scheme = SCHEMES["row"]
     n, k = 4112, 16384
     weight = quantize(torch.randn(n, k, device=CUDA), ROW)
@@ -117,7 +117,7 @@ def test_quantization_bit_for_bit(k: int, ue8m0: bool) -> None:
 
 
 def test_more_than_32_bits_of_elements() -> None:
-    """M * K and M * N beyond 2**31: the last rows are right."""
+    """M * K and M * N beyond 2**31: the last rows are correct."""
     from fp8gemm.engines.triton.kernels import quantize as kernels
 
     m, k = 2**31 // 4096 + 64, 4096
@@ -159,7 +159,7 @@ def _layer(n: int = 4096, k: int = 4096, **options: object) -> FP8Linear:
 @pytest.mark.parametrize("m", [1, 16, 64, 256, 2048])
 @pytest.mark.parametrize("scheme", ["row", "block"])
 def test_a_graph_replays_what_eager_computes(m: int, scheme: str) -> None:
-    """Bitwise, over new inputs, and with an eager call between two replays."""
+    """Replays give the same bits with new inputs, and with an eager call between two replays."""
     layer = _layer(scheme=scheme)
     x = torch.randn(m, 4096, device=CUDA, dtype=BF16)
     layer(x)
@@ -193,7 +193,7 @@ def test_two_streams_at_once() -> None:
 @pytest.mark.parametrize("scheme", ["row", "block"])
 @torch.no_grad()
 def test_bound_calls(scheme: str, m: int) -> None:
-    """The third call of a shape replays a tape: the same bits, eager and in a graph, on any stream."""
+    """The third call with a shape replays a tape: the same bits, in eager mode and in a CUDA graph, on any stream."""
     layer = _layer(512, 4096, scheme=scheme, fp16_weight_storage="discard")
     xs = [torch.randn(m, 4096, device=CUDA, dtype=BF16) for _ in range(4)]
     expected = [layer._run(x, layer.bias) for x in xs]
@@ -225,7 +225,7 @@ def test_quantizing_inside_a_capture_raises() -> None:
 
 @pytest.mark.parametrize("scheme", ["row", "block"])
 def test_compiles_whole_and_twice(scheme: str) -> None:
-    """No graph break, and one graph for few tokens and one for many: there the compiler sees their rounding."""
+    """No graph break; one graph for few tokens and one for many, in which the compiler sees their quantization."""
     layer = _layer(512, 512, scheme=scheme)
     graphs: list[torch.fx.GraphModule] = []
 
@@ -269,7 +269,7 @@ def test_the_card_is_trusted() -> None:
 
 @torch.no_grad()
 def test_gated_mlps() -> None:
-    """Activation and rounding in one kernel from 65 tokens on, with gate and up joined or not."""
+    """Activation function and quantization run in one kernel from 65 tokens on, with gate and up fused or not."""
 
     class Mlp(nn.Module):
         def __init__(self) -> None:
@@ -295,7 +295,7 @@ def test_gated_mlps() -> None:
 
 @torch.no_grad()
 def test_a_kept_weight_where_fp8_would_lose() -> None:
-    """256 outputs of 4096 tokens: rounding the tokens costs more than their product gains."""
+    """256 outputs of 4096 tokens: quantizing the tokens costs more than the product saves."""
     linear = nn.Linear(4096, 256, device=CUDA, dtype=BF16)
     layer = FP8Linear.from_linear(linear, FP8GemmOptions(engine="triton", fp16_weight_storage="keep"))
     x = torch.randn(4096, 4096, device=CUDA, dtype=BF16)
@@ -329,7 +329,7 @@ def test_joined_siblings_in_a_graph() -> None:
 
 @pytest.mark.parametrize("index", range(max(1, torch.cuda.device_count())))
 def test_every_card_of_the_machine(index: int) -> None:
-    """Whichever card is the current one."""
+    """The layer runs on its own device, whichever device is current."""
     weight = quantize(torch.randn(256, 256, device=f"cuda:{index}"), ROW)
     layout = ENGINE.prepare(weight, SCHEMES["row"])
     x = torch.randn(16, 256, device=f"cuda:{index}", dtype=BF16)
@@ -340,7 +340,7 @@ def test_every_card_of_the_machine(index: int) -> None:
 
 
 def test_every_code_of_a_weight() -> None:
-    """All 256 codes reach the product, NaN only their own output."""
+    """All 256 codes reach the product, and NaN affects only its own output."""
     code = torch.arange(256, dtype=torch.uint8, device=CUDA).view(256, 1).expand(256, 64).contiguous()
     weight = ScaledTensor(code.view(torch.float8_e4m3fn), torch.ones(256, 1, device=CUDA), ROW)
     layout = ENGINE.prepare(weight, Scheme(weight=ROW, activation=None))
@@ -354,7 +354,7 @@ def test_every_code_of_a_weight() -> None:
 
 
 def test_ragged_blocks() -> None:
-    """Block scales where K / 128 and M are what library layouts trip over."""
+    """Block scales with values of K / 128 and M that are difficult for library layouts."""
     scheme = Scheme(weight=BLOCK_128, activation=GROUP_128)
     for groups, m in itertools.product((1, 2, 3, 5, 18), (1, 2, 3, 5, 513, 515)):
         k = 128 * groups

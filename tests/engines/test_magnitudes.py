@@ -1,4 +1,4 @@
-"""Products of numbers of any size are finite where they should be: no engine leaves a dtype's range on the way."""
+"""Products of very small and very large numbers: no engine leaves the range of the dtype in intermediate results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fp8gemm.engines import cpu
 from fp8gemm.engines.reference import ReferenceEngine
 
 SMALLEST, LARGEST = 1e-6, 6e4
-# Of a product's own rounding, per dtype; bfloat16 twice, since torch alone rounds before it scales.
+# The rounding of a product, per dtype; bfloat16 twice, since plain torch rounds before it scales.
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
@@ -23,7 +23,7 @@ def check(
     k, n = 512, 24
     w = torch.randn(n, k, generator=generator, dtype=torch.float32) * weights
     x = torch.randn(m, k, generator=generator, dtype=torch.float32) * size
-    x[:, 0] = size  # whatever the others are
+    x[:, 0] = size  # whatever the other elements are
     x = x.clamp(-LARGEST, LARGEST).to(dtype)
     bias = torch.randn(n, generator=generator, dtype=torch.float32).to(dtype)
     weight = quantize(w, SCHEMES[scheme].weight, dtype=stored)
@@ -34,7 +34,8 @@ def check(
     dense = dequantize(weight, torch.float64)
     expected = rounded @ dense.t() + bias.double()
     magnitude = rounded.abs() @ dense.abs().t() + bias.double().abs()
-    # Float32 sums of k products, weights rounded to bfloat16 by block scales, and the result rounded up to twice.
+    # Float32 sums of k products, weights rounded to bfloat16 with block scales, and at most two roundings of the
+    # result.
     allowed = magnitude * (k * 2.0**-24 + 2 * UNIT[dtype]) + torch.finfo(dtype).smallest_normal
     reaches = expected.abs() + allowed < torch.finfo(dtype).max
     assert y[reaches].isfinite().all(), f"{int((~y[reaches].isfinite()).sum())} of {y.numel()} outputs are not finite"

@@ -1,4 +1,4 @@
-"""The Triton engine without a card: what it accepts, what it would launch where, and its kernels in the interpreter."""
+"""The Triton engine without a GPU: what it supports, which kernels it would launch, and its kernels interpreted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ H100 = Machine(device="cuda", name="H100", capability=(9, 0), found={"triton": T
 SPEC = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096)
 MX_SCHEME = Scheme(weight=MX, activation=None, scale_format="ue8m0")
 TOKENS = [2**power for power in range(15)]
-# How far along each path lies: as M grows, a problem only moves to the right.
+# The order of the paths: as M grows, a problem moves only to the right.
 ORDER = ["vectors", "tokens", "rows", "blocks", "library", "dense"]
 
 
@@ -65,7 +65,7 @@ PLACES = {
 @pytest.mark.parametrize("where", list(PLACES.values()), ids=list(PLACES))
 @pytest.mark.parametrize("kind", ["row", "block", "weight", "weight_k"])
 def test_formula_is_complete_and_monotone(where: Place, kind: str) -> None:
-    """Every problem has a plan that can run, and more tokens never lead back to a kernel for fewer."""
+    """Every problem has a plan that can run, and more tokens never lead back to a kernel for fewer tokens."""
     for n, k, wide in itertools.product((1, 17, 4096, 128256), (1, 60, 4096, 28672), (False, True)):
         cols = 128 if kind == "weight_k" else 0
         plans = [formula(where, kind, n, k, m, wide=wide, scale_cols=cols) for m in TOKENS]  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def _runs(where: Place, kind: str, one: Plan, n: int, k: int, m: int, cols: int)
 
 
 def test_few_variants_serve_every_m() -> None:
-    """At most a dozen kernels a layer, whatever the traffic."""
+    """At most a dozen kernels per layer, whatever the numbers of tokens."""
     for kind in ("row", "block", "weight"):
         plans = {plan(PLACES["sm90"], kind, 4096, 4096, m) for m in range(1, 20000, 7)}  # type: ignore[arg-type]
         assert len(plans) <= 12
@@ -113,7 +113,7 @@ def test_activations_are_rounded_from_65_tokens_on() -> None:
 
 
 def test_finer_activations_than_a_kernel_has_are_kept() -> None:
-    """A scheme that allows groups of 128 only is not given a scale a token."""
+    """A scheme that allows only groups of 128 never gets a scale per token."""
     scheme = Scheme(weight=ROW, activation=GROUP_128)
     engine = _on(PLACES["sm90"])
     weight = engine.prepare(_weight(scheme, 256, 256), scheme)
@@ -132,7 +132,7 @@ def test_long_sums_are_precise_unless_asked_otherwise() -> None:
 
 
 def test_a_kept_weight_is_taken_where_quantization_costs_more_than_it_gains() -> None:
-    """Narrow layers at many tokens, by the floors; never where activations stay as they are."""
+    """Narrow layers with many tokens, by the lower bounds; never for weight-only products."""
     engine = _on(PLACES["sm90"])
     for n, m, loses in (
         (256, 4096, True),
@@ -169,7 +169,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_shipped_table_claims_no_measurement() -> None:
-    """Until a card has been timed: no card, no versions, no date, no rows that stand for anything but the formula."""
+    """Until a GPU has been measured, the table has no card, versions, date or rows beyond the formula."""
     header, rows = tables.read_table(tables.SHIPPED)
     assert (header["source"] == "formula") == (header["card"] is None)
     if header["source"] == "formula":
@@ -194,7 +194,7 @@ def test_user_table_comes_first(cache: Path) -> None:
 
 
 def test_a_table_cannot_ask_for_what_cannot_run(cache: Path) -> None:
-    """One N of a bucket may be a multiple of 16 and another not."""
+    """Of two N in the same bucket, one may be a multiple of 16 and the other not."""
     where = place((9, 0), card="X")
     header = {"source": "tuned", "card": "X", "versions": {}, "date": "2026-11-21"}
     table = {("sm90", "row", 4096, 4096, 128): Plan(path="library")}
@@ -270,7 +270,7 @@ class _Compiled:
 
 
 def test_a_compiled_kernel_serves_only_what_it_was_compiled_for() -> None:
-    """A launch goes straight through where nothing that Triton specializes on has changed, and only there."""
+    """A launch skips the binder exactly if nothing that Triton specializes on has changed."""
     _triton_or_skip()
     from fp8gemm.engines.triton.launch import launch
 
@@ -297,7 +297,7 @@ def test_a_compiled_kernel_serves_only_what_it_was_compiled_for() -> None:
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """Everything under tests/interpreted, in a process of its own: there the interpreter takes over every kernel."""
+    """Runs tests/interpreted in a separate process, in which the interpreter replaces every kernel."""
     _triton_or_skip()
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parents[1] / "interpreted")]
     done = subprocess.run(

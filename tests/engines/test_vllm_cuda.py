@@ -1,4 +1,4 @@
-"""vLLM's CUDA path without a card: stand-ins that check the kernels' contracts and compute what they compute."""
+"""vLLM's CUDA path without a GPU: fakes that check the kernels' requirements and compute the same results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ H100 = Machine(
 
 
 class OnCard(VllmEngine):
-    """The engine as a card would have it."""
+    """The engine as on a GPU."""
 
     prepare = staticmethod(lambda weight, scheme, *, input_scale=None: cuda.prepare(weight, scheme, input_scale))
     restore = staticmethod(cuda.restore)
@@ -107,7 +107,7 @@ def test_conforms() -> None:
 @pytest.mark.parametrize(("name", "static"), [("row", False), ("tensor", False), ("block", False), ("tensor", True)])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 def test_quantized_before(name: str, dtype: torch.dtype, static: bool) -> None:
-    """Activations that were rounded outside give the same product."""
+    """Activations that were quantized beforehand give the same product."""
     scheme = SCHEMES[name]
     engine, n, k = OnCard(), 200, 300
     input_scale = torch.tensor(0.02) if static else None
@@ -162,6 +162,6 @@ def test_precise_sums_are_what_it_does_not_have() -> None:
 
 
 def test_a_kernel_that_is_given_too_little_is_caught() -> None:
-    """The stand-ins can fail."""
+    """The fakes can fail."""
     with pytest.raises(AssertionError):
         _cutlass(*(torch.zeros(4, 17, dtype=BF16), torch.zeros(4, 16).to(E4M3), torch.zeros(16, 17).to(E4M3)), 1, 1, 0)

@@ -1,8 +1,8 @@
-"""Triton's interpreter with the float conversions of the hardware, so that kernels can be compared bit for bit.
+"""Triton's interpreter with the hardware's float conversions, so that kernels can be compared bit for bit.
 
 The interpreter of Triton 3.6 rounds to FP8 half up and drops the carry into the exponent (one step wrong in 2.5 % of
 elements), reads the NaN codes of e4m3 as 480, truncates to bfloat16, and multiplies bfloat16 as if it were integers. A
-card rounds to nearest, ties to even, saturates finite values (``cvt.rn.satfinite``) and keeps NaN. Importing this
+GPU rounds to nearest, ties to even, saturates finite values (``cvt.rn.satfinite``) and keeps NaN. Importing this
 module replaces those conversions.
 """
 
@@ -25,7 +25,7 @@ _STORED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _convert(builder: object, source: TensorHandle, to: tl.dtype, *rest: object) -> TensorHandle:
-    """One float dtype to another, rounded as torch and the hardware round."""
+    """Converts between float dtypes, rounding like torch and the hardware."""
     value, want = _value(source), _TORCH[to.scalar]
     if want == torch.float8_e4m3fn:
         value = torch.where(value.isnan(), value, value.float().clamp(-448.0, 448.0))
@@ -65,7 +65,7 @@ def _cast_impl(builder: InterpreterBuilder, source: TensorHandle, to: tl.dtype) 
 
 
 def _fma(builder: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    """One rounding, of float32 operands, whose product float64 holds."""
+    """Float32 multiply-add with a single rounding: float64 represents the product exactly."""
     wide = x.data.astype(numpy.float64) * y.data.astype(numpy.float64) + z.data.astype(numpy.float64)
     return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 

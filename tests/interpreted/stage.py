@@ -1,4 +1,4 @@
-"""Engines that believe to be on a card, and are held to one kernel."""
+"""Engines that run as if on a GPU, restricted to one kernel."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fp8gemm.engines.triton.engine import TritonEngine, installed
 from fp8gemm.engines.triton.plan import Place, Plan, place
 
 MACHINE = Machine(device="cuda", capability=(9, 0), found={"triton": installed()})
-# Three multiprocessors, so that persistent kernels walk several tiles each.
+# Three multiprocessors, so that persistent kernels loop over several tiles each.
 HOPPER = place((9, 0), multiprocessors=3)
 AMPERE = place((8, 0), multiprocessors=3)
 
 
 class OnCard(TritonEngine):
-    """The engine as a card would have it, dispatch included."""
+    """The engine as on a GPU, including its dispatch."""
 
     def __init__(self, where: Place = HOPPER, **more: Any) -> None:
         super().__init__(**more)
@@ -31,7 +31,7 @@ class OnCard(TritonEngine):
 
 
 class Held(OnCard):
-    """Every product runs one plan; ``activation`` is what that makes of a scheme's activations."""
+    """Runs every product by one plan; ``activation`` is the quantization that the plan makes of a scheme's."""
 
     def __init__(self, plan: Plan, *, rounds_to: str, where: Place = HOPPER) -> None:
         super().__init__(where)
@@ -47,5 +47,5 @@ class Held(OnCard):
 
 
 def packed(weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
-    """A weight as the kernels' launchers take it."""
+    """A weight as the kernels' launchers need it."""
     return OnCard().prepare(weight, scheme)

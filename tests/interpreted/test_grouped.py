@@ -1,4 +1,4 @@
-"""Grouped products: every way in which tokens may be spread over experts."""
+"""Grouped products with every distribution of tokens over experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMES = {
     "weight": Scheme(weight=ROW, activation=None),
     "mx": Scheme(weight=MX, activation=None),
 }
-# ends of three experts, tokens
+# ends of three experts, number of tokens
 SPREADS = {
     "even": ([10, 20, 30], 30),
     "empty ones": ([0, 25, 25], 25),
@@ -52,7 +52,7 @@ def expected(x: torch.Tensor, weight: ScaledTensor, ends: list[int], bias: torch
 
 
 def _scaled_grouped_mm(a, b, a_scale, b_scale, *, offs, out_dtype, use_fast_accum):
-    """What torch's does on a card: rows past the last end are left as they come."""
+    """As torch's kernel on a GPU: rows past the last end are not written."""
     (tokens, k), (experts, _, n) = a.shape, b.shape
     assert a.is_contiguous()
     assert b.transpose(-2, -1).is_contiguous()
@@ -69,7 +69,7 @@ def _scaled_grouped_mm(a, b, a_scale, b_scale, *, offs, out_dtype, use_fast_accu
 @pytest.mark.parametrize("spread", list(SPREADS))
 @pytest.mark.parametrize("static", [False, True])
 def test_torchs_grouped_product(static: bool, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind our quantization, where each expert has many tokens."""
+    """After fp8gemm's quantization kernel, if each expert has many tokens."""
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _scaled_grouped_mm)
     monkeypatch.setattr(
         triton_engine, "grouped_plan", lambda *args, **more: GroupedPlan(mode="library", quantize_first=True)
@@ -125,7 +125,7 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_rounded_activations(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random operands, one output and a tail in K: as expert by expert by the reference."""
+    """Random operands, one output, and K with a remainder: the same as expert by expert with the reference."""
     monkeypatch.setattr(triton_engine, "grouped_plan", lambda *args, **more: PLANS[plan])
     scheme = SCHEMES["row" if plan == "row" else "block"]
     for n, k in ((1, 7), (40, 200)):

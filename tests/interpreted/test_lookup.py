@@ -1,4 +1,4 @@
-"""Rows that are looked up have the bits of ``dequantize``, where e4m3 is decoded by the card and where by bits."""
+"""Looked-up rows have the bits of ``dequantize``, whether the hardware or integer operations decode e4m3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel passes the conformance suite by itself, and all of them together under the engine's own dispatch."""
+"""Every kernel passes the conformance suite by itself, and all of them together with the engine's own dispatch."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_broken_kernel_is_caught() -> None:
 @pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where.arch)
 @pytest.mark.parametrize("scheme", [ROW_ROW, BLOCK, Scheme(weight=MX, activation=None)], ids=str)
 def test_dispatch_is_exact_at_every_m(scheme: Scheme, where) -> None:
-    """The engine's own choice of kernel, across every change of kernel."""
+    """The engine's own choice of kernel, at every change of kernel."""
     engine, spec = OnCard(where), MatmulSpec(scheme=scheme, n=40, k=160)
     weight = conformance._integer_weight(spec, CPU, zeros=True)
     layout = engine.prepare(weight, scheme)
@@ -112,7 +112,7 @@ def test_dispatch_is_exact_at_every_m(scheme: Scheme, where) -> None:
 @pytest.mark.parametrize("m", [3, 33, 70])
 @pytest.mark.parametrize("scheme", [ROW_ROW, BLOCK, replace(BLOCK, scale_format="ue8m0")], ids=str)
 def test_rounds_says_what_happens(m: int, scheme: Scheme) -> None:
-    """Random operands agree with the reference under the scheme that the engine says these tokens meet."""
+    """Random operands agree with the reference under the scheme that ``rounds`` returns for these tokens."""
     engine = OnCard()
     weight = quantize(torch.randn(40, 160), scheme.weight)
     layout = engine.prepare(weight, scheme)
@@ -176,7 +176,7 @@ def test_e5m2_weights_multiply() -> None:
 
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A split product leaves its counters as it found them; otherwise the next one would be wrong."""
+    """A split product leaves its counters at zero; otherwise the next one would be wrong."""
     counters = torch.zeros(replay.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(w8a16, "counters", lambda device: counters)
     scheme = Scheme(weight=ROW, activation=None)
@@ -225,7 +225,7 @@ def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("name", ["row", "tensor", "static", "block", "ue8m0"])
 def test_activations_quantized_before(name: str, library: bool) -> None:
-    """What torch.compile runs: the rounding outside, in torch; the same bits, whatever the plan for so many tokens."""
+    """As in torch.compile, with the quantization outside, in torch: the same bits, whatever plan such an M has."""
     scheme = {
         "row": ROW_ROW,
         "tensor": Scheme(weight=TENSOR, activation=TENSOR),
@@ -255,7 +255,7 @@ def test_activations_quantized_before(name: str, library: bool) -> None:
 def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
     engine = OnCard(replace_library(HOPPER))
     layout = engine.prepare(quantize(torch.randn(40, 256), scheme.weight), scheme)
-    few = 16 if scheme is BLOCK else 64  # so few tokens are not rounded by a launch of their own
+    few = 16 if scheme is BLOCK else 64  # so few tokens are not quantized by a separate launch
     for m in (few, few + 6):
         gate, up = torch.randn(m, 512).to(BF16).split(256, dim=1)
         y = engine.gated(gate, up, layout, None, FP32)
@@ -265,11 +265,11 @@ def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
             expected = dequantize(product) @ dequantize(engine.restore(layout)).t()
             assert (
                 y - expected
-            ).norm() <= 1e-2 * expected.norm()  # the exponential is not torch's: a step here and there
+            ).norm() <= 1e-2 * expected.norm()  # its exponential differs from torch's, by a step here and there
 
 
 def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that ``auto`` takes another engine where Triton has no C compiler, or a driver that is too old."""
+    """So that ``auto`` chooses another engine if Triton has no C compiler, or the driver is too old."""
     monkeypatch.setattr(triton_engine, "place_of", lambda device: replace_library(HOPPER))
     examine = triton_engine.failure.__wrapped__
     assert examine(CPU) == ""
@@ -285,7 +285,7 @@ def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.Monk
 
 
 def test_scales_of_merged_projections() -> None:
-    """Several tensors with a scale each in one weight: a scale for every 16 rows."""
+    """Several tensors with one scale each in one weight: a scale for every 16 rows."""
     granularity = replace(ROW, rows=16)
     scheme = Scheme(weight=granularity, activation=ROW)
     weight = quantize(torch.randn(40, 64), granularity)
@@ -315,7 +315,7 @@ def test_static_scale_saturates() -> None:
 
 @pytest.mark.parametrize("plan", [VECTORS, TOKENS, ROWS], ids=lambda plan: plan.path)
 def test_rows_far_apart(plan: Plan) -> None:
-    """Offsets of 2**31 elements and more; the memory between the rows is never touched."""
+    """Offsets of 2**31 elements and more; the memory between the rows is never accessed."""
     stride = 2**31 + 16
     x = torch.empty(stride + 32, dtype=BF16).as_strided((2, 32), (stride, 1))
     x.copy_(torch.randint(-1, 2, (2, 32)))

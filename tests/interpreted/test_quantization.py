@@ -16,7 +16,7 @@ SHAPES = [(1, 1), (1, 7), (5, 33), (17, 160), (3, 300)]
 
 
 def special(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens as they come, and: zeros, NaN, infinities, the smallest and the largest there are."""
+    """Ordinary tokens, zeros, NaN, infinities, and the smallest and largest values."""
     x = torch.randn(m, k)
     rows = [
         torch.zeros(k),
@@ -30,7 +30,7 @@ def special(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same(data: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal codes, any NaN being as good as another."""
+    """Equal codes, where all NaN codes are equal."""
     return torch.equal(data.float().nan_to_num(nan=1e9), expected.float().nan_to_num(nan=1e9))
 
 
@@ -48,7 +48,7 @@ def test_rows_and_groups(shape: tuple[int, int], dtype: torch.dtype, ue8m0: bool
 
 
 def test_groups_are_stored_token_major() -> None:
-    """The scales of a group lie side by side over all tokens, in columns of a multiple of 4."""
+    """The scales of a group are contiguous over all tokens, in columns padded to a multiple of 4."""
     _, scale = kernels.quantize_groups(torch.randn(5, 300))
     assert scale.shape == (5, 3)
     assert scale.stride() == (1, 8)
@@ -73,7 +73,7 @@ def test_static_scale() -> None:
 @pytest.mark.parametrize("rounding", [Rounding(), Rounding(static=torch.tensor(0.01))], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_rows_too_long_for_registers(gated: bool, rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over the row give the bits of one."""
+    """Two passes over the row give the same bits as one."""
     x = special(2, 80, torch.bfloat16)
     up = torch.randn(x.shape).to(torch.bfloat16) if gated else None
     once = kernels.quantize_rows(x, rounding, up=up)
@@ -85,7 +85,7 @@ def test_rows_too_long_for_registers(gated: bool, rounding: Rounding, monkeypatc
 
 @pytest.mark.parametrize("m", [3, 1100])
 def test_rows_of_a_wider_tensor(m: int) -> None:
-    """Any row stride; and several rows to a program where there are many."""
+    """Any row stride; and several rows per program if there are many."""
     x = torch.randn(m, 40)[:, 3:30]
     data, scale = kernels.quantize_rows(x)
     expected = quantize(x.contiguous(), ROW)
@@ -94,9 +94,9 @@ def test_rows_of_a_wider_tensor(m: int) -> None:
 
 
 def test_silu_times_up() -> None:
-    """One fp8 step at most from the product in float64: the kernel's exponential is another one than torch's.
+    """At most one FP8 step from the product in float64: the kernel's exponential differs from torch's.
 
-    Gate and up are halves of one product, as joined siblings give them, or not.
+    Gate and up are halves of one product, as from fused siblings, or separate tensors.
     """
     gate, up = torch.randn(9, 2 * 70)[:, :70], torch.randn(9, 71)[:, 1:]
     product = F.silu(gate.double()) * up.double()

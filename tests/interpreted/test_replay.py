@@ -1,4 +1,4 @@
-"""A product that was recorded gives, on other tokens, the bits that it gives without a tape."""
+"""Replaying a recorded product on other tokens gives the same bits as running it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BF16 = torch.bfloat16
 
 
 class Compiled:
-    """Stands in for a compiled kernel: takes addresses, as that does, and runs the interpreter on what is there."""
+    """Replaces a compiled kernel: takes addresses, as that does, and interprets the kernel on their memory."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.given = kernel, ()
@@ -35,7 +35,7 @@ class Compiled:
 
 
 class Cache(dict[Any, Any]):
-    """Every kernel is compiled already."""
+    """Makes every kernel appear compiled."""
 
     def get(self, key: Any, default: Any = None) -> Compiled:
         return self.setdefault(key, Compiled(key[0]))
@@ -94,7 +94,7 @@ def test_replayed_products(case: str, with_bias: bool) -> None:
 
 
 def test_memory_that_nobody_named_is_not_recorded() -> None:
-    """Otherwise a replay would read a tensor that is gone."""
+    """Otherwise a replay would read a tensor that was freed."""
     weight = packed(quantize(torch.randn(32, 64), ROW), ROW_ROW)
     engine = OnCard()
     x = torch.randn(8, 64, dtype=BF16)

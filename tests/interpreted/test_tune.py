@@ -1,4 +1,4 @@
-"""Every candidate of a cell gives the right product, whichever of them a card would find to be the fastest."""
+"""Every candidate of a cell computes the right product, whichever of them is the fastest on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fp8gemm.engines.triton import replay
 from fp8gemm.engines.triton import table as tables
 from fp8gemm.engines.triton.tune import Cell, candidates
 
-# The CPU has torch's row product, but no block product.
+# Without a GPU, torch has its row product, but no block product.
 ROWS_ONLY = replace(HOPPER, card="a card", library=frozenset({"row"}))
 
 

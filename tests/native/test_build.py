@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels and keeping them: any cache, home and compiler ends in a library or in a reason."""
+"""Building and caching the CPU kernels: any cache, home and compiler leads to a library or to a reason."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_library_that_others_may_write_is_refused(tmp_path):
 
 
 def fake_compiler(directory: Path, action: str) -> str:
-    """A compiler that has a version, and otherwise does `action` to what follows -o."""
+    """A compiler that reports a version, and otherwise runs `action` on the argument of -o."""
     directory.mkdir(exist_ok=True)
     script = directory / "compiler"
     script.write_text(
@@ -121,7 +121,7 @@ print(type(native.find()).__name__, doctor.examine().native, flush=True)
 
 
 def patched(tmp_path: Path, **environment: str | None) -> str:
-    """What `doctor` says of the kernels in a process of its own that patches and runs a model."""
+    """The output of `doctor` on the kernels, from a process of its own that patches and runs a model."""
     own = {"PYTHONPATH": str(Path(__file__).parents[2]), "FP8GEMM_CACHE": str(tmp_path / "cache")}
     env = {**os.environ, **own, **environment}
     done = subprocess.run(
@@ -157,7 +157,7 @@ def test_odd_caches_leave_torch_and_a_reason(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
-    """As root a test cannot take away its own right to write, so the call fails instead."""
+    """Root cannot revoke its own permission to write, so the call is made to fail instead."""
     real = Path.mkdir
 
     def refusing(path: Path, *args, **kwargs):
@@ -193,7 +193,7 @@ def test_odd_compilers_leave_torch_and_a_reason(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty", "one bit"])
 def test_a_damaged_library_is_built_again(damage, tmp_path):
     assert isinstance(FOUND, native.Library)
-    quick = fake_compiler(tmp_path, f"cp {FOUND.path}")  # the real one takes seconds to make the same
+    quick = fake_compiler(tmp_path, f"cp {FOUND.path}")  # the real compiler takes seconds for the same
     assert patched(tmp_path, CXX=quick).startswith("Library")
     (library,) = (tmp_path / "cache").iterdir()
     whole = library.read_bytes()
@@ -224,7 +224,7 @@ def test_new_folders_are_the_users_alone(tmp_path):
 
 
 def test_what_killed_builds_left_goes(tmp_path):
-    """A build that is killed while its compiler runs, which then goes on alone; and leftovers of other kinds."""
+    """A build that is killed while its compiler continues; and other kinds of leftovers."""
     slow = fake_compiler(tmp_path / "slow", "sleep 2; touch")
     environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": slow}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -243,10 +243,10 @@ def test_what_killed_builds_left_goes(tmp_path):
     (cache / "elsewhere.77.0000.part").mkdir()
     old = time.time() - 2 * COMPILE_SECONDS
     os.utime(cache / "elsewhere.77.0000.part", (old, old))
-    (cache / "elsewhere.78.0000.part").mkdir()  # another host's, at work
+    (cache / "elsewhere.78.0000.part").mkdir()  # in use on another host
     library = build({**environment, "CXX": fake_compiler(tmp_path, "touch")})
     assert isinstance(library, Path)
-    time.sleep(2.5)  # until the compiler that was left alone is done
+    time.sleep(2.5)  # until the remaining compiler has finished
     assert sorted(path.name for path in cache.iterdir()) == ["elsewhere.78.0000.part", library.name]
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 PATHS = [] if isinstance(FOUND, native.Unavailable) else list(LEVELS[: FOUND.level + 1])
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Two of which fit no tile, and one that divides neither 32 nor itself into whole blocks.
+# Two that do not match the tiles, and one that is neither a divisor of 32 nor divisible into whole blocks.
 GRANULARITIES = [TENSOR, ROW, GROUP_128, BLOCK_128, MX, Granularity(3, 50), Granularity(7, 96)]
 
 
@@ -41,7 +41,7 @@ def library(request: pytest.FixtureRequest) -> native.Library:
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads, and sets it back."""
+    """Sets the number of threads, and restores it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -61,7 +61,7 @@ def linear(library, x, data, scale, granularity, bias=None, out_dtype=None):
 
 
 def product(x, data, scale, granularity, bias=None) -> torch.Tensor:
-    """The same in float64."""
+    """The same product in float64."""
     w = data.double() * expand_scale(scale, granularity, data.shape).double()
     y = x.double() @ w.t()
     return y if bias is None else y + bias.double()
@@ -72,7 +72,7 @@ def product(x, data, scale, granularity, bias=None) -> torch.Tensor:
 def test_exact_operands_give_the_exact_product(library, dtype, granularity):
     torch.manual_seed(0)
     shapes = [(1, 1), (1, 7), (17, 33), (32, 64), (40, 130), (40, 131), (130, 257), (70, 300)]
-    # Scales that are powers of two may be folded into the weights, others multiply sums.
+    # Power-of-two scales may be folded into the weights; other scales multiply sums.
     for (n, k), (with_bias, factor) in zip(shapes, itertools.cycle([(False, 1.0), (True, 3.0)]), strict=False):
         data, scale = exact_weight(n, k, granularity, factor)
         bias = torch.randint(-3, 4, (n,)).to(dtype) if with_bias else None
@@ -113,7 +113,7 @@ def test_no_elements_along_k_leave_the_bias(library):
 @pytest.mark.parametrize("granularity", [ROW, MX], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 17])
 def test_all_256_codes_are_decoded_exactly(library, dtype, m, granularity):
-    """A one among zeros picks out one column of the weight: each code in each of 64 places."""
+    """A one among zeros selects one column of the weight: each code at each of 64 positions."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     data = torch.stack([codes.view(torch.uint8).roll(i) for i in range(64)], 1).view(torch.float8_e4m3fn).contiguous()
     finite = ~data.float().isnan().any(dim=1)
@@ -129,7 +129,7 @@ def test_all_256_codes_are_decoded_exactly(library, dtype, m, granularity):
 
 
 def test_scales_too_far_out_to_be_folded(library):
-    """Powers of two with which a weight would leave bf16's normal numbers, though the product is fine in float32."""
+    """Powers of two at which a weight would exceed bf16's normal numbers, though the product is fine in float32."""
     data = torch.tensor([0x01, 0x7E, 0x38, 0x81], dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(16, 16)
     for exponent, factor in ((-124, 2.0**100), (-118, 2.0**90), (119, 2.0**-60), (126, 2.0**-100)):
         scale = torch.full((16, 2), 2.0**exponent)
@@ -153,7 +153,7 @@ def test_nan_and_infinity_stay_in_their_token(library, dtype):
 
 
 def test_no_nan_rounds_to_a_number(library):
-    """The NaN whose bits are all ones would carry over into minus zero."""
+    """The NaN with all bits set would carry over into minus zero."""
     data, scale = exact_weight(20, 100, ROW)
     bias = torch.full((20,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     bias[10:] = torch.full((10,), -1, dtype=torch.int32).view(torch.float32)
@@ -179,7 +179,7 @@ def test_random_operands_are_as_accurate_as_float32(library, dtype, out_dtype, g
 
 
 def test_float32_activations_keep_all_their_bits(library):
-    """One product each: what is left is the scale's own rounding, none."""
+    """A single product has no summation error: only the rounding of the scale could remain, and there is none."""
     torch.manual_seed(5)
     x = torch.randn(33, 1) * torch.exp2(torch.randint(-60, 60, (33, 1)).float())
     data, scale = torch.ones(9, 1).to(torch.float8_e4m3fn), torch.ones(9, 1)
@@ -347,7 +347,7 @@ def test_quantizes_what_lies_between_two_codes_to_even(library):
 
 
 def guarded(size: int, *, writable: bool) -> tuple[int, mmap.mmap]:
-    """An address such that `size` bytes lie there and the next one faults."""
+    """An address at which `size` bytes are readable and the next one faults."""
     page = mmap.PAGESIZE
     room = -(-max(size, 1) // page) * page
     memory = mmap.mmap(-1, room + page)
@@ -359,7 +359,7 @@ def guarded(size: int, *, writable: bool) -> tuple[int, mmap.mmap]:
 
 
 def guarded_copy(tensor: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
-    """`tensor` up to the last byte before a page that may not be read."""
+    """`tensor` placed to end at the last byte before an unreadable page."""
     address, memory = guarded(tensor.nbytes, writable=True)
     raw = torch.frombuffer((ctypes.c_char * max(tensor.nbytes, 1)).from_address(address), dtype=torch.uint8)
     copy = raw[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -367,7 +367,7 @@ def guarded_copy(tensor: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
 
 
 def stay_inside(instructions: str) -> None:
-    """Products and casts whose operands all end where memory ends; run in a process of its own."""
+    """Products and casts whose operands all end at the end of readable memory; run in a separate process."""
     found = native.find()
     assert isinstance(found, native.Library)
     library = found.lowered(instructions)
@@ -395,7 +395,7 @@ def stay_inside(instructions: str) -> None:
 
 
 def overrun() -> None:
-    """The counter-example: reading one row too many from guarded data."""
+    """The counterexample: reading one row too many from guarded data."""
     assert isinstance(FOUND, native.Library)
     data, _memory = guarded_copy(torch.zeros(64, 64).to(torch.float8_e4m3fn))
     operands = torch.ones(1, 64), data, torch.ones(65, 1)

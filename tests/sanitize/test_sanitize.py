@@ -14,7 +14,7 @@ from fp8gemm.native.build import FLAGS, FLOAT_FLAGS
 DRIVER = Path(__file__).with_name("native_driver.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# The driver is a program; where torch's OpenMP runtime would be found in a process, it links the system's.
+# The driver is a program: instead of torch's OpenMP runtime, which a process would have, it links the system's.
 PROGRAM = ("-fopenmp", "-Wl,--no-as-needed", "-lgomp")
 
 

@@ -1,4 +1,7 @@
-"""What the benchmarks of CUDA cards share: the card's facts and its clock, graphs, and the peers that are there."""
+"""Shared by the benchmarks for CUDA GPUs: the GPU's properties and clock, CUDA graphs, and the installed peers.
+
+A *peer* is another library whose FP8 products are measured along with fp8gemm's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Y = TypeVar("Y")
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """The card and what drives it; ``harness.host`` has the date and the rest."""
+    """The GPU and its driver; ``harness.host`` has the date and the rest."""
 
     card: str
     capability: tuple[int, int] | None
@@ -46,7 +49,7 @@ def card_here() -> Card:
 
 
 def card_seconds(call: Callable[[], object]) -> float:
-    """Seconds between two events around ``call``, with an empty queue before it: what waits for the host counts."""
+    """Seconds between two CUDA events around ``call``, with an empty queue before it: waiting for the host counts."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -57,7 +60,7 @@ def card_seconds(call: Callable[[], object]) -> float:
 
 
 def captured(call: Callable[[], Y]) -> Callable[[], Y]:
-    """``call`` as a CUDA graph; what it returns is the same tensor at each replay, written anew."""
+    """``call`` as a CUDA graph; each replay overwrites the tensor that it returns."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -72,7 +75,7 @@ def captured(call: Callable[[], Y]) -> Callable[[], Y]:
 
 
 def fault() -> str:
-    """Why the card can do nothing more in this process, as after an illegal access; empty if it can."""
+    """Why the GPU is unusable in this process, for example after an illegal access; empty if it is usable."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -81,7 +84,7 @@ def fault() -> str:
 
 
 def load_peers(path: Path, *only: str) -> tuple[ModuleType | None, dict[str, str]]:
-    """The module that knows the peers, and which of them (``only`` those) are there or why not."""
+    """The module that knows the peers, and for each peer (of ``only``) whether it is available or why not."""
     if not path.is_file():
         return None, {"peers": f"no {path.parent.name} folder"}
     spec = importlib.util.spec_from_file_location("peers", path)
@@ -94,13 +97,13 @@ def load_peers(path: Path, *only: str) -> tuple[ModuleType | None, dict[str, str
 
 
 def with_torchao(model: nn.Module) -> nn.Module:
-    """``model`` itself, its Linears by torchao: dynamic activations, one scale a row.
+    """``model`` itself, with its Linears quantized by torchao: dynamic activations, one scale per row.
 
-    Also sets torchao's recommended settings of Inductor, for the whole process.
+    Also applies torchao's recommended Inductor settings to the whole process.
 
     Raises:
-        ImportError: torchao is not there.
-        AssertionError: it cannot on this machine.
+        ImportError: torchao is not installed.
+        AssertionError: torchao does not support this machine.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 

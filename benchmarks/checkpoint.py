@@ -1,9 +1,9 @@
-"""How fast checkpoints are read, loaded and made, beside ``safetensors.torch.load_file``, all in one run.
+"""Speed of reading, loading and making checkpoints, compared with ``safetensors.torch.load_file`` in the same run.
 
     python benchmarks/checkpoint.py [--megabytes 512] [--save]
 
-GB/s are of bytes on disk, for files in the page cache. ``load_file`` maps the file and reads nothing until a tensor
-is touched: its row clones every tensor, as a model that outlives the file has to.
+GB/s refer to bytes on disk, for files in the page cache. ``load_file`` maps the file and reads nothing until a tensor
+is accessed: its row clones every tensor, as a model that outlives the file has to.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def model_of(count: int) -> nn.Sequential:
 
 
 def check(dense: Path, fp8: Path, count: int) -> None:
-    """What is timed gives the right values."""
+    """Checks that the timed functions return the right values."""
     model = model_of(count)
     load_checkpoint(model, fp8, dequantize=True)
     checkpoint = open_checkpoint(fp8)
     for name, original in load_file(dense / "model.safetensors").items():
         assert torch.equal(model.get_parameter(name), checkpoint.dequantize(name, torch.bfloat16))
         error = (checkpoint.dequantize(name) - original.float()).norm() / original.float().norm()
-        assert error < 0.03, error  # e4m3 keeps 3 bits: 2**-4 / sqrt(3) at most for values spread evenly
+        assert error < 0.03, error  # e4m3 keeps 3 bits: at most 2**-4 / sqrt(3) for uniformly distributed values
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""What share of the multiply-adds of a model runs on FP8 after enable_fp8_gemm, over all architectures that are there.
+"""The share of a model's multiply-adds that runs on FP8 after enable_fp8_gemm, over all installed architectures.
 
     python benchmarks/coverage.py [PATTERN] [--save NAME]
 
-Tiny random models of transformers, diffusers, torchvision, timm and torch itself; each is run once dense, once patched
-and once with its FP8 weights dequantized. A model that cannot be made or run dense is skipped with the reason. PATTERN
-is a regular expression, matched against names such as ``transformers/llama``. Rows of a saved file that are not
-measured again stay.
+Small random models of transformers, diffusers, torchvision, timm and torch itself. Each runs dense, patched, and with
+its FP8 weights dequantized. A model that cannot be made or run dense is skipped, with the reason. PATTERN is a regular
+expression, matched against names such as ``transformers/llama``. Rows of a saved file that are not measured again are
+kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fp8gemm.weights.report import Report
 
 Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 COLUMNS = ["name", "class", "fp8", "dense", "dequantized", "own error", "error", "status"]
-SECONDS = 120  # for one model
+SECONDS = 120  # per model
 
 
 def main() -> None:
@@ -66,13 +66,13 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as it is printed while others are still to come."""
+    """A row as it is printed while others are still running."""
     numbers = [f"{row[key]:.4g} {key}" for key in ("fp8", "dequantized", "own error", "error") if key in row]
     return ", ".join([row["name"], *numbers, row["status"], row.get("left", "")])
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Everything there is to measure, by name."""
+    """Everything that can be measured, by name."""
     for library, module in (("torch", tiny_modules), ("diffusers", tiny_diffusers), ("transformers", tiny_models)):
         for name in module.architectures():
             yield f"{library}/{name}", lambda module=module, name=name: module.build(name)
@@ -116,7 +116,7 @@ def _late(*_: object) -> None:
 def patched(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dense: list[torch.Tensor]
 ) -> dict[str, Any]:
-    """What the patched model does with its multiply-adds, and how far its output is from the dense ones."""
+    """Where the patched model's multiply-adds run, and how far its output is from the dense model's."""
     bare = tiny_modules.BARE in model.__dict__
     enable_fp8_gemm(model, options=FP8GemmOptions(strict=False), example_inputs=args if bare else None)
     fp8 = run(model, args, kwargs)
@@ -138,7 +138,7 @@ def patched(
 
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The floating tensors of an output."""
+    """The floating-point tensors of an output."""
     torch.manual_seed(0)
     with torch.no_grad():
         y = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -150,7 +150,8 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The relative distance of two outputs, elements that are finite in both; infinite where one only is."""
+    """The relative distance of two outputs over elements finite in both; infinite if an element is finite in only
+    one."""
     difference = size = 0.0
     for one, other in zip(found, expected, strict=True):
         one, other = one.double(), other.double()
@@ -162,7 +163,7 @@ def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 def left(found: Report) -> str:
-    """The largest that did not run on FP8, with shares and reasons."""
+    """The largest weights that did not run on FP8, with shares and reasons."""
     coverage = found.coverage
     assert coverage is not None
     reasons = {key: row.reason for row in found.rows for key in (row.name, f"{row.name}.weight") if row.reason}

@@ -1,10 +1,10 @@
-"""The native CPU kernels against ``F.linear`` and vLLM's op on cold weights, paired; and the quantizer.
+"""The compiled CPU kernels compared with ``F.linear`` and vLLM's op on cold weights, paired; and the quantizer.
 
     python benchmarks/cpu_native.py [--shapes 4096x4096,...] [--tokens 1,2,...] [--dtype bfloat16] [--granularity row]
         [--instructions amx,avx512_bf16,avx2] [--megabytes 200]
 
-Each turn goes through a stack of layers with every candidate, so that weights come from memory as in a real model.
-``--megabytes 0`` has one layer, which stays in the caches.
+Each round runs a stack of layers with every candidate, so that weights come from memory as in a real model.
+``--megabytes 0`` has a single layer, which stays in the caches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class Stack:
-    """Layers in the dense dtype, and the same in FP8 for each candidate."""
+    """Layers in the dense dtype, and the same layers in FP8 for each candidate."""
 
     def __init__(self, n: int, k: int, arguments: argparse.Namespace, library: native.Library) -> None:
         self.dtype = getattr(torch, arguments.dtype)
@@ -70,7 +70,7 @@ class Stack:
         return fits and found is not None and "fp8_scaled_mm_cpu" in found.ops
 
     def candidates(self, m: int) -> dict[str, Callable[[], object]]:
-        """Each goes through the whole stack once. vLLM's op is given 128 x 128 scales, the only ones it knows."""
+        """Functions that run the whole stack once. vLLM's op gets 128 x 128 scales, the only ones it supports."""
         x = torch.randn(m, self.dense[0].shape[1]).to(self.dtype)
         n, k = self.dense[0].shape
         result: dict[str, Callable[[], object]] = {"torch": lambda: [F.linear(x, w) for w in self.dense]}
@@ -94,7 +94,7 @@ class Stack:
 
 
 def row(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each candidate's turn, and how many times faster than torch's it is."""
+    """Each candidate's median milliseconds per round, and its speedup over torch."""
     medians = paired_seconds(candidates, seconds=seconds, most=10**6)
     cells = {"torch ms": medians["torch"] * 1e3}
     for name in candidates:

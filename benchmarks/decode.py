@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--dtype bfloat16] [--engines cpu,cpu+joined] [--prompt 512] [--new 64] [--save NAME]
 
-Batch 1, greedy, with a key-value cache. Each phase of each model is timed in turn, ``--repeats`` times, medians.
+Batch size 1, greedy, with a key-value cache. The phases of all models are timed in turn, ``--repeats`` times; medians.
 """
 
 from __future__ import annotations

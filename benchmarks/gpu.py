@@ -1,14 +1,15 @@
-"""FP8 products on a CUDA card: bfloat16, every engine and every peer that is there, in one process.
+"""FP8 products on a CUDA GPU: bfloat16, every engine and every installed peer, in one process.
 
     python benchmarks/gpu.py [--kinds row,block,grouped] [--models llama-8b,...] [--tokens 1,16,...] [--save gpu]
 
-Each row of the result is one product with its activations' quantization: microseconds in a CUDA graph, where only the
-card counts, and of host time in eager. ``fp8gemm auto`` is the layer as ``enable_fp8_gemm`` makes it and
-``fp8gemm ENGINE`` that engine's bare product; bfloat16 and torchao are layers too. A candidate is checked against the
-float32 product of the dequantized operands before it is timed, and left out with its error if it is wrong or fails. The
-graphs of one product run in turn, so that a change of the card's clock meets all of them alike. Weights rotate through
-more memory than the L2 cache holds; data are random, as zeros run faster. Peers come from .peers/peers.py if that
-folder is there. Results are saved after each product, with the project's goals: how often each was met, and where not.
+Each row of the result is one product including the quantization of its activations: its time in a CUDA graph, where
+only the GPU counts, and its host time in eager mode, in microseconds. ``fp8gemm auto`` is the layer as made by
+``enable_fp8_gemm``, and ``fp8gemm ENGINE`` the product of that engine alone; bfloat16 and torchao are layers, too. Each
+candidate is checked against the float32 product of the dequantized operands before it is timed; if it is wrong or
+fails, its row has the error only. The graphs of one product run in turn, so that a change of the GPU's clock affects
+all of them alike. Weights rotate through more memory than the L2 cache holds; data are random, as zeros run faster.
+Peers come from .peers/peers.py, if that folder exists. Results are saved after each product, with the project's goals:
+how often each was met, and where it was not.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ COLUMNS = [
     "error",
     "note",
 ]
-# Relative, against activations as they are: e4m3 rounds those by up to 2**-4.
+# Relative to products whose activations are not quantized: e4m3 rounds them by up to 2**-4.
 ALLOWED_ERROR = 5e-2
-GRAPH_SECONDS, GRAPH_CALLS = 4e-3, 256  # a graph is about this long, so that its own launch does not count
+GRAPH_SECONDS, GRAPH_CALLS = 4e-3, 256  # approximate length of a graph, so that its own launch is negligible
 
 
 def main() -> None:
@@ -91,7 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def measure(operands: Operands, peers: ModuleType | None, repeats: int, skip: list[str]) -> list[dict[str, Any]]:
-    """A row for each candidate: all are checked first, then timed in graphs, in turn, and each in eager."""
+    """A row for each candidate: all are checked, then their graphs are timed in turn, then each in eager mode."""
     case, expected = operands.case, operands.expected()
     rows: list[dict[str, Any]] = []
     ready: dict[str, tuple[dict[str, Any], Callable[[], object], int]] = {}
@@ -113,7 +114,7 @@ def measure(operands: Operands, peers: ModuleType | None, repeats: int, skip: li
                 if row["error"] <= ALLOWED_ERROR:
                     row["host us"] = host_microseconds(candidate.calls, repeats)
                     ready[name] = (row, *graph_of(candidate.calls))
-            except Exception as failure:  # a peer may fail in any way; the others are still to be measured
+            except Exception as failure:  # a peer may fail in any way; the others are still measured
                 row["note"] = shortly(failure)
     try:
         replays = {name: replay for name, (_, replay, _) in ready.items()}
@@ -127,7 +128,7 @@ def measure(operands: Operands, peers: ModuleType | None, repeats: int, skip: li
 
 
 def checked(candidate: Candidate, expected: torch.Tensor) -> dict[str, Any]:
-    """The relative error of a candidate's product, and what there is to say about it."""
+    """The relative error of a candidate's product, and a note on it."""
     if candidate.expected is not None:
         expected = candidate.expected()
     error = ((candidate.calls[0]().float() - expected).norm() / expected.norm()).item()
@@ -136,7 +137,7 @@ def checked(candidate: Candidate, expected: torch.Tensor) -> dict[str, Any]:
 
 
 def graph_of(calls: list[Callable[[], torch.Tensor]]) -> tuple[Callable[[], object], int]:
-    """A CUDA graph of all calls, several times over, and how many it holds; results are dropped as they come."""
+    """A CUDA graph of all calls, repeated, and their number; results are dropped at once."""
 
     def once() -> None:
         for call in calls:
@@ -152,9 +153,9 @@ def graph_of(calls: list[Callable[[], torch.Tensor]]) -> tuple[Callable[[], obje
 
 
 def host_microseconds(calls: list[Callable[[], torch.Tensor]], repeats: int) -> float:
-    """Median microseconds until a call has returned to Python, with an empty queue before it.
+    """Median microseconds until a call returns to Python, with an empty queue before it.
 
-    Each layer is called three times before: ours bind a shape at the second call.
+    Each layer is called three times before that: fp8gemm binds a shape at the second call.
     """
     samples = []
     for call in itertools.islice(itertools.cycle(calls), 3 * len(calls) + repeats):
@@ -164,14 +165,14 @@ def host_microseconds(calls: list[Callable[[], torch.Tensor]], repeats: int) -> 
 
 
 def _completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that are the same product as another take its figures over."""
+    """Rows of the same product as another row copy its measurements."""
     named = {row["name"]: row for row in rows}
     return [{**named[row["same as"]], **row} if "same as" in row else row for row in rows]
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one product, with TFLOP/s, how many times faster than bfloat16 and, ours, than the best peer each is,
-    and how many times the host time of bfloat16 it takes."""
+    """The rows of one product, with TFLOP/s, the speedups over bfloat16 and, for fp8gemm, over the best peer, and the
+    host time relative to bfloat16's."""
     timed = [row for row in rows if "graph us" in row]
     baseline = next((row for row in timed if row["name"] == "bf16"), None)
     best = next((cell.graph.get(cell.best_peer) for cell in cells(timed)), None)

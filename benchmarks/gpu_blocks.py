@@ -1,5 +1,5 @@
-"""Two stacks of transformer blocks in plain PyTorch, with random weights: like Llama-3.1-8B, and like FLUX.1's single
-stream. Nothing of them is fitted to fp8gemm: their Linears are those of the models."""
+"""Two stacks of transformer blocks in plain PyTorch with random weights, like Llama-3.1-8B and like FLUX.1's
+single-stream blocks. Nothing in them is tailored to fp8gemm: their Linears are those of the models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """``cached`` positions are in a static cache of keys and values, of which a call writes the last; 0: none."""
+    """``cached`` is the number of positions in a static key-value cache, of which a call writes the last; 0: no
+    cache."""
 
     hidden: int
     heads: int
@@ -37,13 +38,13 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle.sin())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [1, heads, T, head]``, turned."""
+        """``x [1, heads, T, head]`` with rotary position embeddings applied."""
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
 
 
 class Attention(nn.Module):
-    """Grouped queries: causal over the tokens themselves, or of the last token over the cache."""
+    """Grouped-query attention: causal over the tokens, or of the last token over the cache."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder blocks and the last norm: ``x [1, T, hidden]`` to the same."""
+    """Decoder blocks and the final norm: ``x [1, T, hidden]`` to the same shape."""
 
     def __init__(self, sizes: Sizes, tokens: int) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Llama(nn.Module):
 
 
 class FluxBlock(nn.Module):
-    """Attention and MLP side by side, between two fused projections, modulated by a vector."""
+    """Attention and MLP in parallel between two fused projections, modulated by a vector."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class FluxBlock(nn.Module):
 
 
 class Flux(nn.Module):
-    """Single-stream blocks: ``x [1, T, hidden]`` to the same."""
+    """Single-stream blocks: ``x [1, T, hidden]`` to the same shape."""
 
     def __init__(self, sizes: Sizes, tokens: int) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Flux(nn.Module):
 
 
 def built(kind: type[nn.Module], sizes: Sizes, tokens: int, device: str) -> tuple[nn.Module, torch.Tensor]:
-    """A stack in bfloat16 on ``device``, its weights of the size that keeps a unit variance, and an input of it."""
+    """A stack in bfloat16 on ``device``, with weights scaled to keep a unit variance, and an input for it."""
     torch.manual_seed(0)
     with torch.device(device):
         model = kind(sizes, tokens)

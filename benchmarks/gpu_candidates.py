@@ -1,4 +1,4 @@
-"""One product in every way that is there: bfloat16, fp8gemm's layer and its engines, and the peers."""
+"""All available implementations of one product: bfloat16, fp8gemm's layer and its engines, and the peers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from fp8gemm.bench.contest import COLD_BYTES
 from fp8gemm.engines import order
 from fp8gemm.weights.quantization import quantize_weight
 
-GEMV_TOKENS = 4  # the most that FBGEMM's kernels of this name take
+GEMV_TOKENS = 4  # the largest M that FBGEMM's kernels of this name support
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A product once for each copy of the weight; ``expected`` where its weight is rounded in a way of its own."""
+    """A product, once for each copy of the weight; ``expected`` is set if its weight is quantized differently."""
 
     calls: list[Callable[[], torch.Tensor]]
     expected: Callable[[], torch.Tensor] | None = None
@@ -47,7 +47,7 @@ Maker = Callable[[], Candidate]
 
 
 class Operands:
-    """Random tokens, a weight many times over in bfloat16 and in FP8, and the float32 product to check against."""
+    """Random tokens, many copies of a weight in bfloat16 and in FP8, and the float32 product to check against."""
 
     def __init__(self, case: Case, device: str = "cuda") -> None:
         self.case = case
@@ -78,7 +78,7 @@ class Operands:
 
     @cached_property
     def linears(self) -> list[nn.Linear]:
-        """The layer in bfloat16, each with a weight of its own."""
+        """The layers in bfloat16, each with its own weight."""
         return [_linear(self.dense.clone()) for _ in range(self.copies)]
 
     @cached_property
@@ -109,7 +109,7 @@ def _quantized(dense: torch.Tensor, granularity: Granularity) -> ScaledTensor:
 
 
 def candidates(operands: Operands, peers: ModuleType | None) -> dict[str, Maker | str]:
-    """What makes each candidate, by name; or why there is none."""
+    """The functions that make each candidate, by name; or why it is not available."""
     case, machine = operands.case, probe(operands.device)
     spec = MatmulSpec(scheme=operands.scheme, n=case.n, k=case.k, experts=case.experts)
     found: dict[str, Maker | str] = {"bf16": partial(_bf16, operands)}
@@ -118,7 +118,7 @@ def candidates(operands: Operands, peers: ModuleType | None) -> dict[str, Maker 
         found[f"fp8gemm {name}"] = "; ".join(reasons) if reasons else partial(_engine, operands, name)
     try:
         winner = choose(spec, machine).winner
-        # For a stack it is the very product of the engine, so that measure() times it once.
+        # For a stack it is the same product as the engine's, so that measure() times it once.
         found["fp8gemm auto"] = found[f"fp8gemm {winner}"] if case.experts else partial(_layer, operands)
     except UnsupportedError as error:
         found["fp8gemm auto"] = str(error)
@@ -168,7 +168,7 @@ def _torchao(operands: Operands) -> Candidate:
 
 def _compiled(operands: Operands) -> Candidate:
     layers = operands.torchao_linears
-    torch.compiler.reset()  # each shape is compiled for itself, and Dynamo stops after eight
+    torch.compiler.reset()  # compile each shape separately, as Dynamo stops after eight recompilations
 
     def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w)
@@ -185,7 +185,7 @@ def _expected_of_torchao(operands: Operands) -> torch.Tensor:
 
 
 def _gemv(operands: Operands, f: Callable[..., torch.Tensor]) -> Candidate:
-    """A product of activations as they are with a weight that has one scale."""
+    """A weight-only product with a weight that has one scale."""
     weight, x = quantize_weight(operands.dense, TENSOR), operands.x
     return Candidate(
         calls=[partial(f, x, w.data, w.scale.view(1)) for w in operands.fp8_copies(weight)],
@@ -194,7 +194,7 @@ def _gemv(operands: Operands, f: Callable[..., torch.Tensor]) -> Candidate:
 
 
 def _block_peers(operands: Operands, peers: ModuleType) -> Mapping[str, Maker | str]:
-    """Peers' products after our quantization, whose scales lie as all of them read them."""
+    """Peers' products after fp8gemm's quantization, whose scales have the layout that they all read."""
     try:
         from fp8gemm.engines.triton.kernels import quantize as kernels
     except ImportError as error:
@@ -203,7 +203,7 @@ def _block_peers(operands: Operands, peers: ModuleType) -> Mapping[str, Maker | 
 
 
 def _row_peers(operands: Operands, peers: ModuleType) -> Mapping[str, Maker | str]:
-    """Peers' products after their own quantization, or the first that is there."""
+    """Peers' products after their own quantization, or after the first one available."""
     quantizers = peers.rowquant(torch)
     products = peers.rowwise(torch) if operands.ends is None else peers.grouped(torch)
     found: dict[str, Maker | str] = {}
@@ -221,7 +221,7 @@ def _row_peers(operands: Operands, peers: ModuleType) -> Mapping[str, Maker | st
 def _product(
     operands: Operands, rounds: Callable[..., tuple[torch.Tensor, ...]], f: Callable[..., object]
 ) -> Candidate:
-    """``f`` of tokens that ``rounds`` has quantized, with operands in the order that peers.py takes them."""
+    """``f`` of tokens that ``rounds`` has quantized, with operands in the order that peers.py expects."""
     x, more = operands.x, () if operands.ends is None else (operands.ends,)
 
     def call(w: ScaledTensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The products that benchmarks/gpu.py times, and what memory and arithmetic of an H200 take for them at least."""
+"""The products that benchmarks/gpu.py times, and their lower bounds by the memory and arithmetic of an H200."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fp8gemm.engines.triton.plan import BF16_FLOPS, BYTES_PER_SECOND
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 KINDS = ("row", "block", "grouped")
-# Layers as N x K; of experts as E x N x K.
+# Layers as N x K; stacks of experts as E x N x K.
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "llama-8b": {
         "qkv": (6144, 4096),
@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "wan-14b": {"qkv": (5120, 5120), "ffn up": (13824, 5120), "ffn down": (5120, 13824)},
 }
-# Of an H200, bfloat16's as measured: FP8 products at the same fraction of nominal.
+# For an H200, bfloat16 as measured, and FP8 products at the same fraction of the nominal rate.
 FP8_FLOPS = 2 * BF16_FLOPS
 
 
@@ -58,13 +58,13 @@ class Case:
 
     @property
     def fp8_bytes(self) -> int:
-        """What an FP8 product reads and writes at least: e4m3 operands, float32 scales, bfloat16 results."""
+        """The minimum that an FP8 product reads and writes: e4m3 operands, float32 scales, bfloat16 results."""
         m, n, k = self.m, self.n, self.k
         return m * k + self._weights + 2 * m * n + 4 * (m + n)
 
     @property
     def floors(self) -> dict[str, float]:
-        """Microseconds that memory and arithmetic of an H200 take at least, in bfloat16 and in FP8."""
+        """Lower bounds in microseconds by the memory and arithmetic of an H200, in bfloat16 and in FP8."""
         m, n, k = self.m, self.n, self.k
         bf16 = max(2 * m * n * k / BF16_FLOPS, 2 * (m * k + self._weights + m * n) / BYTES_PER_SECOND)
         fp8 = max(2 * m * n * k / FP8_FLOPS, self.fp8_bytes / BYTES_PER_SECOND)
@@ -72,12 +72,12 @@ class Case:
 
     @property
     def _weights(self) -> int:
-        """Elements of the weights that tokens can reach."""
+        """The number of elements in the weights that tokens can reach."""
         return self.n * self.k * max(1, min(self.experts, self.m))
 
 
 def cases(kinds: list[str], models: list[str], tokens: list[int]) -> Iterator[Case]:
-    """Every layer once for each kind that it fits and each M; shapes that two models share only once."""
+    """Every layer once per supported kind and M; shapes that two models share only once."""
     seen = set()
     for kind, model in itertools.product(kinds, models):
         for layer, shape in MODELS[model].items():

@@ -1,4 +1,4 @@
-"""What the project wants of an H200, and which measured rows reach it; ``fp8gemm auto`` is judged."""
+"""The project's goals for an H200, and which measured rows meet them; ``fp8gemm auto`` is judged."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from gpu_cases import BYTES_PER_SECOND, Case
 from harness import table
 
 AUTO = "fp8gemm auto"
-LARGE = 25e6  # bytes of an FP8 weight from which memory alone should count
-MOST = 0.9  # the share of cells in which the best peer is to be reached
+LARGE = 25e6  # bytes of an FP8 weight from which memory bandwidth alone should decide
+MOST = 0.9  # the share of cells in which the best peer has to be matched
 
-# goal, cell, wanted, found, met; where there is nothing to compare with found and met are None
+# goal, cell, wanted, found, met; if there is nothing to compare with, found and met are None
 Verdict = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One product, and what was timed of it by name, in microseconds."""
+    """One product, and its measured times by name, in microseconds."""
 
     case: Case
     graph: dict[str, float]
@@ -31,7 +31,7 @@ class Cell:
 
     @property
     def best_peer(self) -> str:
-        """The fastest that is neither bfloat16 nor ours; empty if none was timed."""
+        """The fastest that is neither bfloat16 nor fp8gemm's; empty if none was timed."""
         peers = [name for name in self.graph if name != "bf16" and not name.startswith("fp8gemm ")]
         return min(peers, key=self.graph.__getitem__, default="")
 
@@ -53,7 +53,7 @@ def times_faster(cell: Cell, rival: str) -> float:
 
 
 def bandwidth(cell: Cell, rival: str) -> float:
-    """The share of the card's copy bandwidth at which the bytes of the floor are moved."""
+    """The achieved share of the GPU's copy bandwidth, for the minimum number of bytes."""
     return cell.case.fp8_bytes / (cell.graph[AUTO] * 1e-6) / BYTES_PER_SECOND
 
 
@@ -62,7 +62,8 @@ def host_ratio(cell: Cell, rival: str) -> float:
 
 
 def ceiling(case: Case) -> float:
-    """The most that FP8 gains over bfloat16 with a quantization pass of its own, arithmetic bound, on an H200."""
+    """The largest speedup of FP8 over bfloat16 with a separate quantization pass, if bound by arithmetic, on an
+    H200."""
     return 2 / (1 + 551 / case.n)
 
 
@@ -76,7 +77,7 @@ def few(case: Case) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A goal for all cells that it ``applies`` to; without the ``rival`` that it needs a cell is not judged."""
+    """A goal for all cells to which it ``applies``; a cell without the ``rival`` that it needs is not judged."""
 
     goal: str
     wanted: float
@@ -143,14 +144,14 @@ TARGETS = (
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Every goal for every product that it is about, from the rows of benchmarks/gpu.py."""
+    """Every goal for every product that it concerns, from the rows of benchmarks/gpu.py."""
     measured = list(cells(rows))
     found = [target.verdict(cell) for cell in measured for target in TARGETS if target.applies(cell.case)]
     return found + most([BEST.verdict(cell) for cell in measured if cell.case.kind == "row"])
 
 
 def most(verdicts: list[Verdict]) -> list[Verdict]:
-    """One goal of many: that most of those that could be judged are met."""
+    """A goal of its own: that most of the cells that could be judged are met."""
     if not verdicts:
         return []
     reached = [verdict["met"] for verdict in verdicts if verdict["met"] is not None]
@@ -162,7 +163,7 @@ def most(verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def cells(rows: list[dict[str, Any]]) -> Iterator[Cell]:
-    """The rows of each product together."""
+    """The rows grouped by product."""
     grouped: dict[Case, Cell] = {}
     for row in rows:
         case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
@@ -173,13 +174,13 @@ def cells(rows: list[dict[str, Any]]) -> Iterator[Cell]:
     yield from grouped.values()
 
 
-# Of whole models, against bfloat16 in the same mode: (mode, whether it decodes one token, how many times faster).
+# For whole models, relative to bfloat16 in the same mode: (mode, whether one token is decoded, speedup).
 MODEL_GOALS = (("eager", False, 1.3), ("eager", True, 1.0), ("graph", False, 1.6))
 MODEL_TOKENS = 1024
 
 
 def model_goals(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """The same of the rows of benchmarks/gpu_models.py."""
+    """The same for the rows of benchmarks/gpu_models.py."""
     found = []
     for mode, decodes, wanted in MODEL_GOALS:
         about = "batch-1 decode" if decodes else f"{MODEL_TOKENS} tokens"

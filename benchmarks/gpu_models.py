@@ -1,12 +1,13 @@
-"""Whole models on a CUDA card: blocks like Llama's and FLUX's in bfloat16, fp8gemm and torchao, eager and in graphs.
+"""Whole models on a CUDA GPU: blocks like Llama's and FLUX's in bfloat16, fp8gemm and torchao, eager and in CUDA
+graphs.
 
     python benchmarks/gpu_models.py [--cases llama-prefill,...] [--compile] [--save gpu_models]
     python benchmarks/gpu_models.py --device cpu --tiny    to see that it runs; its figures mean nothing
 
-Milliseconds of one forward call, batch 1, ``--blocks`` blocks with random weights; eager counts what the card waits for
+Milliseconds of one forward call, batch size 1, ``--blocks`` blocks with random weights; eager times include waiting for
 the host. Each candidate is checked against bfloat16 before it is timed, and left out if it is far off. All candidates
-of a case run in turn, medians. ``--compile`` adds torch.compile, for everyone under the settings of Inductor that
-torchao recommends, where that is there. Ends with the project's goals for ``fp8gemm auto``.
+of a case run in turn; medians. ``--compile`` adds torch.compile, for all candidates with the Inductor settings that
+torchao recommends, if it is installed. Ends with the project's goals for ``fp8gemm auto``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fp8gemm import FP8GemmOptions, UnsupportedError, enable_fp8_gemm, fuse_sibl
 from fp8gemm.engines import order
 
 COLUMNS = ["case", "tokens", "name", "mode", "ms", "x bf16", "error", "runs", "note"]
-ALLOWED_ERROR = 0.15  # relative, of the whole stack: each product adds up to 2**-4 of a block's part
+ALLOWED_ERROR = 0.15  # relative, of the whole stack: each product adds up to 2**-4 of a block's contribution
 COMPILED = ("bf16", "fp8gemm auto", "torchao")
 
 
@@ -51,7 +52,7 @@ CASES = {
     "flux-4096": Case(Flux, FLUX, 4096),
 }
 TINY = Sizes(hidden=128, heads=4, kv_heads=2, mlp=256)
-SHRUNK = 32  # times fewer tokens, if tiny
+SHRUNK = 32  # factor by which --tiny reduces the number of tokens
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     ready: dict[int, Callable[[], object]] = {}
     models = variants(model, x)
-    torch.compiler.reset()  # Dynamo stops after eight variants of one forward
+    torch.compiler.reset()  # Dynamo stops after eight recompilations of one forward
     for mode in ("eager", "graph", "compiled"):
         if (mode == "graph" and arguments.device == "cpu") or (mode == "compiled" and not arguments.compile):
             continue
@@ -123,7 +124,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 row["runs"] = kernels(variant)
                 if row["error"] <= ALLOWED_ERROR:
                     ready[len(rows) - 1] = call
-            except Exception as failure:  # one that fails in any way leaves the others to be measured
+            except Exception as failure:  # a candidate may fail in any way; the others are still measured
                 row["note"] = shortly(failure)
     clock = wall_seconds if arguments.device == "cpu" else card_seconds
     for index, seconds in paired_seconds(ready, seconds=arguments.seconds, clock=clock).items():
@@ -137,7 +138,7 @@ def tiny(case: Case) -> Case:
 
 
 def variants(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module | str]:
-    """The same model in every way that is there, by name, or why it is not; an engine that auto chose alone is auto."""
+    """The same model in every available variant, by name, or why it is not available; auto's engine is not repeated."""
     auto = patched(model, "auto")
     found: dict[str, nn.Module | str] = {"bf16": model, "fp8gemm auto": auto}
     chosen = set()
@@ -153,13 +154,13 @@ def variants(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module | str]:
     found["fp8gemm auto, fused"] = fused
     try:
         found["torchao"] = with_torchao(copy.deepcopy(model))
-    except Exception as failure:  # it refuses machines by assertion
+    except Exception as failure:  # torchao rejects machines by assertions
         found["torchao"] = shortly(failure)
     return found
 
 
 def patched(model: nn.Module, engine: str) -> nn.Module | str:
-    """A copy of ``model`` on FP8 weights, or why this engine cannot."""
+    """A copy of ``model`` on FP8 weights, or why this engine cannot run it."""
     options = FP8GemmOptions(engine=engine)
     try:
         return enable_fp8_gemm(model, options=options, inplace=False)
@@ -168,7 +169,7 @@ def patched(model: nn.Module, engine: str) -> nn.Module | str:
 
 
 def called(model: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], torch.Tensor]:
-    """A forward call; siblings are joined from the second one on, so that a graph is not the first."""
+    """A forward call; siblings are fused from the second call on, so a graph must not capture the first."""
     if mode == "compiled":
         model = torch.compile(model)
     call = partial(model, x)
@@ -183,12 +184,12 @@ def checked(call: Callable[[], torch.Tensor], expected: torch.Tensor) -> dict[st
 
 
 def kernels(model: nn.Module) -> str:
-    """What really ran of fp8gemm."""
+    """The fp8gemm kernels that really ran."""
     return ", ".join(sorted({name for row in report(model).converted for name, _ in row.kernels}))
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one case, with how many times faster than bfloat16 in the same mode each is."""
+    """The rows of one case, with each speedup over bfloat16 in the same mode."""
     baselines = {row["mode"]: row["ms"] for row in rows if row["name"] == "bf16" and "ms" in row}
     for row in rows:
         if "ms" in row and row["mode"] in baselines:

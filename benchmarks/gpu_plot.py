@@ -1,4 +1,4 @@
-"""Pictures of the rows of benchmarks/gpu.py; none without matplotlib."""
+"""Plots of the rows of benchmarks/gpu.py, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness import RESULTS
 
 
 def plot(rows: list[dict[str, Any]], name: str, directory: Path = RESULTS) -> list[Path]:
-    """A picture for each layer: speed-up and TFLOP/s over M, and in both the most that an H200 allows."""
+    """A plot for each layer: speedup and TFLOP/s over M, each with the bound for an H200."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib
@@ -36,7 +36,7 @@ def plot(rows: list[dict[str, Any]], name: str, directory: Path = RESULTS) -> li
 
 
 def _draw(axes: Any, group: list[dict[str, Any]], column: str, floor: Mapping[int, float]) -> None:
-    """A line for each candidate, ours thicker, and the floor's."""
+    """A line for each candidate, fp8gemm's thicker, and the line of the bound."""
     for candidate in sorted({row["name"] for row in group if column in row}):
         points = sorted((row["m"], row[column]) for row in group if row["name"] == candidate and column in row)
         width = 2.5 if candidate == "fp8gemm auto" else 1
@@ -46,7 +46,7 @@ def _draw(axes: Any, group: list[dict[str, Any]], column: str, floor: Mapping[in
 
 
 def floor_rates(group: list[dict[str, Any]]) -> dict[int, float]:
-    """TFLOP/s of a product that takes no longer than its FP8 floor, by M."""
+    """TFLOP/s by M of a product that takes exactly its lower bound in FP8."""
     return {row["m"]: 2 * row["m"] * row["n"] * row["k"] / row["fp8 floor us"] / 1e6 for row in group}
 
 

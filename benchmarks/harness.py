@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing that pairs every candidate with the baseline, and the facts of the machine."""
+"""Shared by the benchmarks: timing that pairs every candidate with the baseline, and the machine's properties."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def paired_seconds(
     least: int = 5,
     clock: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> dict[str, float]:
-    """Median seconds of each candidate, called in turn so that a noisy moment meets all of them alike."""
+    """Median seconds of each candidate, called in turn so that noise affects all of them alike."""
     for call in candidates.values():
         call()
     watches = {name: partial(clock, call) for name, call in candidates.items()}
@@ -45,7 +45,7 @@ def paired_seconds(
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Processor, threads, versions and date: what a number means nothing without."""
+    """Processor, threads, versions and date, which every published number needs."""
 
     date: str
     processor: str
@@ -82,7 +82,7 @@ def processor() -> str:
 
 
 def save(name: str, rows: list[dict[str, Any]], *, directory: Path | None = None, **more: Any) -> Path:
-    """Writes NAME.json, by default in benchmarks/results: the facts of the machine, then the rows."""
+    """Writes NAME.json, by default in benchmarks/results: the machine's properties, then the rows."""
     directory = RESULTS if directory is None else directory
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
@@ -91,7 +91,7 @@ def save(name: str, rows: list[dict[str, Any]], *, directory: Path | None = None
 
 
 def listed(allowed: Collection[str]) -> Callable[[str], list[str]]:
-    """The type of an argument that is some of ``allowed``, with commas between them."""
+    """An argument type: comma-separated values from ``allowed``."""
 
     def split(text: str) -> list[str]:
         wrong = [name for name in text.split(",") if name not in allowed]

@@ -1,11 +1,11 @@
-"""Microseconds of Python and dispatch in one call of a layer: what eager mode pays beside the kernels.
+"""Microseconds of Python and dispatch in one call of a layer: the overhead of eager mode beside the kernels.
 
     python benchmarks/host.py [--calls 2000] [--save cpu_host]
 
-FP8 weights of the ``cpu`` engine are timed beside dense ones, on one thread and layers so small that products take
-next to nothing, in eager and in compiled graphs. Of the ``triton`` engine, where Triton is installed, everything is
-timed but the launches themselves, which need a card: kernels count as compiled, and launching one does nothing. "bound"
-is a call of a shape that the layer has seen before, "first" one that it has not.
+FP8 weights of the ``cpu`` engine are compared with dense ones, on one thread and with layers so small that products
+take almost no time, in eager mode and in compiled graphs. For the ``triton`` engine, if Triton is installed, everything
+is timed except the launches themselves, which need a GPU: kernels count as compiled, and launching one does nothing. A
+"bound" call has a shape that the layer has seen before, a "first" one a new shape.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def beside_dense(calls: int) -> list[dict[str, Any]]:
-    """What one does with a layer or its weight, in FP8 and dense, in turn."""
+    """Operations on a layer or its weight, in FP8 and dense, in turn."""
     dense = nn.Linear(64, 96, dtype=BF16)
     fp8 = FP8Linear.from_linear(dense, FP8GemmOptions(engine="cpu"))
     x = torch.randn(1, 64, dtype=BF16)
@@ -70,7 +70,7 @@ def beside_dense(calls: int) -> list[dict[str, Any]]:
 
 
 def compiled(calls: int) -> list[dict[str, Any]]:
-    """One of sixty small layers in a row, in eager and by torch.compile."""
+    """One of sixty consecutive small layers, in eager mode and by torch.compile."""
     stacks = [nn.Sequential(*(nn.Linear(64, 64, dtype=BF16) for _ in range(LAYERS))).eval() for _ in range(2)]
     enable_fp8_gemm(stacks[1], options=FP8GemmOptions(engine="cpu"))
     x = torch.randn(2, 64, dtype=BF16)
@@ -84,7 +84,7 @@ def compiled(calls: int) -> list[dict[str, Any]]:
 
 
 def timed(engine: str, n: int, k: int, tokens: list[int], calls: int) -> list[dict[str, Any]]:
-    """A layer's calls, bound and not; of a GPU engine everything but the launches."""
+    """A layer's calls, bound and not; for a GPU engine everything except the launches."""
     layer = FP8Linear.from_linear(nn.Linear(k, n, dtype=BF16), FP8GemmOptions(engine=engine))
     rows = []
     for m in tokens:
@@ -113,7 +113,7 @@ def microseconds(call: Callable[[], object], calls: int) -> float:
 
 
 class _Compiled(dict[Any, Any]):
-    """Every kernel is compiled already, and does nothing."""
+    """Every kernel counts as compiled, and does nothing."""
 
     def get(self, key: Any, default: Any = None) -> _Compiled:
         return self
@@ -124,7 +124,7 @@ class _Compiled(dict[Any, Any]):
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Makes the Triton engine believe in an H100 whose kernels take no time."""
+    """Makes the Triton engine run as if on an H100 whose kernels take no time."""
     from fp8gemm.engines.triton import launch
 
     hopper = place((9, 0))

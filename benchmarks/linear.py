@@ -1,9 +1,9 @@
-"""One Linear: ``F.linear`` in the model's dtype against every engine that runs here, paired, medians.
+"""One Linear: ``F.linear`` in the model's dtype compared with every engine that runs here, paired; medians.
 
     python benchmarks/linear.py [--shapes 4096x4096,...] [--tokens 1,16,...] [--dtype bfloat16] [--cold MB] ...
 
 Everything is checked before it is timed, as by ``fp8gemm bench``. ``--cold MB`` rotates through a stack of layers whose
-dense weights take that much memory, as a real model does; without it one layer stays in the cache.
+dense weights take that much memory, as in a real model; without it, a single layer stays in the cache.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 class Layers:
-    """The same layer many times over: dense weights, and the same weights packed by each engine."""
+    """Many copies of the same layer: dense weights, and the same weights packed by each engine."""
 
     def __init__(self, n: int, k: int, scheme: Scheme, arguments: argparse.Namespace) -> None:
         dtype: torch.dtype = getattr(torch, arguments.dtype)
@@ -80,7 +80,7 @@ class Layers:
 
     @torch.no_grad()
     def measure(self, m: int, seconds: float) -> dict[str, Any]:
-        """Milliseconds of the dense product and of each other, with its ratio to that: above 1 is faster than dense."""
+        """Milliseconds of the dense product and of each other one, with its speedup: above 1 is faster than dense."""
         expectation = Expectation(self.weights.tokens(m), self.weights)
         entrants = {"dense": dense_entrant(self.dense, expectation)}
         entrants |= {name: entrant_of(ENGINES[name], copies, expectation) for name, copies in self.packed.items()}
@@ -98,7 +98,7 @@ class Layers:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """What somebody else's layer calls, and the weight that it multiplies."""
+    """The function and weight with which another library multiplies."""
 
     call: Callable[[torch.Tensor], torch.Tensor]
     weight: torch.Tensor
@@ -109,7 +109,7 @@ class Peer:
 
 
 def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Peer]:
-    """The same layer as a plain FP8 model has it, and as torchao's weight-only one-liner makes it where installed."""
+    """The same layer as a plain FP8 model has it, and as quantized weight-only by torchao, if that is installed."""
     found = {"cast then linear": Peer(call=lambda x: F.linear(x, scaled.data.to(x.dtype)), weight=scaled.data)}
     try:
         from torchao.quantization import Float8WeightOnlyConfig, quantize_

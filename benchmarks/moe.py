@@ -1,8 +1,8 @@
-"""A mixture-of-experts block of transformers: bfloat16 with its fastest implementation against the same block on FP8.
+"""A transformers mixture-of-experts block: bfloat16 with its fastest implementation compared with FP8.
 
     python benchmarks/moe.py [--tokens 1,16,128,512] [--engines auto,cpu] [--save NAME]
 
-Every implementation of both is timed in one run, paired, medians; the table compares the fastest of each. The blocks
+All implementations of both are timed in one run, paired; medians. The table compares the fastest of each. The blocks
 are checked against each other before they are timed.
 """
 
@@ -62,7 +62,7 @@ BLOCKS = {"Qwen3-MoE-like, 64 x 2048 x 768, top 8": qwen3, "Mixtral-like, 8 x 10
 
 
 def filled(block: nn.Module, config: Any) -> nn.Module:
-    """Random weights, and the configuration where the experts look for their implementation."""
+    """Random weights, and the configuration from which the experts take their implementation."""
     block.config = config
     block.experts.config = config
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
     python benchmarks/patching.py [--save NAME]
 
-Memory is the process's anonymous memory (RssAnon), of which the peak is sampled every 5 ms. Linux only.
+Memory is the process's anonymous memory (RssAnon), whose peak is sampled every 5 ms. Linux only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(storage: str) -> dict[str, object]:
-    enable_fp8_gemm(nn.Linear(64, 64, dtype=torch.bfloat16))  # what loads once is no part of it
+    enable_fp8_gemm(nn.Linear(64, 64, dtype=torch.bfloat16))  # memory of modules that are loaded once does not count
     start = anonymous()
     model = nn.ModuleDict(
         {
@@ -78,7 +78,7 @@ def block() -> nn.ModuleDict:
 
 
 def anonymous() -> int:
-    """Bytes of memory that belong to this process alone and to no file."""
+    """Bytes of memory that belong to this process alone and not to a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -86,7 +86,7 @@ def anonymous() -> int:
 
 
 class Peak:
-    """The most anonymous memory while a block runs, sampled by a thread."""
+    """The peak of anonymous memory while a block runs, sampled by a thread."""
 
     def __enter__(self) -> Peak:
         self.value, self.running = anonymous(), True

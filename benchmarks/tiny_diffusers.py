@@ -1,4 +1,4 @@
-"""Small random models of diffusers with inputs: a row of the table each, where the installed version has its class."""
+"""Small random diffusers models with inputs: one row of the table each, if the installed version has the class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _steps(count: int = 2) -> torch.Tensor:
 
 
 def _image(channels: int, *size: int, text: int = 64, **more: Any) -> Inputs:
-    """A latent image or video, a text of 8 tokens and a time."""
+    """A latent image or video, a text of 8 tokens and a timestep."""
     size = size or (16, 16)
     return lambda: {
         "hidden_states": _seeded(2, channels, *size),
@@ -32,7 +32,7 @@ def _image(channels: int, *size: int, text: int = 64, **more: Any) -> Inputs:
 
 
 def _packed(channels: int, *, text: int = 64, **more: Any) -> Inputs:
-    """An image of 8 x 8 patches as a sequence of them, with places."""
+    """An image of 8 x 8 patches as a sequence with position ids."""
     return lambda: {
         "hidden_states": _seeded(2, 64, channels),
         "encoder_hidden_states": _seeded(2, 8, text),

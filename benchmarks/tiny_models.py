@@ -1,7 +1,7 @@
-"""A tiny random model of every architecture that transformers has, and inputs for it, made without knowing any.
+"""A small random model of every transformers architecture, and inputs for it, made without specific knowledge of any.
 
-A configuration is shrunk by the names of its numbers; a model class is taken from transformers' own tables; inputs are
-those that its forward names. What needs more than that is skipped with the reason.
+A configuration is shrunk by the names of its numbers, a model class is taken from transformers' own tables, and inputs
+are those that its forward names. Architectures that need more than that are skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LARGEST = 512, 128, 2, 4, 60_000_000
-ORDINARY = range(20, 400)  # token ids that mean nothing special; those that do are put above or are below already
+ORDINARY = range(20, 400)  # token ids without special meaning; special ids are above or below
 
-# What whole numbers of a configuration become where they are larger: the first pattern that is all of the name counts.
+# The new values of integers in a configuration, if they are larger: the first pattern that matches the whole name.
 SMALLER: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|codebook_size", VOCABULARY),
     (r".*(experts_per_tok(en)?|moe_top_?k|moe_topk|num_selected_experts)|top_k", 2),
@@ -44,7 +44,7 @@ SMALLER: tuple[tuple[str, int], ...] = (
     (r"num_frames", 4),
 )
 FLOATS = {"initializer_range": 0.09, "init_std": 0.09, "initializer_factor": 1.0, "layer_scale_init_value": 0.5}
-# What the names do not tell.
+# What the names do not determine.
 ESPECIALLY: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 32, "expand": 2, "chunk_size": 16},
@@ -67,11 +67,11 @@ TABLES = (
 
 
 class Unbuilt(Exception):
-    """Why there is no tiny model of an architecture."""
+    """The reason why there is no small model of an architecture."""
 
 
 def architectures() -> list[str]:
-    """All model types that a model class belongs to, in alphabetical order; none where transformers is not there."""
+    """All model types with a model class, in alphabetical order; none if transformers is not installed."""
     try:
         from transformers.models.auto import modeling_auto
     except ImportError:
@@ -88,7 +88,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A model of an architecture in evaluation mode, with positional and keyword inputs on which it runs.
 
     Raises:
-        Unbuilt: no class of it could be made and run, with the reason of each.
+        Unbuilt: none of its classes could be made and run, with the reason for each.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -126,7 +126,7 @@ def told(error: Exception) -> str:
 
 
 def shrunk(kind: type, name: str = "", *, width: bool = True, tied: bool = True) -> Any:
-    """A small configuration of a class; of its own width and heads, where ``width`` is false. ``tied`` ties heads."""
+    """A small configuration of a class; with its own width and heads if ``width`` is false. ``tied`` ties heads."""
     first = kind()
     values: dict[str, Any] = {}
     layers = next((value for key, value in vars(first).items() if key.endswith(("hidden_layers", "n_layer"))), None)
@@ -170,7 +170,7 @@ def _smaller(key: str, value: Any, layers: Any, *, width: bool, tied: bool) -> A
 
 
 def _ends(values: list[Any]) -> list[Any]:
-    """As many of the values of layers as there will be layers, of different kinds if there are such."""
+    """The values of as many layers as the model will have, of different kinds if possible."""
     other = next((value for value in values if value != values[0]), values[-1])
     return [*values[: LAYERS - 1], other]
 
@@ -205,7 +205,7 @@ def made(kind: Any, config: Any) -> nn.Module:
 
 
 def filled(model: nn.Module) -> Any:
-    """Values of ordinary size where the initialization leaves whole matrices at zero."""
+    """Puts ordinary values where the initialization leaves whole matrices at zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.is_floating_point() and not parameter.any():
@@ -234,7 +234,7 @@ def inputs_of(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
         for variant in range(max(len(MAKERS[name]) for name in wish)):
             try:
                 made = {name: MAKERS[name][min(variant, len(MAKERS[name]) - 1)](config) for name in wish}
-            except (AttributeError, TypeError):  # the configuration has not what such an input is made from
+            except (AttributeError, TypeError):  # the configuration lacks what such an input is made from
                 continue
             yield {**made, "use_cache": False} if "use_cache" in taken else made
 
@@ -280,7 +280,7 @@ def _video(config: Any) -> torch.Tensor:
 
 
 def _patches(config: Any) -> torch.Tensor:
-    """Patches of a picture of 8 x 8 of them, as the Qwen models' vision towers take them."""
+    """Patches of an image of 8 x 8 patches, as the vision towers of Qwen models take them."""
     patch = number(config, "patch_size")
     return _seeded(64, _channels(config) * number(config, "temporal_patch_size", default=1) * patch * patch)
 

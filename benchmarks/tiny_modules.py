@@ -1,4 +1,4 @@
-"""Torch's own modules as small models with inputs; and the models of torchvision and timm where those are installed."""
+"""torch's own modules as small models with inputs; also the models of torchvision and timm, if they are installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _seeded(*size: int) -> torch.Tensor:
 
 
 class Bare(nn.Module):
-    """Parameters of a container, of which only a watched forward pass shows what they are for."""
+    """Parameters of a container, whose use only an observed forward pass shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ TIMM = (
 
 
 def vision(library: str) -> tuple[str, ...]:
-    """The models of a library that are measured; none where it is not installed."""
+    """The models of a library that are measured; none if it is not installed."""
     try:
         importlib.import_module(library)
     except ImportError:

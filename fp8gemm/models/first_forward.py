@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from .. import native
-from ..weights.product import jit_tracing
+from ..weights.watching import jit_tracing
 from .observation import Observer
 
 Then = Callable[[nn.Module, Observer], None]

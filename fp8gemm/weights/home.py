@@ -62,6 +62,7 @@ class Home:
         self.version = 0
         self.returned: tuple[int, nn.Parameter, bool] | None = None  # the dense parameter that undo gave for a version
         # what traced graphs receive for this version: attribute names and context
+        self.calls: dict[Any, Any] = {}  # bound calls of this version: see ``remembered_call``
         self.flat: tuple[list[str], Any] | None = None
         self.inner_data: torch.Tensor | None = None  # these tensors are set together with ``flat``
         self.inner_scale: torch.Tensor | None = None
@@ -163,6 +164,7 @@ class Home:
         """Marks a change: calls and graph inputs of earlier versions are no longer valid."""
         self.version += 1
         self.flat = None
+        self.calls = {}
         self.inner_data = self.inner_scale = self.inner_input_scale = self.inner_dense = None
 
     def _publish(self, stored: Stored) -> None:

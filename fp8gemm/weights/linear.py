@@ -15,8 +15,9 @@ from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
 from .home import Home
-from .product import exporting, in_forward_mode, jit_tracing, multiply, profiling, wants_derivative
+from .product import in_forward_mode, multiply, wants_derivative
 from .sharding import held
+from .watching import exporting, jit_tracing, profiling
 from .weight import FP8Weight
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .. import native
 from ..engines import ENGINES, PackedWeight, restore
 from ..numerics import quantize
 from .lookup import dequantized
 from .operation import call_grouped, call_linear
 from .remembered import remembered_linear
+from .watching import exporting, watched
 
 
 def multiply(
@@ -103,25 +103,6 @@ def grouped_forward(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, o
     if not (torch.compiler.is_compiling() or watched(x, weight.data, weight.scale, ends)):
         return ENGINES[weight.engine].grouped(x, weight, ends, None, out_dtype)
     return call_grouped(x, weight, ends, out_dtype)
-
-
-profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
-
-
-def watched(*tensors: torch.Tensor | None) -> bool:
-    """Whether a product has to be an operation: it is traced, counted or profiled, or C cannot read these tensors."""
-    return jit_tracing() or profiling() or not native.plain(*tensors)
-
-
-def exporting() -> bool:
-    """The flag behind ``torch.compiler.is_exporting()``, which torch 2.10's Dynamo assumes to be true in every
-    trace."""
-    return torch.compiler._is_exporting_flag
-
-
-def jit_tracing() -> bool:
-    """Whether torch.jit.trace is recording; it treats everything except torch operations as constants."""
-    return torch._C._get_tracing_state() is not None
 
 
 def _more_than(m: int, few: int) -> bool:

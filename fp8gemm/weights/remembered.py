@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..engines import ENGINES, PackedWeight
+from .watching import watched
 
 MOST_CALLS = 32  # the most bound calls of a weight; one more clears them
 ALIGNMENT = 16  # bytes, of inputs: the alignment that compiled kernels were specialized for
@@ -52,3 +55,51 @@ def call_key(
     input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
     ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)
     return (x.shape, x.dtype, out_dtype, engine, accumulate, *ours)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A bound call of a weight, or of rows of it, with the tensors whose memory it reads."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    kernel: str
+    device: torch.device
+    bias: torch.Tensor | None
+    bias_dtype: torch.dtype | None
+
+    def fits(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether ``x`` and ``bias`` are as they were, beyond the key, and nothing has to see an operation."""
+        return (
+            x.device == self.device
+            and x.is_contiguous()
+            and x.data_ptr() % ALIGNMENT == 0
+            and (bias is None or bias.dtype == self.bias_dtype)
+            and not watched(x, bias)
+        )
+
+
+def remember(
+    calls: dict[Any, Any],
+    key: Any,
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    kernel: str,
+) -> None:
+    """Binds the call of this key when it comes for the second time; ``calls`` belong to one version of a weight."""
+    if calls.get(key, x) is not None:  # not seen yet, or bound already and ``x`` or a mode does not fit it
+        if key not in calls:
+            if len(calls) >= MOST_CALLS:
+                calls.clear()
+            calls[key] = None
+        return
+    aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 and x.numel() > 0
+    if not aligned or watched(x, weight.data, weight.scale, bias) or (bias is not None and bias.device != x.device):
+        return
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    held = None if bias is None else bias.detach()
+    with torch.no_grad():
+        compute = ENGINES[weight.engine].bind(x, weight, held, x.dtype)
+    if compute is not None:
+        calls[key] = Call(compute, kernel, x.device, held, None if held is None else held.dtype)

@@ -86,12 +86,16 @@ def remember(
     bias: torch.Tensor | None,
     kernel: str,
 ) -> None:
-    """Binds the call of this key when it comes for the second time; ``calls`` belong to one version of a weight."""
-    if calls.get(key, x) is not None:  # not seen yet, or bound already and ``x`` or a mode does not fit it
-        if key not in calls:
-            if len(calls) >= MOST_CALLS:
-                calls.clear()
-            calls[key] = None
+    """Binds the call of this key when it comes for the second time; ``calls`` belong to one version of a weight.
+
+    The value of a key is None after the first call, and False if the engine cannot bind it.
+    """
+    if key not in calls:
+        if len(calls) >= MOST_CALLS:
+            calls.clear()
+        calls[key] = None
+        return
+    if calls[key] is not None:
         return
     aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 and x.numel() > 0
     if not aligned or watched(x, weight.data, weight.scale, bias) or (bias is not None and bias.device != x.device):
@@ -101,5 +105,4 @@ def remember(
     held = None if bias is None else bias.detach()
     with torch.no_grad():
         compute = ENGINES[weight.engine].bind(x, weight, held, x.dtype)
-    if compute is not None:
-        calls[key] = Call(compute, kernel, x.device, held, None if held is None else held.dtype)
+    calls[key] = compute is not None and Call(compute, kernel, x.device, held, None if held is None else held.dtype)

@@ -1,10 +1,10 @@
-"""The two exceptions of fp8gemm besides ValueError. Messages say what was asked, what was found and what would work."""
+"""The two exceptions of fp8gemm besides ValueError. They say what was requested, what was found and what would work."""
 
 from __future__ import annotations
 
 
 class UnsupportedError(RuntimeError):
-    """No engine, or not the one that was named, supports what was asked on this machine; or a format cannot express it.
+    """No engine, or not the requested one, supports this on this machine; or a format cannot express it.
 
     Example:
         >>> from fp8gemm import FP8GemmOptions, enable_fp8_gemm
@@ -12,7 +12,7 @@ class UnsupportedError(RuntimeError):
         ...     enable_fp8_gemm(torch.nn.Linear(8, 8).double(), options=FP8GemmOptions(engine="vllm"))
         ... except UnsupportedError as error:
         ...     print(str(error).splitlines()[0])
-        the model itself: engine 'vllm' cannot: [8, 8] in torch.float64, weight row, activation row
+        the model itself: engine 'vllm' cannot multiply [8, 8] in torch.float64, weight row, activation row
     """
 
 

@@ -90,7 +90,8 @@ def _refusal(spec: MatmulSpec, machine: Machine, engine: str, rejected: dict[str
     stack = f"{spec.experts} x " if spec.experts else ""
     asked = f"{stack}[{spec.n}, {spec.k}] in {spec.compute_dtype}, {spec.scheme}"
     where = f"{machine.device} {machine.name}".strip()
-    lines = [f"no engine can multiply {asked} on {where}" if engine == "auto" else f"engine {engine!r} cannot: {asked}"]
+    problem = f"no engine can multiply {asked} on {where}"
+    lines = [problem if engine == "auto" else f"engine {engine!r} cannot multiply {asked}"]
     lines += [f"  {name}: {reason}" for name, reasons in rejected.items() for reason in reasons]
     able = [name for name, other in ENGINES.items() if name not in rejected and not other.rejects(spec, machine)]
     if able:

@@ -27,11 +27,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLACES = (("deep_gemm", ""), ("vllm", "third_party/deep_gemm"))
 _ABSENT = (
     "DeepGEMM 2.2 or newer is not installed for this Python; build it from github.com/deepseek-ai/DeepGEMM "
-    "(PyPI's deep-gemm is 1.0), or pip install 'vllm>=0.20', which carries it"
+    "(PyPI's deep-gemm is 1.0), or pip install 'vllm>=0.20', which includes it"
 )
 _NO_COMPILER = (
     "DeepGEMM compiles its kernels when they are first used: needs a CUDA toolkit with nvcc in CUDA_HOME, on PATH or "
-    "in /usr/local/cuda (DG_JIT_USE_NVRTC=1 does without nvcc)"
+    "in /usr/local/cuda (DG_JIT_USE_NVRTC=1 works without nvcc)"
 )
 
 
@@ -83,7 +83,9 @@ class DeepGemmEngine(Engine):
                 "a padded copy of the longest list"
             )
         if spec.compute_dtype not in _DTYPES:
-            reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
+            reasons.append(
+                f"returns bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}"
+            )
         if spec.weight_dtype != torch.float8_e4m3fn:
             reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
         return reasons

@@ -36,7 +36,7 @@ class TorchEngine(Engine):
         if spec.experts:
             reasons += _rejects_grouped(spec, machine)
         if spec.compute_dtype == torch.float64:
-            reasons.append("gives bfloat16, float16 or float32, not float64")
+            reasons.append("returns bfloat16, float16 or float32, not float64")
         if spec.weight_dtype != torch.float8_e4m3fn:
             reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
         return reasons

@@ -66,7 +66,9 @@ def made(
     parameter = module._parameters.get(name)
     if parameter is None or not parameter.dtype.is_floating_point or parameter.dtype in FP8_DTYPES:
         found = f"no {name} parameter" if parameter is None else f"a {name} in {parameter.dtype}"
-        raise ValueError(f"an FP8 weight is made from a floating parameter, found {found} in {type(module).__name__}")
+        raise ValueError(
+            f"an FP8 weight is made from a floating-point parameter, found {found} in {type(module).__name__}"
+        )
     if isinstance(parameter, FP8Weight):
         raise ValueError(f"{name} of {type(module).__name__} is in FP8 already")
     layout = layout or Layout.of(parameter.shape, turned=turned)
@@ -157,7 +159,7 @@ class _Before:
 
 
 def _costs_nothing(parameter: nn.Parameter, home: Home) -> bool:
-    """Whether the former parameter takes no memory beside its FP8 weight."""
+    """Whether the former parameter takes no memory besides its FP8 weight."""
     waits = home.stored is None and home.dense is not None and home.dense.data_ptr() == parameter.data_ptr()
     return parameter.is_meta or parameter is home.original or waits
 

@@ -15,7 +15,7 @@ from ..engines import ENGINES, PackedWeight, restore
 from ..scaled import Granularity, ScaledTensor, Scheme
 from .remembered import ALIGNMENT, call_key, remembered_linear
 
-# The attributes of a packed weight beside its bytes, in types that schemas support: a block of 0 means all rows or
+# The attributes of a packed weight besides its bytes, in types that schemas support: a block of 0 means all rows or
 # columns, an empty block means none. Arguments equal to their defaults are neither written into graphs nor converted.
 _FORM: dict[str, tuple[str, Any]] = {
     "engine": ("str", "cpu"),

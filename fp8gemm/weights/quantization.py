@@ -19,7 +19,7 @@ def quantize_weight(
     scale_format: ScaleFormat = "float32",
     device: torch.device | str | None = None,
 ) -> ScaledTensor:
-    """``quantize(w [N, K])`` with the same bits, on ``device``, in parts; needs little memory beside the result."""
+    """``quantize(w [N, K])`` with the same bits, on ``device``, in parts; needs little memory besides the result."""
     device = w.device if device is None else torch.device(device)
     n, k = w.shape
     compiled = _compiled(w, device, dtype)

@@ -177,7 +177,7 @@ class FP8Weight(Shardable, torch.Tensor):
         else:
             dense = values.dequantize() if isinstance(values, FP8Weight) else values.detach()
             if not dense.dtype.is_floating_point or dense.dtype in FP8_DTYPES:
-                raise ValueError(f"the FP8 weight takes floating values, found {dense.dtype}")
+                raise ValueError(f"the FP8 weight takes floating-point values, found {dense.dtype}")
             dense = dense.contiguous()
             layout = mine.layout.like(dense.shape)
             home = Home(mine.options, layout, dense=dense, scheme=mine.scheme, trains=mine.trains)

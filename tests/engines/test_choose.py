@@ -162,7 +162,7 @@ def test_vllm_stubs_and_old_schemas_are_not_mistaken_for_ops() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_vllm_on_cpu_rejects_dtypes_that_kill_the_process(dtype: torch.dtype) -> None:
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, compute_dtype=dtype)
-    assert any("takes bfloat16" in reason for reason in ENGINES["vllm"].rejects(spec, SERVER_VLLM))
+    assert any("supports only bfloat16" in reason for reason in ENGINES["vllm"].rejects(spec, SERVER_VLLM))
 
 
 def test_torch_is_never_automatic_on_cpu() -> None:
@@ -175,7 +175,7 @@ def test_rows_on_a_cpu_need_a_newer_torch() -> None:
     old, new = (Machine(device="cpu", torch_version=version) for version in ((2, 10), (2, 13)))
     rows, tensor = (MatmulSpec(scheme=SCHEMES[scheme], n=256, k=256) for scheme in ("row", "tensor"))  # type: ignore[index]
     found = "found torch 2.10 and weight row, activation row"
-    reasons = [f"on a CPU torch scales per tensor only before 2.13, {found}"]
+    reasons = [f"on a CPU torch before 2.13 scales per tensor only, {found}"]
     torch_engine = ENGINES["torch"]
     assert [torch_engine.rejects(rows, old), torch_engine.rejects(rows, new)] == [reasons, []]
     assert [torch_engine.rejects(tensor, old), torch_engine.rejects(tensor, new)] == [[], []]

@@ -36,11 +36,11 @@ ORDER = ["vectors", "tokens", "rows", "blocks", "library", "dense"]
         (SPEC, replace(H100, capability=None), "needs compute capability 8.0 or newer, found unknown"),
         (SPEC, replace(H100, found={}), "Triton is not installed"),
         (SPEC, replace(H100, found={"triton": Triton((3, 5))}), "needs Triton 3.6 or newer, found 3.5"),
-        (replace(SPEC, compute_dtype=torch.float64), H100, "gives bfloat16, float16 or float32, not float64"),
+        (replace(SPEC, compute_dtype=torch.float64), H100, "returns bfloat16, float16 or float32, not float64"),
         (
             replace(SPEC, scheme=Scheme(weight=Granularity(1, 24), activation=None)),
             H100,
-            "takes scales along K in steps of 16, found 1x24",
+            "supports scales along K in multiples of 16, found 1x24",
         ),
     ],
 )

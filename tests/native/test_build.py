@@ -186,7 +186,7 @@ def test_odd_compilers_leave_torch_and_a_reason(tmp_path):
         assert reason in found.reason
     assert list((tmp_path / "cache").iterdir()) == []
     assert "cannot be loaded" in patched(tmp_path, CXX=fake_compiler(tmp_path / "empty", "touch"))
-    assert "no compiler that runs" in patched(tmp_path, CXX='"unbalanced')
+    assert "is not a working compiler" in patched(tmp_path, CXX='"unbalanced')
 
 
 @compiled

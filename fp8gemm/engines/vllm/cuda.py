@@ -49,7 +49,7 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     if spec.experts:
         reasons.append("its grouped kernels on CUDA are available only through vLLM's model classes")
     if spec.compute_dtype == torch.float64:
-        reasons.append("gives bfloat16 or float16, not float64")
+        reasons.append("returns bfloat16 or float16, not float64")
     if spec.weight_dtype != torch.float8_e4m3fn:
         reasons.append(f"multiplies e4m3 by e4m3, found weights in {spec.weight_dtype}")
     return reasons

@@ -27,6 +27,8 @@ aten = torch.ops.aten
 def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None) -> Any:
     """``x [..., K] @ weight[N, K].T + bias [N]`` on an engine; NotImplemented unless ``weight`` is a range of whole
     rows."""
+    if x.is_nested or x.layout != torch.strided:
+        return NotImplemented
     home = weight._home
     calls, key = home.calls, None  # of this version: a write that another thread makes now gives the home others
     if type(x) is torch.Tensor and type(home) is Home and not torch.compiler.is_compiling() and not home.pending:
@@ -39,8 +41,6 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     if part is None or isinstance(x, FP8Weight) or weight.dim() != 2:
         return NotImplemented
     if not part.all_columns(home.layout) or part.flipped or not x.is_floating_point():
-        return NotImplemented
-    if x.is_nested or x.layout != torch.strided:
         return NotImplemented
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k or x.dtype != weight.dtype or x.device != weight.device:

@@ -96,6 +96,7 @@ class Tensors:
             metadata=self.metadata,
             config=_quantization_config(config, self.source.config("hf_quant_config.json")),
             model_config=config,
+            files=tuple(path.name for path in self.source.files),
             read=self.read,
         )
 

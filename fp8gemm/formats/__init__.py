@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError, UnsupportedError
+from .auto_round import AutoRound
 from .base import Contents, Format, Layer, Layout, Read, TensorInfo, Written
 from .comfy import Comfy
 from .compressed_tensors import CompressedTensors
 from .experts import Stack, coarsened, join_rows, slice_rows, stacks
 from .fine_grained import Fbgemm, FineGrained, Plain
 from .modelopt import ModelOpt
+from .quanto import Quanto
 from .scan import scan
+from .sdnq import SDNQ
 from .torchao import TorchAO
 
 
@@ -27,6 +30,9 @@ FORMATS: list[Format] = [
     CompressedTensors(),
     ModelOpt(),
     TorchAO(),
+    SDNQ(),
+    AutoRound(),
+    Quanto(),
     Fbgemm(),
     FineGrained(),
     Comfy(),

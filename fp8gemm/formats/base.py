@@ -39,14 +39,15 @@ class Contents:
     """Everything known about a checkpoint without reading its tensors.
 
     ``tensors`` by key, ``metadata`` from the files' headers, ``config`` the quantization config (empty if there is
-    none), ``model_config`` the whole config.json (None if there is none). ``read`` reads one tensor, for formats that
-    store their description in small ones.
+    none), ``model_config`` the whole config.json (None if there is none), ``files`` the names of the files. ``read``
+    reads one tensor, for formats that store their description in small ones.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     model_config: Mapping[str, Any] | None = None
+    files: tuple[str, ...] = ()
     read: Read | None = None
 
     @property
@@ -91,11 +92,25 @@ class Activation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How a weight is stored that a file holds in another shape than the model does.
+
+    ``shape`` and ``granularity`` are those in the model; ``data`` brings the stored bytes into that shape, and
+    ``scale`` the stored scales into that granularity's grid.
+    """
+
+    shape: tuple[int, ...]
+    granularity: Granularity
+    data: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One FP8 weight on disk: the keys that hold it and how to build a ``ScaledTensor`` from them.
 
     ``scale`` is None for a raw cast, whose scale is 1. ``part`` extracts this weight's share of a scale tensor that
-    covers several experts.
+    covers several experts, or arranges it; ``arrange`` brings the stored bytes into ``shape``.
     """
 
     name: str
@@ -108,6 +123,7 @@ class Layer:
     input_scale: str | None = None
     zero_points: tuple[str, ...] = ()
     part: Callable[[torch.Tensor], torch.Tensor] | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def granularity(self) -> Granularity:
@@ -126,6 +142,8 @@ class Layer:
         data = read(self.weight)
         if data.dtype != self.dtype:
             data = data.view(self.dtype)
+        if self.arrange is not None:
+            data = self.arrange(data.view(torch.uint8)).contiguous().view(self.dtype)
         for key in self.zero_points:
             if bool(read(key).to(torch.float32).ne(0).any()):
                 raise CheckpointError(f"{key} is not zero; only symmetric FP8 (zero points of 0) can be read")
@@ -164,8 +182,8 @@ class Layout:
     """What each key of a checkpoint is.
 
     ``plain`` and ``layers`` by canonical name; ``kv_scales`` name -> key; ``unused`` key -> why nothing reads it;
-    ``unknown`` keys that look like scales but belong to no weight; ``unsupported`` name -> reason;
-    ``suspicious`` messages for the user.
+    ``unknown`` keys that look like scales but belong to no weight; ``companions`` name of an FP8 weight -> keys beside
+    it whose meaning is unknown; ``unsupported`` name -> reason; ``suspicious`` messages for the user.
     """
 
     plain: dict[str, str] = field(default_factory=dict)
@@ -173,6 +191,7 @@ class Layout:
     kv_scales: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    companions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
     suspicious: list[str] = field(default_factory=list)
 
@@ -218,6 +237,14 @@ class Format:
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
         """What the config says about the scales of ``module``, most likely first; shapes decide between them."""
         return ()
+
+    def arrangement(self, contents: Contents, key: str, scale: str) -> Arrangement | None:
+        """How the weight ``key`` with this scale is stored, if not as it is in the model."""
+        return None
+
+    def unreadable(self, contents: Contents, module: str) -> str:
+        """Why the weight of ``module`` cannot be read, if the file says that it is not plain FP8; else empty."""
+        return ""
 
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
         """How to quantize the activations of ``module``, whose weight has this granularity."""
@@ -268,7 +295,20 @@ def block_granularity(block: object) -> Granularity:
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The ``names`` that equal one of ``patterns``, or match, from their start, one that begins with ``re:``."""
+    """The ``names`` that equal one of ``patterns``, or match, from their start, one that begins with ``re:``.
+
+    Raises:
+        CheckpointError: one of them is no regular expression.
+    """
     given = set(patterns)
-    expressions = [re.compile(pattern[3:]) for pattern in given if pattern.startswith("re:")]
+    expressions = [_compiled(pattern) for pattern in given if pattern.startswith("re:")]
     return [name for name in names if name in given or any(expression.match(name) for expression in expressions)]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise CheckpointError(
+            f"the config has the pattern {pattern!r}, which is no regular expression: {error}"
+        ) from error

@@ -49,6 +49,25 @@ class CompressedTensors(Format):
         for module in matching((name.removesuffix(".weight") for name in layout.layers), ignored):
             layout.suspicious.append(f"{module} is FP8 although the config ignores it")
 
+    def unreadable(self, contents: Contents, module: str) -> str:
+        """An online transform of this module: its weight is stored rotated, and its input or output must be, too.
+
+        Transforms of weights alone (``weight_input``, ``weight_output``) are in the stored values. Queries and keys
+        that are rotated by the same matrix have the same products as without it.
+        """
+        for name, transform in _transforms(contents):
+            applied = [part for part in transform.get("apply") or () if isinstance(part, Mapping)]
+            places = {str(part.get("location")) for part in applied}
+            online = places - _FUSED - (_ATTENTION if places >= _ATTENTION else set())
+            for part in applied:
+                location = str(part.get("location"))
+                if location in online and (location in _ATTENTION or _is_target(module, part)):
+                    return (
+                        f"transform_config {name} rotates its {location} online ({transform.get('type')}), which is "
+                        "not applied; vLLM runs such checkpoints, and one that is made without transforms can be read"
+                    )
+        return ""
+
     def refuses(self, layers: Mapping[str, Written]) -> list[str]:
         reasons = []
         for name, layer in layers.items():
@@ -108,6 +127,30 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+
+_FUSED = {"weight_input", "weight_output"}
+_ATTENTION = {"q_attn", "k_cache"}
+
+
+def _transforms(contents: Contents) -> list[tuple[str, Mapping[str, Any]]]:
+    """The transforms that the config names."""
+    config = contents.config.get("transform_config") or _NOTHING
+    groups = config.get("config_groups") if isinstance(config, Mapping) else None
+    found = groups if isinstance(groups, Mapping) else _NOTHING
+    return [(name, transform) for name, transform in found.items() if isinstance(transform, Mapping)]
+
+
+def _is_target(module: str, part: Mapping[str, Any]) -> bool:
+    """Whether ``part`` of a transform is applied to a module; a class of modules, such as Linear, may be any."""
+    if matching([module], _strings(part.get("ignore"))):
+        return False
+    targets = _strings(part.get("targets"))
+    return bool(matching([module], targets)) or any(target[:1].isupper() for target in targets)
+
+
+def _strings(value: object) -> list[str]:
+    return [value] if isinstance(value, str) else [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _all_groups(contents: Contents) -> Iterator[Mapping[str, Any]]:

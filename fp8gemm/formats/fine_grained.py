@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -116,6 +116,7 @@ class Plain(Format):
     """``fp8`` of AutoFP8 and vLLM, and scaled FP8 of unknown origin: ``weight_scale`` next to the weight."""
 
     name = "plain"
+    methods: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, contents: Contents) -> str:
         if contents.method == "fp8" and _is_plain(contents):
@@ -136,7 +137,7 @@ class Plain(Format):
         return Activation(granularity=TENSOR if weight == TENSOR else ROW, static=static)
 
     def check(self, contents: Contents, layout: Layout) -> None:
-        if contents.method not in ("fp8", ""):
+        if contents.method not in ("fp8", "", *self.methods):
             layout.suspicious.append(f"quant_method {contents.method} is unknown; its tensors were read by name")
         if not contents.config and layout.layers:
             layout.suspicious.append("FP8 weights but no quantization_config")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import CheckpointError
 from ..scaled import MX, ROW, TENSOR, Granularity, Scheme
+from .arrangements import spread
 from .base import SCALE_DTYPES, UE8M0_DTYPES, Contents, Format, Layer, Layout, Names, TensorInfo
+from .companions import meaning, unexplained
 from .experts import fused_layer, fused_scale_owner, halves
 
 _KV_SCALE = re.compile(
@@ -30,18 +32,65 @@ def scan(contents: Contents, format: Format) -> Layout:
     layout = Layout()
     used: set[str] = set()
     raw = format.allows_raw(contents)
+    modules = _by_module(contents)
     for key, info in contents.tensors.items():
         dtype = format.fp8_dtype(key, info, contents)
         if dtype is None or format.is_marker(key) or _is_part(contents, format, key):
+            continue
+        reason, beside = _companions(contents, format, key, modules)
+        if reason:
+            layout.unsupported[format.canonical(key)] = reason
+            names, module = _names_of(key, format)
+            used.update((key, *_parts(contents, names, module)))
             continue
         layer = _layer(contents, format, key, raw)
         if layer is None:
             continue
         layout.layers[layer.name] = layer
         used.update(part for part in (key, layer.scale, layer.input_scale, *layer.zero_points) if part)
+        if beside and layer.scale is not None:
+            layout.companions[layer.name] = beside
     _sort_the_rest(contents, format, layout, used)
     format.check(contents, layout)
     return layout
+
+
+def _by_module(contents: Contents) -> dict[str, list[str]]:
+    """Module -> the keys directly in it."""
+    found: dict[str, list[str]] = {}
+    for key in contents.tensors:
+        found.setdefault(key.rpartition(".")[0], []).append(key)
+    return found
+
+
+def _companions(
+    contents: Contents, format: Format, key: str, modules: Mapping[str, Sequence[str]]
+) -> tuple[str, tuple[str, ...]]:
+    """Why the FP8 weight ``key`` is not all there is to its layer, and keys beside it whose meaning is unknown."""
+    names, module = _names_of(key, format)
+    if reason := format.unreadable(contents, module):
+        return reason, ()
+    explained = {key, *_parts(contents, names, module)}
+    own = modules.get(module, ()) if names.weight else ()
+    # A stack's scales are parameters of the same module; so are the tensors that would change it.
+    own = own or [
+        other for other in modules.get(key.rpartition(".")[0], ()) if other.startswith(f"{key}_") and meaning(other)
+    ]
+    beside = [
+        other
+        for other in unexplained(own)
+        if other not in explained and not format.is_marker(other) and not _KV_SCALE.search(other)
+    ]
+    for other in beside:
+        if what := meaning(other):
+            return f"{other} beside it is {what}, which is not applied; only FP8 weights with plain scales are read", ()
+    return "", tuple(beside)
+
+
+def _parts(contents: Contents, names: Names, module: str) -> list[str]:
+    """The scales and zero points of a module's weight."""
+    suffixes = (*names.scales, *names.input_scales, *names.zero_points)
+    return [module + suffix for suffix in suffixes if module + suffix in contents.tensors]
 
 
 def granularity_of(
@@ -103,15 +152,26 @@ def _layer(contents: Contents, format: Format, key: str, raw: bool) -> Layer | N
         scale=found[0],
         scale_dtype=contents.tensors[found[0]].dtype,
     )
-    granularity = granularity_of(info.shape, grid, hints) if len(info.shape) >= 2 else None
-    if granularity is not None:
-        return _with_scheme(
-            contents, format, module, replace(layer, scheme=Scheme(weight=granularity, activation=None)), names
-        )
-    split = halves(layer, grid, hints) if len(info.shape) == 3 else None
-    if split is None:
-        raise CheckpointError(_wrong_shape(contents, key, found[0], hints))
-    return _with_scheme(contents, format, module, split, names)
+    return _with_scheme(contents, format, module, _placed(contents, format, layer, grid, hints), names)
+
+
+def _placed(
+    contents: Contents, format: Format, layer: Layer, grid: tuple[int, ...], hints: Sequence[Granularity]
+) -> Layer:
+    """The layer with the granularity of its scales of shape ``grid``, and the shape that it has in the model."""
+    shape = layer.shape
+    assert layer.scale is not None
+    arranged = format.arrangement(contents, layer.weight, layer.scale)
+    if arranged is None:
+        if len(shape) >= 2 and (granularity := granularity_of(shape, grid, hints)) is not None:
+            return replace(layer, scheme=Scheme(weight=granularity, activation=None))
+        if len(shape) == 3 and (split := halves(layer, grid, hints)) is not None:
+            return split
+        arranged = spread(shape, grid)
+    if arranged is None:
+        raise CheckpointError(_wrong_shape(contents, layer.weight, layer.scale, hints))
+    scheme = Scheme(weight=arranged.granularity, activation=None)
+    return replace(layer, shape=arranged.shape, scheme=scheme, part=arranged.scale, arrange=arranged.data)
 
 
 def _with_scheme(contents: Contents, format: Format, module: str, layer: Layer, names: Names) -> Layer:
@@ -160,12 +220,22 @@ def _sort_the_rest(contents: Contents, format: Format, layout: Layout, used: set
         elif _is_other_quantization(contents, format, key, info):
             name = format.canonical(re.sub(r"\.(weight_packed|qweight)$", ".weight", key))
             layout.unsupported[name] = f"{key} is {info.dtype} {list(info.shape)} with a scale: not FP8"
+        elif reason := _dense_unreadable(contents, format, key, info):
+            layout.unsupported[format.canonical(key)] = reason
         else:
             layout.plain[format.canonical(key)] = key
             if _LIKE_A_SCALE.search(key):
                 layout.unknown.append(key)
+    for name, beside in layout.companions.items():
+        layout.suspicious.append(f"{' and '.join(beside)} beside the FP8 weight {name}: what they mean is not known")
     for name, reason in layout.unsupported.items():
         layout.suspicious.append(f"{name}: {reason}")
+
+
+def _dense_unreadable(contents: Contents, format: Format, key: str, info: TensorInfo) -> str:
+    """Why a dense matrix is not what the model multiplies with."""
+    matrix = key.endswith(".weight") and len(info.shape) == 2
+    return format.unreadable(contents, key.removesuffix(".weight")) if matrix else ""
 
 
 def _suffix(layer: Layer) -> str:

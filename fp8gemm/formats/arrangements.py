@@ -1,0 +1,53 @@
+"""Weights that files hold in another shape than the model: transposed, in groups, scaled along other dimensions."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+
+from ..scaled import ROW, Granularity
+from .base import Arrangement
+
+
+def transposed(shape: tuple[int, ...]) -> Arrangement:
+    """``[K, N]`` with scales ``[1, N]``: as a matrix product reads its second operand."""
+    return Arrangement(shape=(shape[1], shape[0]), granularity=ROW, data=torch.t)
+
+
+def grouped(shape: tuple[int, ...], grid: tuple[int, ...]) -> Arrangement | None:
+    """``[N, G, g, ...]`` with scales ``[N, G, 1, ...]``: the second dimension of the weight cut into G groups."""
+    if len(shape) < 3 or grid != (*shape[:2], 1, *shape[3:]) or min(shape[1:3]) < 2:
+        return None
+    whole = (shape[0], shape[1] * shape[2], *shape[3:])
+    if len(shape) == 3:
+        return Arrangement(shape=whole, granularity=Granularity(1, shape[2]), data=partial(_reshape, shape=whole))
+    scale = partial(_expand, shape=shape, whole=whole)
+    return Arrangement(shape=whole, granularity=Granularity(1, 1), data=partial(_reshape, shape=whole), scale=scale)
+
+
+def flattened(shape: tuple[int, ...], grid: tuple[int, ...], cols: int) -> Arrangement | None:
+    """``[N, K]`` with scales ``[N * ceil(K / cols)]``, row by row."""
+    granularity = Granularity(1, cols)
+    if len(shape) != 2 or len(grid) != 1 or grid[0] != math.prod(granularity.scale_shape(shape)):
+        return None
+    return Arrangement(shape=shape, granularity=granularity)
+
+
+def spread(shape: tuple[int, ...], grid: tuple[int, ...]) -> Arrangement | None:
+    """Scales that fit a weight of three dimensions or more as torch broadcasts them, such as a convolution's."""
+    if len(shape) < 3 or len(shape) != len(grid) or any(g not in (1, n) for n, g in zip(shape, grid, strict=True)):
+        return None
+    rows, cols = (None if size == 1 else 1 for size in grid[-2:])
+    granularity = Granularity(rows, cols)
+    whole = granularity.scale_shape(shape)
+    return Arrangement(shape=shape, granularity=granularity, scale=partial(_expand, shape=whole, whole=whole))
+
+
+def _reshape(data: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+    return data.reshape(shape)
+
+
+def _expand(scale: torch.Tensor, *, shape: tuple[int, ...], whole: tuple[int, ...]) -> torch.Tensor:
+    return scale.expand(shape).reshape(whole)

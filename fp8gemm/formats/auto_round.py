@@ -1,0 +1,51 @@
+"""Intel AutoRound's FP8 exports: ``weight_scale`` per tensor, row or group, ``weight_scale_inv`` per block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from ..scaled import Granularity
+from .arrangements import flattened
+from .base import Arrangement, Contents, block_granularity
+from .fine_grained import Plain
+
+# The config's own name, and those of earlier releases and of single algorithms.
+_ROTATIONS = ("rotation_config", "hadamard_config", "spinquant_config", "quarot_config")
+
+
+class AutoRound(Plain):
+    name = "auto-round"
+    methods: ClassVar[tuple[str, ...]] = ("auto-round", "auto_round", "intel/auto-round")
+
+    def recognises(self, contents: Contents) -> str:
+        return f"quant_method {contents.method}" if contents.method in self.methods and contents.holds_fp8 else ""
+
+    def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
+        size = _group_size(contents, module)
+        own = [block_granularity(size)] if isinstance(size, list) else []
+        return [*own, *super().granularities(contents, module)]
+
+    def arrangement(self, contents: Contents, key: str, scale: str) -> Arrangement | None:
+        size = _group_size(contents, key.removesuffix(".weight"))
+        shape = contents.tensors[key].shape
+        if not isinstance(size, int) or size < 1 or len(shape) != 2 or size > shape[1]:
+            return None
+        return flattened(shape, contents.tensors[scale].shape, size)
+
+    def unreadable(self, contents: Contents, module: str) -> str:
+        for name in _ROTATIONS:
+            if contents.config.get(name):
+                return (
+                    f"AutoRound rotated the model ({name}) and rotates inputs when it runs, which is not applied; "
+                    "auto-round runs such models, and one that is exported without rotations can be read"
+                )
+        return ""
+
+
+def _group_size(contents: Contents, module: str) -> object:
+    """The group size of a module: its own, or the model's."""
+    extra = contents.config.get("extra_config")
+    own = extra.get(module) if isinstance(extra, Mapping) else None
+    found = own.get("group_size") if isinstance(own, Mapping) else None
+    return contents.config.get("group_size") if found is None else found

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..formats import Contents, TensorInfo
+from ..formats import DTYPES, Contents, TensorInfo, refuse_files
 from .hub import Hub, fetch, is_id
 
 _DTYPES = {
@@ -114,7 +114,8 @@ class Tensors:
                 raise CheckpointError(f"{key} is in two files, {self.file_of[key]} and {path.name}")
             name = described["dtype"]
             if name not in _DTYPES:
-                raise CheckpointError(f"{path}: {key} has dtype {name}; supported are {', '.join(_DTYPES)}")
+                known = f" ({DTYPES[name]})" if name in DTYPES else ""
+                raise CheckpointError(f"{path}: {key} has dtype {name}{known}; supported are {', '.join(_DTYPES)}")
             self.file_of[key] = path.name
             self.infos[key] = TensorInfo(dtype=_DTYPES[name], shape=tuple(described["shape"]))
             self._start[key] = start + described["data_offsets"][0]
@@ -223,6 +224,7 @@ def _folder(path: Path) -> Source:
     files = [name for name in names if name.endswith(".safetensors")]
     if not files:
         raise CheckpointError(_nothing(path, names))
+    refuse_files(files)
     standard = [name for name in files if _STANDARD.match(name)] or files
     shards = {match["stem"]: int(match["count"]) for name in standard if (match := _SHARD.match(name))}
     if len(shards) == 1:

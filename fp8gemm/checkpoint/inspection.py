@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .files import readable_size
+from .guards import companion_problems
 from .read import Checkpoint
 
 
@@ -76,7 +77,8 @@ class Inspection:
 def inspect(checkpoint: Checkpoint, *, check: bool = False) -> Inspection:
     """Reads every scale; with ``check`` also every weight, and looks for NaN."""
     layers = {}
-    problems = []
+    problems = [f"{name}: {reason}" for name, reason in checkpoint.layout.unsupported.items()]
+    problems += companion_problems(checkpoint, checkpoint.layers, known=())
     for name, layer in checkpoint.layers.items():
         scale = checkpoint.contents.tensors.get(layer.scale or "")
         layers[name] = InspectedLayer(
@@ -104,9 +106,20 @@ def inspect(checkpoint: Checkpoint, *, check: bool = False) -> Inspection:
         fp8_bytes=sum(layer.nbytes for layer in checkpoint.layers.values()),
         layers=layers,
         dense=len(checkpoint.layout.plain),
-        stacked={name: tuple(checkpoint.shape(name)) for name in checkpoint.stacks},
+        stacked=_stacked(checkpoint),
         kv_scales=tuple(checkpoint.layout.kv_scales),
         unused_keys=dict(checkpoint.unused_keys),
-        suspicious=tuple(checkpoint.layout.suspicious),
+        suspicious=tuple(sentence for sentence in checkpoint.layout.suspicious if sentence not in problems),
         problems=tuple(problems),
     )
+
+
+def _stacked(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of the stacks whose experts can all be read."""
+    unread = checkpoint.layout.unsupported
+    whole = [
+        name
+        for name, stack in checkpoint.stacks.items()
+        if not any(part in unread for row in stack.parts for part in row)
+    ]
+    return {name: tuple(checkpoint.shape(name)) for name in whole}

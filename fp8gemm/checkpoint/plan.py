@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from .guards import companion_problems
 from .read import Checkpoint
 from .targets import Assignment, Target, assign, groups, targets, transient
 
@@ -48,6 +49,8 @@ def plan_load(
         unexpected=_unexpected(model, checkpoint, assignment),
     )
     problems = _misfits(transfers, checkpoint)
+    read = {part for transfer in transfers for name in transfer.sources for part in _parts(checkpoint, name)}
+    problems += companion_problems(checkpoint, read, known=read)
     if strict:
         problems += _strict_problems(left, checkpoint)
     if problems:
@@ -126,7 +129,8 @@ def _misfits(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> list[str]
     problems = []
     for transfer in transfers:
         target = transfer.targets[0]
-        unsupported = [name for name in transfer.sources if name in checkpoint.layout.unsupported]
+        parts = [part for name in transfer.sources for part in _parts(checkpoint, name)]
+        unsupported = [name for name in parts if name in checkpoint.layout.unsupported]
         if unsupported:
             problems += [f"{name}: {checkpoint.layout.unsupported[name]}" for name in unsupported]
             continue
@@ -159,14 +163,14 @@ def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
+def _parts(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The names of the file that ``name`` is made of."""
+    stack = checkpoint.stacks.get(name)
+    return [name] if stack is None else [part for parts in stack.parts for part in parts]
+
+
 def holds_fp8(checkpoint: Checkpoint, transfer: Transfer) -> bool:
-    return any(
-        part in checkpoint.layers
-        for name in transfer.sources
-        for part in (
-            [p for parts in checkpoint.stacks[name].parts for p in parts] if name in checkpoint.stacks else [name]
-        )
-    )
+    return any(part in checkpoint.layers for name in transfer.sources for part in _parts(checkpoint, name))
 
 
 def nbytes(checkpoint: Checkpoint, name: str) -> int:

@@ -82,8 +82,9 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
         """The stacked names that per-expert weights form, unless the files use those names themselves."""
-        names = [*self.layout.layers, *self.layout.plain]
-        return {name: stack for name, stack in stacks(names).items() if name not in self.layout.layers}
+        names = [*self.layout.layers, *self.layout.plain, *self.layout.unsupported]
+        taken = {**self.layout.layers, **self.layout.unsupported}
+        return {name: stack for name, stack in stacks(names).items() if name not in taken}
 
     @cached_property
     def kv_scales(self) -> Mapping[str, torch.Tensor]:
@@ -148,11 +149,14 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
 
         Raises:
             KeyError: there is no such name.
+            CheckpointError: it has a quantization other than FP8.
         """
         if (layer := self.layout.layers.get(name)) is not None:
             return layer.shape
         if (key := self.layout.plain.get(name)) is not None:
             return self._contents.tensors[key].shape
+        if (reason := self.layout.unsupported.get(name)) is not None:
+            raise CheckpointError(f"{name} cannot be read: {reason}")
         stack = self.stacks[name]
         first = [self.shape(part) for part in stack.parts[0]]
         return (len(stack.parts), sum(shape[0] for shape in first), *first[0][1:])

@@ -22,6 +22,7 @@ from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeNam
 from ..weights.quantization import quantize_weight
 from .files import readable_size
 from .fill import powers_of_two
+from .guards import refuse_partly_read, refuse_quantized
 from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse
 from .write import Piece, write_checkpoint
@@ -88,12 +89,11 @@ def convert_checkpoint(
     target = writer(format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     refuse_same(checkpoint, directory)
+    refuse_partly_read(checkpoint)
     written = {module_of(name): _as_written(checkpoint, layer) for name, layer in checkpoint.layers.items()}
     if not written:
         raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weights; quantize_checkpoint creates them")
     refuse(target, written, "convert")
-    if unsupported := checkpoint.layout.unsupported:
-        raise CheckpointError("\n".join(f"{name}: {reason}" for name, reason in unsupported.items()))
     pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in checkpoint.layers]
     pieces += [plain_piece(checkpoint, name, key) for name, key in checkpoint.layout.plain.items()]
     pieces += [plain_piece(checkpoint, _kv_name(name), key) for name, key in checkpoint.layout.kv_scales.items()]
@@ -259,6 +259,7 @@ def quantize_checkpoint(
     refuse_same(checkpoint, directory)
     if checkpoint.layers:
         raise CheckpointError(f"{checkpoint.source.path} is already FP8; convert_checkpoint changes its format")
+    refuse_quantized(checkpoint)
     matrices, taken = _matrices(checkpoint)
     kept = _ignored(matrices, ignore)
     chosen = {name: matrix for name, matrix in matrices.items() if module_of(name) not in kept}

@@ -11,6 +11,7 @@ from .experts import Stack, coarsened, join_rows, slice_rows, stacks
 from .fine_grained import Fbgemm, FineGrained, Plain
 from .modelopt import ModelOpt
 from .quanto import Quanto
+from .refused import DTYPES, REFUSED, Refusal, refuse, refuse_files
 from .scan import scan
 from .sdnq import SDNQ
 from .torchao import TorchAO
@@ -23,6 +24,10 @@ class Unquantized(Format):
 
     def recognises(self, contents: Contents) -> str:
         return "" if contents.holds_fp8 else "no tensor is FP8"
+
+    def check(self, contents: Contents, layout: Layout) -> None:
+        if contents.method:
+            layout.suspicious.append(f"the config says quant_method {contents.method}, but no tensor is FP8")
 
 
 # The first that recognizes a checkpoint reads it: formats identified by config come before those by tensor names.
@@ -39,6 +44,7 @@ FORMATS: list[Format] = [
     Plain(),
     Unquantized(),
 ]
+_OWN = tuple(FORMATS)
 
 
 def register_format(format: Format) -> Format:
@@ -71,9 +77,11 @@ def detect(contents: Contents) -> tuple[Format, str]:
     """The format of a checkpoint, and how it was recognized.
 
     Raises:
-        CheckpointError: there are FP8 tensors, but no format recognizes them.
+        CheckpointError: there are FP8 tensors, but no format recognizes them; or the layout is one of ``REFUSED``.
     """
     for format in FORMATS:
+        if format is _OWN[0]:
+            refuse(contents)
         if reason := format.recognises(contents):
             return format, reason
     key = next(key for key, info in contents.tensors.items() if str(info.dtype).startswith("torch.float8"))
@@ -97,18 +105,22 @@ def writer(name: str) -> Format:
 
 
 __all__ = [
+    "DTYPES",
     "FORMATS",
+    "REFUSED",
     "Contents",
     "Format",
     "Layer",
     "Layout",
     "Read",
+    "Refusal",
     "Stack",
     "TensorInfo",
     "Written",
     "coarsened",
     "detect",
     "join_rows",
+    "refuse_files",
     "register_format",
     "scan",
     "slice_rows",

@@ -1,0 +1,65 @@
+"""What is refused before a byte is written or a tensor changes: weights of which a file holds more than is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats import TensorInfo
+from .read import Checkpoint
+
+# Integers that hold codes of weights; indexes and tables of a model are int64.
+_CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32)
+
+
+def refuse_partly_read(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if weights are not FP8, are stored rotated, or have companions of unknown meaning."""
+    problems = [f"{name}: {reason}" for name, reason in checkpoint.layout.unsupported.items()]
+    problems += companion_problems(checkpoint, checkpoint.layers, known=())
+    if problems:
+        raise CheckpointError(f"{checkpoint.source.path} cannot be read without loss:\n" + "\n".join(problems))
+
+
+def companion_problems(checkpoint: Checkpoint, names: Collection[str], known: Collection[str]) -> list[str]:
+    """The tensors beside the FP8 weights ``names`` that may change them, but for those called ``known``."""
+    problems = []
+    for name, beside in checkpoint.layout.companions.items():
+        left = [key for key in beside if checkpoint.format.canonical(key) not in known]
+        if left and name in names:
+            problems.append(
+                f"{name}: what {' and '.join(left)} beside it mean is not known, so its values are not; "
+                "only a model that has parameters of these names can load it"
+            )
+    return problems
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless all weights of a checkpoint are in a floating-point type of 16 bits or more."""
+    reasons = [f"{name}: {reason}" for name, reason in checkpoint.layout.unsupported.items()]
+    tensors = checkpoint.contents.tensors
+    codes = [key for key in checkpoint.layout.plain.values() if _holds_codes(key, tensors)]
+    reasons += [f"{key} is {tensors[key].dtype} {list(tensors[key].shape)}: codes of a weight" for key in codes]
+    if checkpoint.config:
+        said = checkpoint.config.get("quant_method") or checkpoint.config.get("quant_algo") or "without a quant_method"
+        reasons.append(
+            f"its config has a quantization_config ({said}), which would be lost; if its weights are dense all the "
+            "same, remove that section"
+        )
+    if reasons:
+        raise CheckpointError(
+            f"{checkpoint.source.path} is quantized already; quantize its dense original, or dequantize it with the "
+            "library that made it:\n" + "\n".join(reasons)
+        )
+
+
+def _holds_codes(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    info = tensors[key]
+    if info.dtype not in _CODES or len(info.shape) < 2:
+        return False
+    module = key.rpartition(".")[0]
+    # A model's own table of small integers has no scale and is not called a weight.
+    return key.endswith("weight") or any(
+        other.startswith(f"{module}.") and "scale" in other.rpartition(".")[2].lower() for other in tensors
+    )

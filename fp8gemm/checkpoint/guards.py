@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-
 from ..errors import CheckpointError
-from ..formats import TensorInfo
+from ..formats import TensorInfo, is_codes
 from .read import Checkpoint
-
-# Integers that hold codes of weights; indexes and tables of a model are int64.
-_CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32)
 
 
 def refuse_partly_read(checkpoint: Checkpoint) -> None:
@@ -56,7 +51,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _holds_codes(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
     info = tensors[key]
-    if info.dtype not in _CODES or len(info.shape) < 2:
+    if not is_codes(info):
         return False
     module = key.rpartition(".")[0]
     # A model's own table of small integers has no scale and is not called a weight.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import CheckpointError, UnsupportedError
 from .auto_round import AutoRound
 from .base import Contents, Format, Layer, Layout, Read, TensorInfo, Written
+from .codes import is_codes
 from .comfy import Comfy
 from .compressed_tensors import CompressedTensors
 from .experts import Stack, coarsened, join_rows, slice_rows, stacks
@@ -119,6 +120,7 @@ __all__ = [
     "Written",
     "coarsened",
     "detect",
+    "is_codes",
     "join_rows",
     "refuse_files",
     "register_format",

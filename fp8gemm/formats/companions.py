@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+
+from .base import Contents, Format, Names
 
 # What published files store beside a weight that changes its values or its input, by the end of the key.
 KNOWN = {
@@ -18,10 +19,10 @@ KNOWN = {
     r"\w*(outliers?|salient)\w*|\w*sparse\w*|\w*mask|\w*(codebooks?|lut)": "a part of the weight that is stored apart",
 }
 _KNOWN = [(re.compile(pattern, re.IGNORECASE), what) for pattern, what in KNOWN.items()]
-# Tensors of a linear layer or a router that leave the weight as it is.
+# Tensors of a linear layer, an attention or a router that leave the weight as it is.
 _HARMLESS = re.compile(
     r"bias|_extra_state|e_score_correction_bias|tid2eid|weight_shape|(input|activation)_scale_ub|output_scale"
-    r"|(weight|input|output)_amax"
+    r"|(weight|input|output)_amax|(q|k|v|kv|qk|attn|prob|softmax|k_cache|v_cache)_(scale|zero_point)"
 )
 
 
@@ -31,6 +32,40 @@ def meaning(key: str) -> str:
     return next((what for pattern, what in _KNOWN if pattern.fullmatch(last)), "")
 
 
-def unexplained(beside: Iterable[str]) -> list[str]:
-    """Those of the keys directly beside a weight that may change what it means."""
-    return [key for key in beside if not _HARMLESS.fullmatch(key.rpartition(".")[2])]
+def parts(contents: Contents, names: Names, module: str) -> list[str]:
+    """The scales and zero points of a module's weight."""
+    suffixes = (*names.scales, *names.input_scales, *names.zero_points)
+    return [module + suffix for suffix in suffixes if module + suffix in contents.tensors]
+
+
+class Neighbors:
+    """The keys of a checkpoint by module, to find what stands beside an FP8 weight."""
+
+    def __init__(self, contents: Contents, format: Format) -> None:
+        self._contents, self._format = contents, format
+        self._modules: dict[str, list[str]] = {}
+        for key in contents.tensors:
+            self._modules.setdefault(key.rpartition(".")[0], []).append(key)
+
+    def reason(self, key: str, names: Names, module: str) -> str:
+        """Why the FP8 weight ``key`` is not all there is to its layer; empty if nothing says so."""
+        if reason := self._format.unreadable(self._contents, module):
+            return reason
+        for other in self._beside(key, names, module):
+            if what := meaning(other):
+                return f"{other} beside it is {what}, which is not applied; only FP8 weights with plain scales are read"
+        return ""
+
+    def unknown(self, key: str, names: Names, module: str) -> tuple[str, ...]:
+        """The keys directly beside the weight ``key`` whose meaning is not known."""
+        return tuple(self._beside(key, names, module))
+
+    def _beside(self, key: str, names: Names, module: str) -> list[str]:
+        if names.weight:
+            near = self._modules.get(module, [])
+        else:
+            # A stack's scales are parameters of the same module, as are other stacks and what would change this one.
+            near = [k for k in self._modules[key.rpartition(".")[0]] if k.startswith(f"{key}_") and meaning(k)]
+        explained = {key, *parts(self._contents, names, module)}
+        harmless = (k for k in near if _HARMLESS.fullmatch(k.rpartition(".")[2]) or self._format.is_marker(k))
+        return [k for k in near if k not in explained.union(harmless)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import CheckpointError
 from ..scaled import MX, ROW, TENSOR, Granularity, Scheme
 from .arrangements import spread
-from .base import SCALE_DTYPES, UE8M0_DTYPES, Contents, Format, Layer, Layout, Names, TensorInfo
-from .companions import meaning, unexplained
+from .base import LINEAR, SCALE_DTYPES, UE8M0_DTYPES, Contents, Format, Layer, Layout, Names, TensorInfo
+from .codes import described, is_codes
+from .companions import Neighbors, parts
 from .experts import fused_layer, fused_scale_owner, halves
 
 _KV_SCALE = re.compile(
@@ -32,65 +33,26 @@ def scan(contents: Contents, format: Format) -> Layout:
     layout = Layout()
     used: set[str] = set()
     raw = format.allows_raw(contents)
-    modules = _by_module(contents)
+    neighbors = Neighbors(contents, format)
     for key, info in contents.tensors.items():
         dtype = format.fp8_dtype(key, info, contents)
         if dtype is None or format.is_marker(key) or _is_part(contents, format, key):
             continue
-        reason, beside = _companions(contents, format, key, modules)
-        if reason:
+        names, module = _names_of(key, format)
+        if reason := neighbors.reason(key, names, module):
             layout.unsupported[format.canonical(key)] = reason
-            names, module = _names_of(key, format)
-            used.update((key, *_parts(contents, names, module)))
+            used.update((key, *parts(contents, names, module)))
             continue
         layer = _layer(contents, format, key, raw)
         if layer is None:
             continue
         layout.layers[layer.name] = layer
         used.update(part for part in (key, layer.scale, layer.input_scale, *layer.zero_points) if part)
-        if beside and layer.scale is not None:
+        if layer.scale is not None and (beside := neighbors.unknown(key, names, module)):
             layout.companions[layer.name] = beside
     _sort_the_rest(contents, format, layout, used)
     format.check(contents, layout)
     return layout
-
-
-def _by_module(contents: Contents) -> dict[str, list[str]]:
-    """Module -> the keys directly in it."""
-    found: dict[str, list[str]] = {}
-    for key in contents.tensors:
-        found.setdefault(key.rpartition(".")[0], []).append(key)
-    return found
-
-
-def _companions(
-    contents: Contents, format: Format, key: str, modules: Mapping[str, Sequence[str]]
-) -> tuple[str, tuple[str, ...]]:
-    """Why the FP8 weight ``key`` is not all there is to its layer, and keys beside it whose meaning is unknown."""
-    names, module = _names_of(key, format)
-    if reason := format.unreadable(contents, module):
-        return reason, ()
-    explained = {key, *_parts(contents, names, module)}
-    own = modules.get(module, ()) if names.weight else ()
-    # A stack's scales are parameters of the same module; so are the tensors that would change it.
-    own = own or [
-        other for other in modules.get(key.rpartition(".")[0], ()) if other.startswith(f"{key}_") and meaning(other)
-    ]
-    beside = [
-        other
-        for other in unexplained(own)
-        if other not in explained and not format.is_marker(other) and not _KV_SCALE.search(other)
-    ]
-    for other in beside:
-        if what := meaning(other):
-            return f"{other} beside it is {what}, which is not applied; only FP8 weights with plain scales are read", ()
-    return "", tuple(beside)
-
-
-def _parts(contents: Contents, names: Names, module: str) -> list[str]:
-    """The scales and zero points of a module's weight."""
-    suffixes = (*names.scales, *names.input_scales, *names.zero_points)
-    return [module + suffix for suffix in suffixes if module + suffix in contents.tensors]
 
 
 def granularity_of(
@@ -219,7 +181,7 @@ def _sort_the_rest(contents: Contents, format: Format, layout: Layout, used: set
             layout.kv_scales[format.canonical(key)] = key
         elif _is_other_quantization(contents, format, key, info):
             name = format.canonical(re.sub(r"\.(weight_packed|qweight)$", ".weight", key))
-            layout.unsupported[name] = f"{key} is {info.dtype} {list(info.shape)} with a scale: not FP8"
+            layout.unsupported[name] = described(key, info, _scale_of(contents, format, key))
         elif reason := _dense_unreadable(contents, format, key, info):
             layout.unsupported[format.canonical(key)] = reason
         else:
@@ -274,9 +236,19 @@ def _is_other_quantization(contents: Contents, format: Format, key: str, info: T
     names, module = _names_of(key, format)
     if info.dtype.is_floating_point and info.dtype.itemsize > 1:
         return False
+    if key.endswith(".weight") and is_codes(info):
+        return True
     return bool(names.weight) and any(
         module + suffix in contents.tensors for suffix in names.scales if key.endswith(names.weight)
     )
+
+
+def _scale_of(contents: Contents, format: Format, key: str) -> TensorInfo | None:
+    """The scale beside a weight that is not FP8."""
+    names, module = _names_of(key, format)
+    module = next((key.removesuffix(end) for end in _PACKED if key.endswith(end)), module)
+    suffixes = (*names.scales, *LINEAR.scales, ".scales")
+    return next((contents.tensors[module + end] for end in suffixes if module + end in contents.tensors), None)
 
 
 def _check_dtype(contents: Contents, scale: str) -> None:

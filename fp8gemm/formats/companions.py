@@ -67,5 +67,5 @@ class Neighbors:
             # A stack's scales are parameters of the same module, as are other stacks and what would change this one.
             near = [k for k in self._modules[key.rpartition(".")[0]] if k.startswith(f"{key}_") and meaning(k)]
         explained = {key, *parts(self._contents, names, module)}
-        harmless = (k for k in near if _HARMLESS.fullmatch(k.rpartition(".")[2]) or self._format.is_marker(k))
-        return [k for k in near if k not in explained.union(harmless)]
+        explained |= {k for k in near if _HARMLESS.fullmatch(k.rpartition(".")[2]) or self._format.is_marker(k)}
+        return [k for k in near if k not in explained]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..scaled import FP8_DTYPES, Granularity
+from ..scaled import Granularity
 from .base import Activation, Contents, Format, Names
 
 _DATA = ".weight._data"
@@ -15,7 +15,7 @@ class Quanto(Format):
     def recognises(self, contents: Contents) -> str:
         if contents.method == "quanto":
             return "quant_method quanto"
-        if any(key.endswith(_DATA) and info.dtype in FP8_DTYPES for key, info in contents.tensors.items()):
+        if any(key.endswith(_DATA) for key in contents.tensors):
             return "tensors named weight._data"
         return ""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from ..errors import CheckpointError
-from ..formats import TensorInfo, is_codes
+from ..formats import is_codes
 from .read import Checkpoint
 
 
@@ -34,8 +34,13 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError unless all weights of a checkpoint are in a floating-point type of 16 bits or more."""
     reasons = [f"{name}: {reason}" for name, reason in checkpoint.layout.unsupported.items()]
     tensors = checkpoint.contents.tensors
-    codes = [key for key in checkpoint.layout.plain.values() if _holds_codes(key, tensors)]
-    reasons += [f"{key} is {tensors[key].dtype} {list(tensors[key].shape)}: codes of a weight" for key in codes]
+    scaled = {key.rpartition(".")[0] for key in tensors if "scale" in key.rpartition(".")[2].lower()}
+    for key in checkpoint.layout.plain.values():
+        # A model's own table of small integers stands beside no scale.
+        if is_codes(tensors[key]) and key.rpartition(".")[0] in scaled:
+            reasons.append(
+                f"{key} is {tensors[key].dtype} {list(tensors[key].shape)} beside a scale: codes of a weight"
+            )
     if checkpoint.config:
         said = checkpoint.config.get("quant_method") or checkpoint.config.get("quant_algo") or "without a quant_method"
         reasons.append(
@@ -47,14 +52,3 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source.path} is quantized already; quantize its dense original, or dequantize it with the "
             "library that made it:\n" + "\n".join(reasons)
         )
-
-
-def _holds_codes(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    info = tensors[key]
-    if not is_codes(info):
-        return False
-    module = key.rpartition(".")[0]
-    # A model's own table of small integers has no scale and is not called a weight.
-    return key.endswith("weight") or any(
-        other.startswith(f"{module}.") and "scale" in other.rpartition(".")[2].lower() for other in tensors
-    )

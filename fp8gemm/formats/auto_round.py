@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..scaled import Granularity
 from .arrangements import flattened
-from .base import Arrangement, Contents, block_granularity
+from .base import Activation, Arrangement, Contents, block_granularity
 from .fine_grained import Plain
 
 # The config's own name, and those of earlier releases and of single algorithms.
@@ -32,6 +32,16 @@ class AutoRound(Plain):
         if not isinstance(size, int) or size < 1 or len(shape) != 2 or size > shape[1]:
             return None
         return flattened(shape, contents.tensors[scale].shape, size)
+
+    def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
+        bits, size = contents.config.get("act_bits"), contents.config.get("act_group_size")
+        if isinstance(bits, int) and bits >= 16:
+            return Activation(granularity=None)
+        if isinstance(size, int) and (size > 0 or size == -1):
+            return Activation(granularity=Granularity(1, size if size > 0 else None), static=False)
+        if weight.cols is not None:
+            return Activation(granularity=Granularity(1, weight.cols), static=False)
+        return super().activation(contents, module, weight)
 
     def unreadable(self, contents: Contents, module: str) -> str:
         for name in _ROTATIONS:

@@ -210,6 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _file(path: Path) -> Source:
     if path.name.endswith(".safetensors.index.json"):
         return _indexed(path)
+    refuse_files([path.name])
     return Source(path=path, files=(path,), folder=path.parent if _STANDARD.match(path.name) else None)
 
 
@@ -218,13 +219,13 @@ def _folder(path: Path) -> Source:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    refuse_files(names)
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if indexes:
         return _indexed(path / _only(path, _preferred(indexes)))
     files = [name for name in names if name.endswith(".safetensors")]
     if not files:
         raise CheckpointError(_nothing(path, names))
-    refuse_files(files)
     standard = [name for name in files if _STANDARD.match(name)] or files
     shards = {match["stem"]: int(match["count"]) for name in standard if (match := _SHARD.match(name))}
     if len(shards) == 1:

@@ -10,9 +10,6 @@ from .arrangements import flattened
 from .base import Activation, Arrangement, Contents, block_granularity
 from .fine_grained import Plain
 
-# The config's own name, and those of earlier releases and of single algorithms.
-_ROTATIONS = ("rotation_config", "hadamard_config", "spinquant_config", "quarot_config")
-
 
 class AutoRound(Plain):
     name = "auto-round"
@@ -42,15 +39,6 @@ class AutoRound(Plain):
         if weight.cols is not None:
             return Activation(granularity=Granularity(1, weight.cols), static=False)
         return super().activation(contents, module, weight)
-
-    def unreadable(self, contents: Contents, module: str) -> str:
-        for name in _ROTATIONS:
-            if contents.config.get(name):
-                return (
-                    f"AutoRound rotated the model ({name}) and rotates inputs when it runs, which is not applied; "
-                    "auto-round runs such models, and one that is exported without rotations can be read"
-                )
-        return ""
 
 
 def _group_size(contents: Contents, module: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..errors import CheckpointError
 from ..numerics import decode_ue8m0
 from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
+from .rotations import declared
 
 Read = Callable[[str], torch.Tensor]
 UE8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
@@ -53,6 +55,11 @@ class Contents:
     @property
     def method(self) -> str:
         return str(self.config.get("quant_method") or "")
+
+    @cached_property
+    def rotation(self) -> str:
+        """Where the config turns a rotation on; empty if nowhere."""
+        return declared(self.config)
 
     @property
     def holds_fp8(self) -> bool:
@@ -244,6 +251,12 @@ class Format:
 
     def unreadable(self, contents: Contents, module: str) -> str:
         """Why the weight of ``module`` cannot be read, if the file says that it is not plain FP8; else empty."""
+        if contents.rotation:
+            return (
+                f"the config says {contents.rotation}: weights are stored rotated, and inputs are rotated when "
+                "the model runs, which is not done here; run it with the library that made it, or export it without "
+                "rotations"
+            )
         return ""
 
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:

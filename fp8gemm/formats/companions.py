@@ -21,7 +21,7 @@ KNOWN = {
 _KNOWN = [(re.compile(pattern, re.IGNORECASE), what) for pattern, what in KNOWN.items()]
 # Tensors of a linear layer, an attention or a router that leave the weight as it is.
 _HARMLESS = re.compile(
-    r"bias|_extra_state|e_score_correction_bias|tid2eid|weight_shape|(input|activation)_scale_ub|output_scale"
+    r"bias|_extra_state|(\w+_)?(correction|expert)_bias|tid2eid|weight_shape|(input|activation)_scale_ub|output_scale"
     r"|(weight|input|output)_amax|(q|k|v|kv|qk|attn|prob|softmax|k_cache|v_cache)_(scale|zero_point)"
 )
 

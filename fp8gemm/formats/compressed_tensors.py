@@ -66,7 +66,7 @@ class CompressedTensors(Format):
                         f"transform_config {name} rotates its {location} online ({transform.get('type')}), which is "
                         "not applied; vLLM runs such checkpoints, and one that is made without transforms can be read"
                     )
-        return ""
+        return super().unreadable(contents, module)
 
     def refuses(self, layers: Mapping[str, Written]) -> list[str]:
         reasons = []

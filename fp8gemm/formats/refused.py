@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,22 @@ REFUSED = (
     ),
 )
 
+# Files that are no safetensors, by the end of their names.
+FILES = {
+    ".gguf": "GGUF files (llama.cpp), with formats of their own; open the checkpoint that they were converted from",
+    ".onnx": "ONNX graphs; open the checkpoint that they were exported from",
+    ".engine": "TensorRT engines; open the checkpoint that they were built from",
+    ".distcp": "a distributed checkpoint; gather it with torch.distributed.checkpoint.format_utils and save the state "
+    "dict as safetensors",
+    ".npz": "NumPy archives; save their arrays as safetensors",
+    ".nemo": "NeMo archives; export the model to Hugging Face's format",
+    ".msgpack": "Flax weights; load the model with from_flax=True and save it as safetensors",
+    ".h5": "Keras weights; load the model with from_tf=True and save it as safetensors",
+}
+
+# What is read, and pickles, of which the reader itself tells why they are not.
+_READ_OR_NAMED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
 # Types that safetensors knows and torch's FP8 kernels do not take.
 DTYPES = {
     "F8_E4M3FNUZ": "the FNUZ type of AMD's MI300, whose values are half of E4M3's and reach 240",
@@ -175,11 +191,15 @@ def refuse(contents: Contents) -> None:
             raise CheckpointError(_sentence(row, found))
 
 
-def refuse_files(names: Iterable[str]) -> None:
-    """Raises CheckpointError if the names of a folder's files are those of one of the layouts that are ``REFUSED``."""
+def refuse_files(names: Sequence[str]) -> None:
+    """Raises CheckpointError if the names of files are those of a layout that is ``REFUSED``, or of no safetensors."""
     for row in REFUSED:
         if found := _first(row.files, names):
             raise CheckpointError(_sentence(row, found))
+    if not any(name.endswith(_READ_OR_NAMED) for name in names):
+        for end, what in FILES.items():
+            if found := next((name for name in names if name.endswith(end)), ""):
+                raise CheckpointError(f"{found}: only safetensors files are read, and these are {what}")
 
 
 def _sentence(row: Refusal, found: str) -> str:

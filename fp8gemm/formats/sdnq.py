@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..errors import CheckpointError
 from ..scaled import FP8_DTYPES, ROW, Granularity
 from .arrangements import grouped, transposed
@@ -37,13 +35,9 @@ class SDNQ(Format):
         return Activation(granularity=ROW if runs and "8" in str(product) else None, static=False)
 
     def unreadable(self, contents: Contents, module: str) -> str:
+        # Only what SDNQ quantizes does it rotate.
         info = contents.tensors.get(f"{module}.weight")
-        if info is None or info.dtype not in FP8_DTYPES or not _rotates(contents):
-            return ""
-        return (
-            "SDNQ stores it rotated (use_hadamard) and rotates the input or the weight when it runs, which is not "
-            "applied; the sdnq library runs such models, and one saved with use_hadamard=False can be read"
-        )
+        return "" if info is None or info.dtype not in FP8_DTYPES else super().unreadable(contents, module)
 
     def check(self, contents: Contents, layout: Layout) -> None:
         if str(contents.config.get("scale_dtype") or "none") != "none":
@@ -53,10 +47,3 @@ class SDNQ(Format):
 def _multiplies(shape: tuple[int, ...]) -> bool:
     """Whether SDNQ multiplies a matrix of this shape, either way round, in FP8."""
     return all(size >= 32 and size % 16 == 0 for size in shape)
-
-
-def _rotates(contents: Contents) -> bool:
-    """Whether the config, or a part of it for some modules, asks for Hadamard rotations."""
-    parts = contents.config.get("modules_quant_config")
-    configs = [contents.config, *(parts.values() if isinstance(parts, Mapping) else ())]
-    return any(isinstance(config, Mapping) and config.get("use_hadamard") for config in configs)

@@ -14,6 +14,7 @@ from torch import nn
 from fp8gemm import ROW, CheckpointError, Granularity, dequantize
 from fp8gemm.checkpoint import convert_checkpoint, load_checkpoint, open_checkpoint
 from fp8gemm.formats import REFUSED
+from fp8gemm.formats.refused import FILES
 
 N, K = 48, 64
 W, ROWS = fp8(N, K), scales(N, 1)
@@ -179,6 +180,14 @@ def test_online_transforms_are_refused(config: dict[str, Any], names: set[str], 
         ({**SDNQ, "modules_quant_config": {"down_proj": {"use_hadamard": True}}}, "scale", "use_hadamard"),
         ({**AUTO_ROUND, "rotation_config": {"hadamard_type": "hadamard"}}, "weight_scale", "rotation_config"),
         ({**AUTO_ROUND, "spinquant_config": {"r1": True}}, "weight_scale", "spinquant_config"),
+        ({**compressed("channel", "token"), "rotation_config": {"block_size": 32}}, "weight_scale", "rotation_config"),
+        ({"quant_method": "fp8", "online_rotation": "hadamard"}, "weight_scale", "online_rotation"),
+        ({"quant_method": "quark", "algo_config": [{"name": "quarot"}]}, "weight_scale", r"algo_config\[0\]"),
+        (
+            {"quant_method": "quark", "algo_config": [{"name": "rotation", "online_r1_rotation": True}]},
+            "weight_scale",
+            r"algo_config\[0\]",
+        ),
     ],
 )
 def test_nothing_passes_over_a_rotation(config: dict[str, Any], scale: str, says: str, tmp_path: Path) -> None:
@@ -194,11 +203,22 @@ def test_nothing_passes_over_a_rotation(config: dict[str, Any], scale: str, says
     assert not (tmp_path / "out").exists()
 
 
-def test_rotations_that_are_turned_off_are_none(tmp_path: Path) -> None:
-    for index, config in enumerate(({**SDNQ, "use_hadamard": False}, {**AUTO_ROUND, "rotation_config": {}})):
-        scale = "scale" if config["quant_method"] == "sdnq" else "weight_scale"
-        checkpoint = open_checkpoint(rotated(tmp_path / str(index), config, scale))
-        assert torch.equal(checkpoint.dequantize("down_proj.weight"), DENSE)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**SDNQ, "use_hadamard": False, "hadamard_group_size": 256},
+        {**AUTO_ROUND, "rotation_config": {}},
+        {**AUTO_ROUND, "rotation_config": None, "hadamard_config": "none"},
+        {"quant_method": "quark", "algo_config": [{"name": "rotation"}, {"name": "smoothquant"}]},
+        {"quant_method": "quark", "algo_config": [{"name": "quarot", "r4": False}]},
+        {**compressed("channel", "token"), "transform_config": {}},
+    ],
+    ids=str,
+)
+def test_rotations_that_are_turned_off_or_in_the_weights_are_none(config: dict[str, Any], tmp_path: Path) -> None:
+    scale = "scale" if config["quant_method"] == "sdnq" else "weight_scale"
+    checkpoint = open_checkpoint(rotated(tmp_path, config, scale))
+    assert torch.equal(checkpoint.dequantize("down_proj.weight"), DENSE)
 
 
 def test_one_scale_does_not_tell_which_way_round_a_matrix_is(tmp_path: Path) -> None:
@@ -329,9 +349,20 @@ def test_several_ranks_are_no_several_checkpoints(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("end", FILES)
+def test_other_files_are_named(end: str, tmp_path: Path) -> None:
+    (tmp_path / f"weights{end}").write_bytes(b"GGUF")
+    for source in (tmp_path, tmp_path / f"weights{end}"):
+        with pytest.raises(CheckpointError, match=f"weights{end}: only safetensors files are read, and these are "):
+            open_checkpoint(source)
+    write(tmp_path, {"m.weight": torch.ones(2, 2)})
+    assert list(open_checkpoint(tmp_path)) == ["m.weight"]
+
+
 def test_the_documentation_lists_what_is_refused() -> None:
     text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     assert [row.name for row in REFUSED if f"| {row.name} |" not in text] == []
+    assert [end for end in FILES if f"`{end}`" not in text] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])

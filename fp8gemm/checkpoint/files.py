@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..formats import DTYPES, Contents, TensorInfo, refuse_files
+from ..formats.config import OWN_FILES, quantization_config
 from .hub import Hub, fetch, is_id
 
 _DTYPES = {
@@ -88,16 +89,18 @@ class Tensors:
         aligned = flat if flat.data_ptr() % info.dtype.itemsize == 0 else flat.clone()
         return aligned.view(info.dtype).view(info.shape)
 
-    def contents(self) -> Contents:
+    def contents(self, *, raw: bool = False) -> Contents:
         """What formats get to know about the checkpoint."""
         config = self.source.config("config.json")
+        own = next((found for name in OWN_FILES if (found := self.source.config(name)) is not None), None)
         return Contents(
             tensors=self.infos,
             metadata=self.metadata,
-            config=_quantization_config(config, self.source.config("hf_quant_config.json")),
+            config=quantization_config(config, own, self.metadata),
             model_config=config,
             files=tuple(path.name for path in self.source.files),
             read=self.read,
+            raw=raw,
         )
 
     @cached_property
@@ -274,16 +277,6 @@ def _indexed(path: Path) -> Source:
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{path} lists shards outside its folder: {', '.join(outside)}")
     return Source(path=path, files=tuple(path.parent / name for name in names), index=index, folder=path.parent)
-
-
-def _quantization_config(config: Mapping[str, Any] | None, exported: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quantization config in config.json, or in a section of it, or in ModelOpt's own file."""
-    if config is not None:
-        for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-            for name in ("quantization_config", "compression_config"):
-                if isinstance(found := holder.get(name), Mapping) and found:
-                    return found
-    return exported or {}
 
 
 def readable_size(nbytes: int) -> str:

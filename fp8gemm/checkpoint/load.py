@@ -127,17 +127,19 @@ def load_checkpoint(
                 _move(target, where)
     _note_kept(model, transfers, checkpoint)
     redirect_saving(model)
+    filled = {name for transfer in transfers for name in transfer.sources}
+    own = {checkpoint.spare[name] for name in filled if name in checkpoint.spare}
     return LoadReport(
         report(model).rows,
         format=checkpoint.format.name,
         missing=tuple(left.missing),
         unexpected=tuple(left.unexpected),
-        unused_keys=checkpoint.unused_keys,
+        unused_keys={key: reason for key, reason in checkpoint.unused_keys.items() if key not in own},
         dequantized=tuple(
             transfer.targets[0].name for transfer in transfers if not transfer.fp8 and holds_fp8(checkpoint, transfer)
         ),
         suspicious=tuple(checkpoint.layout.suspicious),
-        kv_scales=tuple(checkpoint.layout.kv_scales),
+        kv_scales=tuple(name for name in checkpoint.layout.kv_scales if name not in filled),
     )
 
 

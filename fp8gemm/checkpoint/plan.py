@@ -56,7 +56,7 @@ def plan_load(
     if problems:
         raise CheckpointError(f"{checkpoint.source.path} does not fit the model:\n" + "\n".join(problems))
     order = {name: index for index, name in enumerate(checkpoint)}
-    return sorted(transfers, key=lambda transfer: order[transfer.sources[0]]), left
+    return sorted(transfers, key=lambda transfer: order.get(transfer.sources[0], len(order))), left
 
 
 def _transfers(
@@ -150,8 +150,9 @@ def _unexpected(model: nn.Module, checkpoint: Checkpoint, assignment: Assignment
 
 def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     unknown = [name for name in left.unexpected if checkpoint.layout.plain.get(name) in checkpoint.layout.unknown]
-    others = [name for name in left.unexpected if name not in unknown]
-    problems = []
+    unsupported = [name for name in left.unexpected if name in checkpoint.layout.unsupported]
+    others = [name for name in left.unexpected if name not in unknown and name not in unsupported]
+    problems = [f"not in the model: {name}: {checkpoint.layout.unsupported[name]}" for name in unsupported[:12]]
     if left.missing:
         problems.append(f"not in the checkpoint: {some(left.missing)}")
     if others:

@@ -43,8 +43,8 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         (['0.bias', '0.weight'], torch.Size([32, 1]))
     """
 
-    def __init__(self, tensors: Tensors) -> None:
-        contents = tensors.contents()
+    def __init__(self, tensors: Tensors, *, raw: bool = False) -> None:
+        contents = tensors.contents(raw=raw)
         self._tensors = tensors
         self._contents = contents
         self.source: Source = tensors.source
@@ -73,6 +73,12 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         """Keys in the files that nothing reads, including stray scales, each with its reason."""
         unknown = dict.fromkeys(self.layout.unknown, "looks like a scale, but belongs to no weight")
         return {**self.layout.unused, **unknown}
+
+    @cached_property
+    def spare(self) -> Mapping[str, str]:
+        """Name -> key of what was taken for scales that no layer uses, which a model may have as its own parameters."""
+        unused = {self.format.canonical(key): key for key in self.layout.unused}
+        return {**unused, **self.layout.kv_scales}
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -115,6 +121,8 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
             return self._stacked(stack)
         if (reason := self.layout.unsupported.get(name)) is not None:
             raise CheckpointError(f"{name} cannot be read: {reason}")
+        if (key := self.spare.get(name)) is not None:
+            return self.read(key)
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -135,8 +143,10 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         return f"Checkpoint({str(self.source.path)!r}, format={self.format.name}, {len(self.layers)} FP8 weights)"
 
     def is_foreign(self, name: str) -> bool:
-        """Whether ``name`` lacks the prefix of the model being read, and so belongs to another model in the file."""
+        """Whether ``name`` is no model's, or lacks the prefix of the model being read and so belongs to another."""
         key = self.layout.plain.get(name) or (self.layers[name].weight if name in self.layers else name)
+        if key in self._contents.tensors and self.format.is_foreign(key, self._contents.tensors[key]):
+            return True
         return self._has_prefix and self.format.canonical(key) == key
 
     @cached_property
@@ -153,7 +163,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         """
         if (layer := self.layout.layers.get(name)) is not None:
             return layer.shape
-        if (key := self.layout.plain.get(name)) is not None:
+        if (key := self.layout.plain.get(name) or self.spare.get(name)) is not None:
             return self._contents.tensors[key].shape
         if (reason := self.layout.unsupported.get(name)) is not None:
             raise CheckpointError(f"{name} cannot be read: {reason}")
@@ -233,6 +243,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
+    raw: bool = False,
 ) -> Checkpoint:
     """Opens a folder, a ``.safetensors`` file, a shard index, or a repository on the Hub; reads only headers.
 
@@ -241,6 +252,8 @@ def open_checkpoint(
         token: for private and gated repositories; True uses the one stored on this machine.
         cache_dir: where downloads are stored.
         offline: use only files that were downloaded before.
+        raw: FP8 tensors without a scale hold the values themselves, as in a model that was cast to FP8. Without this,
+            they are read so only where nothing else is possible, as in most single files without any scale.
 
     Raises:
         CheckpointError: nothing is there, or a file is broken, ambiguous or inconsistent.
@@ -254,7 +267,7 @@ def open_checkpoint(
         'compressed-tensors'
     """
     hub = Hub(revision=revision, token=token, cache_dir=cache_dir, offline=offline)
-    return Checkpoint(Tensors(locate(source, hub)))
+    return Checkpoint(Tensors(locate(source, hub)), raw=raw)
 
 
 def count_nan(data: torch.Tensor) -> int:

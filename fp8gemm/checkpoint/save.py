@@ -117,7 +117,9 @@ def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
 def merged_config(
     own: Mapping[str, Any] | None, target: Format, written: Mapping[str, Written], plain: list[str]
 ) -> dict[str, Any] | None:
-    """A model's config with the description of its FP8 layers; None if there is neither."""
+    """A model's config with the description of its FP8 layers; None if there is neither, or if no file holds it."""
+    if target.single_file:
+        return None
     config = {
         key: value for key, value in (own or {}).items() if key not in ("quantization_config", "compression_config")
     }

@@ -142,6 +142,10 @@ def assign(checkpoint: Checkpoint, names: Iterable[str], key_mapping: Mapping[st
     assignment = Assignment()
     for target, found in gathered.items():
         assignment.sources[target] = _ordered(target, found)
+    for name in checkpoint.spare:
+        target, _ = _renamed(name, rules)
+        if target in wanted and target not in assignment.sources:
+            assignment.sources[target] = (name,)
     in_stacks = {
         part
         for sources in assignment.sources.values()

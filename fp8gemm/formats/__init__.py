@@ -15,6 +15,7 @@ from .quanto import Quanto
 from .refused import DTYPES, REFUSED, Refusal, refuse, refuse_files
 from .scan import scan
 from .sdnq import SDNQ
+from .tensorrt import TensorRT
 from .torchao import TorchAO
 
 
@@ -41,6 +42,7 @@ FORMATS: list[Format] = [
     Quanto(),
     Fbgemm(),
     FineGrained(),
+    TensorRT(),
     Comfy(),
     Plain(),
     Unquantized(),
@@ -87,8 +89,9 @@ def detect(contents: Contents) -> tuple[Format, str]:
             return format, reason
     key = next(key for key, info in contents.tensors.items() if str(info.dtype).startswith("torch.float8"))
     raise CheckpointError(
-        f"{key} is FP8 but has no scale, and neither the config nor the tensor names identify its format; formats that "
-        f"can be read: {', '.join(format.name for format in FORMATS)}"
+        f"{key} is FP8 but has no scale, and neither the config nor the tensor names identify its format; if this is a "
+        "raw cast, whose bytes are the values, open_checkpoint(..., raw=True) reads it. Formats that can be read: "
+        f"{', '.join(format.name for format in FORMATS)}"
     )
 
 
@@ -102,7 +105,8 @@ def writer(name: str) -> Format:
     for format in FORMATS:
         if format.name == name and format.writable:
             return format
-    raise UnsupportedError(f"checkpoints can be written as {' or '.join(names)}, found {name!r}")
+    known = f"{', '.join(names[:-1])} or {names[-1]}"
+    raise UnsupportedError(f"checkpoints can be written as {known}, found {name!r}")
 
 
 __all__ = [

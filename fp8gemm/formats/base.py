@@ -16,6 +16,7 @@ from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
 from .rotations import declared
 
 Read = Callable[[str], torch.Tensor]
+Part = Callable[[torch.Tensor], torch.Tensor]
 UE8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *UE8M0_DTYPES)
 
@@ -42,7 +43,8 @@ class Contents:
 
     ``tensors`` by key, ``metadata`` from the files' headers, ``config`` the quantization config (empty if there is
     none), ``model_config`` the whole config.json (None if there is none), ``files`` the names of the files. ``read``
-    reads one tensor, for formats that store their description in small ones.
+    reads one tensor, for formats that store their description in small ones. ``raw`` is the user's word that FP8
+    tensors without a scale are values.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -51,6 +53,7 @@ class Contents:
     model_config: Mapping[str, Any] | None = None
     files: tuple[str, ...] = ()
     read: Read | None = None
+    raw: bool = False
 
     @property
     def method(self) -> str:
@@ -78,8 +81,15 @@ class Names:
 
 LINEAR = Names(
     weight=".weight",
-    scales=(".weight_scale", ".weight_scale_inv", ".scale_weight", ".qscale_weight", ".scale"),
-    input_scales=(".input_scale", ".activation_scale", ".scale_input", ".qscale_act"),
+    scales=(
+        ".weight_scale",
+        ".weight_scale_inv",
+        ".scale_weight",
+        ".qscale_weight",
+        ".weights_scaling_factor",
+        ".scale",
+    ),
+    input_scales=(".input_scale", ".activation_scale", ".scale_input", ".qscale_act", ".activation_scaling_factor"),
     zero_points=(".weight_zero_point", ".input_zero_point"),
 )
 # Stacked experts are a bare parameter without ".weight"; its scales are parameters of the same module.
@@ -108,8 +118,8 @@ class Arrangement:
 
     shape: tuple[int, ...]
     granularity: Granularity
-    data: Callable[[torch.Tensor], torch.Tensor] | None = None
-    scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+    data: Part | None = None
+    scale: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +139,8 @@ class Layer:
     scale_dtype: torch.dtype = torch.float32
     input_scale: str | None = None
     zero_points: tuple[str, ...] = ()
-    part: Callable[[torch.Tensor], torch.Tensor] | None = None
-    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    part: Part | None = None
+    arrange: Part | None = None
 
     @property
     def granularity(self) -> Granularity:
@@ -176,6 +186,8 @@ class Layer:
         scale = widen(read(self.input_scale))
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CheckpointError(f"{self.input_scale} must be finite and positive, found {scale.flatten().tolist()}")
+        # One for each of the projections that a matrix joins: none saturates with the largest.
+        scale = scale.amax() if len(self.shape) == 2 else scale
         return scale.reshape(()) if scale.numel() == 1 else scale.contiguous()
 
 
@@ -219,11 +231,19 @@ class Format:
     name: ClassVar[str] = ""
     names: ClassVar[tuple[Names, ...]] = (LINEAR, STACKED)
     writable: ClassVar[bool] = False
+    single_file: ClassVar[bool] = False  # written as one file without config.json
     strips: ClassVar[bool] = False  # whether canonical names drop a prefix of the keys
 
     def recognises(self, contents: Contents) -> str:
         """Why this format claims the checkpoint; empty if it does not."""
         raise NotImplementedError
+
+    def names_of(self, key: str) -> tuple[Names, str]:
+        """The naming that ``key`` follows, and its module; a bare parameter is its own."""
+        for names in self.names:
+            if names.weight and key.endswith(names.weight):
+                return names, key[: -len(names.weight)]
+        return next((names for names in self.names if not names.weight), self.names[0]), key
 
     def canonical(self, key: str) -> str:
         """The name of the module parameter that ``key`` stores."""
@@ -239,6 +259,14 @@ class Format:
 
     def allows_raw(self, contents: Contents) -> bool:
         """Whether FP8 tensors may come without any scale, which means a scale of 1."""
+        return contents.raw
+
+    def is_foreign(self, key: str, info: TensorInfo) -> bool:
+        """Whether ``key`` is data for other software, which no model has."""
+        return False
+
+    def infers_blocks(self, contents: Contents, module: str) -> bool:
+        """Whether the size of square blocks may be told from a grid of scales that divides the weight evenly."""
         return False
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
@@ -246,7 +274,11 @@ class Format:
         return ()
 
     def arrangement(self, contents: Contents, key: str, scale: str) -> Arrangement | None:
-        """How the weight ``key`` with this scale is stored, if not as it is in the model."""
+        """How the weight ``key`` with this scale is stored, if not as it is in the model.
+
+        Raises:
+            CheckpointError: the shapes do not fit what the file says.
+        """
         return None
 
     def unreadable(self, contents: Contents, module: str) -> str:

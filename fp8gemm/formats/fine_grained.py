@@ -42,6 +42,9 @@ class FineGrained(Format):
             return Activation(granularity=Granularity(1, weight.cols), static=False)
         return Activation(granularity=TENSOR if weight.rows is None else ROW, static=static)
 
+    def infers_blocks(self, contents: Contents, module: str) -> bool:
+        return not contents.config
+
     def ue8m0(self, contents: Contents, scale: TensorInfo) -> bool:
         return scale.dtype in UE8M0_DTYPES or contents.config.get("scale_fmt") == "ue8m0"
 
@@ -129,6 +132,12 @@ class Plain(Format):
         block = contents.config.get("weight_block_size")
         return (block_granularity(block) if block else BLOCK_128,)
 
+    def infers_blocks(self, contents: Contents, module: str) -> bool:
+        return not contents.config
+
+    def allows_raw(self, contents: Contents) -> bool:
+        return contents.raw or (not contents.config and contents.model_config is None)
+
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
         scheme = contents.config.get("activation_scheme")
         static = None if scheme is None else scheme == "static"
@@ -142,6 +151,8 @@ class Plain(Format):
         if not contents.config and layout.layers:
             layout.suspicious.append("FP8 weights but no quantization_config")
         for name, layer in layout.layers.items():
+            if layer.scale is None:
+                layout.suspicious.append(f"{name} has no scale and was read with a scale of 1")
             if contents.config.get("activation_scheme") == "static" and not layer.scheme.static:
                 layout.suspicious.append(f"{name} has no input scale; the config says activations are static")
 

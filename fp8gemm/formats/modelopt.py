@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt exports, with their config in config.json or only in hf_quant_config.json."""
+"""NVIDIA ModelOpt exports, with their config in config.json, only in hf_quant_config.json or in a file's header."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from typing import Any
 from ..scaled import BLOCK_128, ROW, TENSOR, Granularity
 from .base import Activation, Contents, Format, Layout
 
+_PREFIX = "model.diffusion_model."  # of single files for ComfyUI, with the config in their header
+
 
 class ModelOpt(Format):
     name = "modelopt"
+    strips = True
 
     def recognises(self, contents: Contents) -> str:
         if contents.method.startswith("modelopt"):
             return f"quant_method {contents.method}"
         if not contents.method and "quant_algo" in _settings(contents):
-            return f"hf_quant_config.json, quant_algo {_settings(contents)['quant_algo']}"
+            return f"quant_algo {_settings(contents)['quant_algo']}"
         return ""
+
+    def canonical(self, key: str) -> str:
+        return key.removeprefix(_PREFIX)
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
         return (BLOCK_128,) if "PB" in _algorithm(contents) else (BLOCK_128, ROW, TENSOR)

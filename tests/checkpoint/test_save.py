@@ -247,7 +247,7 @@ def test_fp8_experts_are_written_one_by_one(scheme: Any, tmp_path: Path) -> None
         ("rows", "fine-grained", "up: fine-grained supports blocks or one scale per tensor, found row"),
         ("weight-only", "fine-grained", "found row"),
         ("weight-only-blocks", "fine-grained", "up: fine-grained requires quantized activations, found weight-only"),
-        ("rows", "gguf", "checkpoints can be written as compressed-tensors or fine-grained, found 'gguf'"),
+        ("rows", "gguf", "checkpoints can be written as compressed-tensors, fine-grained or comfy, found 'gguf'"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused_before_a_byte(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, CheckpointError, Granularity, ScaledTensor
 from fp8gemm.checkpoint import open_checkpoint
 from fp8gemm.formats import FORMATS, Contents, TensorInfo, detect, join_rows, scan
-from fp8gemm.formats.scan import granularity_of
+from fp8gemm.formats.shapes import granularity_of
 from fp8gemm.numerics import dequantize
 
 N, K = 192, 320  # 1.5 and 2.5 blocks
@@ -309,8 +309,9 @@ def test_comfy_blocks(tmp_path: Path) -> None:
 
 def test_comfy_other_formats_are_refused(tmp_path: Path) -> None:
     parts = {"m.weight": W.view(torch.uint8), "m.weight_scale": ONE.reshape(())}
-    with pytest.raises(CheckpointError, match="m is stored as 'nvfp4'"):
-        open_checkpoint(comfy(tmp_path, parts, header(format="nvfp4")))
+    checkpoint = open_checkpoint(comfy(tmp_path, parts, header(format="nvfp4")))
+    with pytest.raises(CheckpointError, match=r"m\.weight cannot be read: .* stored as 'nvfp4'; ComfyUI's FP8 formats"):
+        checkpoint["m.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

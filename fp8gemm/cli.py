@@ -62,6 +62,7 @@ _SOURCE = "a folder, a .safetensors file, an index, or an id on the Hub (owner/n
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=_SOURCE)
+    parser.add_argument("--raw", action="store_true", help="FP8 tensors without a scale hold the values themselves")
     _hub_arguments(parser)
 
 
@@ -77,6 +78,7 @@ def _opened(arguments: argparse.Namespace, source: str | None = None) -> Checkpo
         revision=arguments.revision,
         cache_dir=arguments.cache_dir,
         offline=arguments.offline,
+        raw=getattr(arguments, "raw", False),
     )
 
 
@@ -91,8 +93,8 @@ def _inspect(arguments: argparse.Namespace) -> Inspection:
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
-    parser.add_argument("directory", help="where to write")
-    parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors or fine-grained")
+    parser.add_argument("directory", help="where to write: a folder, or for comfy a .safetensors file")
+    parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors, fine-grained or comfy")
     parser.add_argument("--max-shard-size", default="5GB", help="for example 5GB or 500MiB")
 
 
@@ -109,6 +111,9 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore", action="append", default=[], help="module to skip: a name, with * and ?, or re:regex"
     )
     parser.add_argument("--device", help="where to compute, for example cuda; by default the CPU")
+    parser.add_argument(
+        "--fp8-heads", action="store_true", help="quantize output heads too; serving engines do not read them"
+    )
 
 
 def _quantize(arguments: argparse.Namespace) -> WriteReport:
@@ -120,6 +125,7 @@ def _quantize(arguments: argparse.Namespace) -> WriteReport:
         format=arguments.format,
         max_shard_size=arguments.max_shard_size,
         device=arguments.device,
+        fp8_heads=arguments.fp8_heads,
     )
 
 

@@ -153,15 +153,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(8)
-            if path.suffix in _PICKLES or start.startswith(_PICKLE_STARTS):
+            start, brace = file.read(8), file.read(1)
+            # The length of a header may begin with the same bytes as a pickle, but then its JSON follows.
+            if path.suffix in _PICKLES or (start.startswith(_PICKLE_STARTS) and brace != b"{"):
                 raise CheckpointError(
                     f"{path} is a pickle, which can run arbitrary code when opened; only safetensors files are read. "
                     "If you trust it, convert it with safetensors.torch.save_file"
                 )
             _check(path)
             size = int.from_bytes(start, "little")
-            header: dict[str, Any] = json.loads(file.read(size))
+            header: dict[str, Any] = json.loads(brace + file.read(size - 1))
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; if it was downloaded "

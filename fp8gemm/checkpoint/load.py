@@ -128,7 +128,7 @@ def load_checkpoint(
     _note_kept(model, transfers, checkpoint)
     redirect_saving(model)
     filled = {name for transfer in transfers for name in transfer.sources}
-    own = {checkpoint.spare[name] for name in filled if name in checkpoint.spare}
+    own = {checkpoint.layout.plain.get(name) or checkpoint.spare.get(name) for name in filled}
     return LoadReport(
         report(model).rows,
         format=checkpoint.format.name,

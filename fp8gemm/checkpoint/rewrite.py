@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,22 @@ import torch
 from ..errors import CheckpointError
 from ..formats import Format, Layer, TensorInfo, Written, writer
 from ..formats.base import UE8M0_DTYPES
+from ..formats.config import OWN_FILES
 from ..formats.naming import expert_slices, file_name
 from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
 from ..weights.quantization import quantize_weight
 from .files import readable_size
 from .fill import powers_of_two
 from .guards import refuse_partly_read, refuse_quantized
+from .ignore import ignored
 from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse
+from .single import single_file, write_single_file
 from .write import Piece, write_checkpoint
 
 # Files next to the weights that are copied with them, except configs that describe the old format.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-_REPLACED = ("config.json", "hf_quant_config.json", "params.json")
+_REPLACED = ("config.json", "params.json", *OWN_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,11 @@ def convert_checkpoint(
     Streams: there is never more than one layer in memory. Other files in the folder (tokenizer, generation config)
     are copied.
 
+    Args:
+        directory: where to write; for ``"comfy"``, which is one file without a config, a path that ends with
+            ``.safetensors``, or a folder for ``model.safetensors``.
+        format: what ``save_checkpoint`` accepts.
+
     Raises:
         UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
         CheckpointError: the source is broken or holds no FP8, or writing failed.
@@ -88,16 +95,22 @@ def convert_checkpoint(
     """
     target = writer(format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    refuse_same(checkpoint, directory)
+    refuse_same(checkpoint, directory, target)
     refuse_partly_read(checkpoint)
-    written = {module_of(name): _as_written(checkpoint, layer) for name, layer in checkpoint.layers.items()}
-    if not written:
+    # Bare matrices are parameters of modules other than linear layers, which no reader of the format takes in FP8.
+    bare = [name for name, layer in checkpoint.layers.items() if _is_bare(name) and len(layer.shape) == 2]
+    layers = {name: layer for name, layer in checkpoint.layers.items() if name not in bare}
+    written = {module_of(name): _as_written(checkpoint, layer) for name, layer in layers.items()}
+    if not checkpoint.layers:
         raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weights; quantize_checkpoint creates them")
     refuse(target, written, "convert")
-    pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in checkpoint.layers]
+    pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in layers]
+    pieces += [_dense_piece(checkpoint, name) for name in bare]
     pieces += [plain_piece(checkpoint, name, key) for name, key in checkpoint.layout.plain.items()]
     pieces += [plain_piece(checkpoint, _kv_name(name), key) for name, key in checkpoint.layout.kv_scales.items()]
-    return finish(checkpoint, directory, target, pieces, written, max_shard_size=max_shard_size, what="Converting")
+    kept = dict.fromkeys(bare, f"no weight of a linear layer, which {target.name} stores dense, in float32")
+    size = max_shard_size
+    return finish(checkpoint, directory, target, pieces, written, kept=kept, max_shard_size=size, what="Converting")
 
 
 def finish(
@@ -118,11 +131,25 @@ def finish(
         for name, info in piece.tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2 and module_of(name) not in written
     )
+    if target.single_file:
+        files = [write_single_file(single_file(directory), pieces, what=what)]
+        return _report(checkpoint, target, files, pieces, written, kept)
     config = merged_config(checkpoint.model_config, target, written, dense)
     if config is not None and checkpoint.layout.kv_scales and "config_groups" in config["quantization_config"]:
         config["quantization_config"]["kv_cache_scheme"] = _KV_SCHEME
     files = write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what=what)
     _copy_companions(checkpoint, Path(directory))
+    return _report(checkpoint, target, files, pieces, written, kept)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    target: Format,
+    files: Sequence[Path],
+    pieces: Sequence[Piece],
+    written: Mapping[str, Written],
+    kept: Mapping[str, str] | None,
+) -> WriteReport:
     return WriteReport(
         files=tuple(files),
         format=target.name,
@@ -133,10 +160,12 @@ def finish(
     )
 
 
-def refuse_same(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
+def refuse_same(checkpoint: Checkpoint, directory: str | os.PathLike[str], target: Format) -> None:
     """Raises ValueError if the source would be overwritten."""
-    folder = checkpoint.source.files[0].parent
-    if Path(directory).resolve() == folder.resolve():
+    sources, place = [checkpoint.source.files[0].parent], Path(directory)
+    if target.single_file:
+        sources, place = list(checkpoint.source.files), single_file(directory)
+    if place.resolve() in [source.resolve() for source in sources]:
         raise ValueError(f"{directory} holds the source; choose another directory")
 
 
@@ -151,6 +180,16 @@ def plain_piece(checkpoint: Checkpoint, name: str, key: str) -> Piece:
     dtype = torch.bfloat16 if info.dtype in FP8_DTYPES else info.dtype
     stored = {name: TensorInfo(dtype=dtype, shape=info.shape)}
     return Piece(tensors=stored, make=lambda: {name: checkpoint.read(key).to(dtype)})
+
+
+def _is_bare(name: str) -> bool:
+    return name.rpartition(".")[2] != "weight"
+
+
+def _dense_piece(checkpoint: Checkpoint, name: str) -> Piece:
+    """An FP8 weight dequantized to float32."""
+    stored = {name: TensorInfo(dtype=torch.float32, shape=checkpoint.shape(name))}
+    return Piece(tensors=stored, make=lambda: {name: checkpoint.dequantize(name)})
 
 
 _KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -199,21 +238,6 @@ def _copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
                 raise CheckpointError(f"cannot copy {path} to {directory}: {error.strerror or error}") from error
 
 
-# Modules whose weight is a matrix but which are not linear layers, or which published FP8 checkpoints leave dense:
-# embeddings, output heads and routers.
-IGNORE = (
-    "*embed*",
-    "*wte",
-    "*wpe",
-    "shared",
-    "*relative_attention_bias",
-    "*lm_head",
-    "*embed_out",
-    "*.gate",
-    "*router*",
-    "*shared_expert_gate",
-)
-
 Make = Callable[[], torch.Tensor]
 
 
@@ -226,16 +250,18 @@ def quantize_checkpoint(
     format: str = "compressed-tensors",
     max_shard_size: int | str = "5GB",
     device: torch.device | str | None = None,
+    fp8_heads: bool = False,
 ) -> WriteReport:
     """Makes an FP8 checkpoint from a bfloat16, float16 or float32 one; streams, and needs no model.
 
-    Every matrix named ``X.weight`` and every expert of a stack is quantized, unless it is ignored. Embeddings, output
-    heads and routers (``IGNORE``) always are.
+    Every matrix named ``X.weight`` and every expert of a stack is quantized, unless it is ignored. Embeddings and
+    routers (``IGNORE``) always are, output heads (``HEADS``) unless ``fp8_heads``.
 
     Args:
         scheme: for weights and activations.
         ignore: more modules to leave dense: names, optionally with ``*`` and ``?``, or regexes prefixed with ``re:``.
         device: where to compute; by default the CPU.
+        fp8_heads: quantize output heads too, unless the config ties them to the embeddings.
 
     Raises:
         UnsupportedError: the format cannot express the scheme.
@@ -256,12 +282,13 @@ def quantize_checkpoint(
         raise ValueError("static activation scales require calibration; choose a dynamic scheme")
     target = writer(format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    refuse_same(checkpoint, directory)
+    refuse_same(checkpoint, directory, target)
     if checkpoint.layers:
         raise CheckpointError(f"{checkpoint.source.path} is already FP8; convert_checkpoint changes its format")
     refuse_quantized(checkpoint)
     matrices, taken = _matrices(checkpoint)
-    kept = _ignored(matrices, ignore)
+    tied = bool((checkpoint.model_config or {}).get("tie_word_embeddings"))
+    kept = ignored(matrices, ignore, fp8_heads=fp8_heads and not tied)
     chosen = {name: matrix for name, matrix in matrices.items() if module_of(name) not in kept}
     if not chosen:
         raise CheckpointError(f"{checkpoint.source.path} has no matrices to quantize: {len(kept)} are ignored")
@@ -308,31 +335,6 @@ def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, tuple[tuple[int, ...], 
         key = checkpoint.layout.plain[part.name]
         found[name] = (shape, lambda part=part, key=key: part.of(checkpoint.read(key)))  # type: ignore[misc]
     return found, {part.name for part in slices.values()}
-
-
-def _ignored(matrices: Mapping[str, object], patterns: Sequence[str]) -> dict[str, str]:
-    """Module -> why it is left dense.
-
-    Raises:
-        ValueError: one of ``patterns`` matches no module.
-    """
-    kept: dict[str, str] = {}
-    unmatched = set(patterns)
-    for name in matrices:
-        module = module_of(name)
-        for pattern in (*patterns, *IGNORE):
-            if _matches(module, pattern):
-                kept.setdefault(module, f"ignored by {pattern}")
-                unmatched.discard(pattern)
-    if unmatched:
-        raise ValueError(f"ignore patterns that match no module: {', '.join(sorted(unmatched))}")
-    return kept
-
-
-def _matches(module: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return fnmatchcase(module, pattern)
 
 
 def _kind(checkpoint: Checkpoint) -> str:

@@ -19,6 +19,7 @@ from ..formats.naming import Slice, expert_slices, file_name
 from ..scaled import ScaledTensor
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
+from .single import single_file, write_single_file
 from .write import Piece, write_checkpoint
 
 # An FP8 weight, and a function that returns one matrix of it.
@@ -40,9 +41,12 @@ def save_checkpoint(
     embeddings, and what belongs neither to an nn.Linear nor to a stack of experts.
 
     Args:
-        format: ``"compressed-tensors"`` (scales per tensor, row, block or group) or ``"fine-grained"`` (scales per
-            block or tensor).
-        max_shard_size: bytes, or a string such as ``"5GB"``.
+        directory: a folder; for ``"comfy"`` a path that ends with ``.safetensors``, or a folder for
+            ``model.safetensors``.
+        format: ``"compressed-tensors"`` (scales per tensor, row, block or group), ``"fine-grained"`` (scales per
+            block or tensor) or ``"comfy"``: one file for ComfyUI, without a config (scales per tensor, or per row,
+            square block or 32 elements, MXFP8; ComfyUI reads those per row and block with ComfyUI-QuantOps).
+        max_shard_size: bytes, or a string such as ``"5GB"``; does not apply to ``"comfy"``.
         fp8_heads: write the output head in FP8 too, unless it is tied to the embeddings. ``load_checkpoint`` and
             transformers read that, serving engines do not.
 
@@ -85,6 +89,8 @@ def save_checkpoint(
     ]
     pieces += [plain_piece(name, part.of(dense[part.name])) for name, part in slices.items() if part.name in dense]
     plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    if target.single_file:
+        return [write_single_file(single_file(directory), pieces, what="Saving")]
     config = merged_config(own, target, written, plain)
     return write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what="Saving")
 
@@ -117,9 +123,7 @@ def refuse(target: Format, written: Mapping[str, Written], what: str) -> None:
 def merged_config(
     own: Mapping[str, Any] | None, target: Format, written: Mapping[str, Written], plain: list[str]
 ) -> dict[str, Any] | None:
-    """A model's config with the description of its FP8 layers; None if there is neither, or if no file holds it."""
-    if target.single_file:
-        return None
+    """A model's config with the description of its FP8 layers; None if there is neither."""
     config = {
         key: value for key, value in (own or {}).items() if key not in ("quantization_config", "compression_config")
     }

@@ -65,9 +65,9 @@ class Surroundings:
         """
         found = [] if key == module else self.attributes(module, without=key)
         found += [f"{key}.{name}" for name in self._attributes.get(key, ())]
-        stem, shape = _spelled(module), self._tensors[key].shape
+        stems, shape = (_spelled(module), _spelled(key)), self._tensors[key].shape
         for other, spelled in self._like_scales:
-            if other == key or other in found or not (spelled.startswith(stem) or spelled.endswith(stem)):
+            if other == key or other in found or not (spelled.startswith(stems) or spelled.endswith(stems)):
                 continue
             inside = module and other.startswith(f"{module}.")
             if inside or _could_scale(self._tensors[other], shape):

@@ -49,6 +49,15 @@ def test_folder_file_and_index_are_the_same_checkpoint(tmp_path: Path) -> None:
     assert set(open_checkpoint(folder / "x.safetensors")) == {"a"}
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_headers_whose_length_looks_like_a_pickle(length: int, tmp_path: Path) -> None:
+    """Pickles begin with 80 02 to 80 05, as do headers of 640, 896, 1152 and 1408 bytes."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode().ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"x")
+    assert open_checkpoint(path).dequantize("a").tolist() == [ord("x")]
+
+
 def test_opening_reads_headers_only(tmp_path: Path) -> None:
     """A file of 40 GB, all of it a hole: nothing of it but the header can have been read in this time and memory."""
     size = 40 * 10**9

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats import Contents, Format, Layer, Layout, Stack, detect, join_rows, scan, stacks
+from ..formats.beside import is_aside
 from ..numerics import dequantize
 from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
 from .files import Source, Tensors, locate
@@ -145,7 +146,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
     def is_foreign(self, name: str) -> bool:
         """Whether ``name`` is no model's, or lacks the prefix of the model being read and so belongs to another."""
         key = self.layout.plain.get(name) or (self.layers[name].weight if name in self.layers else name)
-        if key in self._contents.tensors and self.format.is_foreign(key, self._contents.tensors[key]):
+        if key in self._contents.tensors and is_aside(key, self._contents.tensors[key]):
             return True
         return self._has_prefix and self.format.canonical(key) == key
 

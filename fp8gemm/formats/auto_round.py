@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from ..scaled import Granularity
 from .arrangements import flattened
-from .base import Activation, Arrangement, Contents, block_granularity
+from .base import Activation, Arrangement, Contents
 from .fine_grained import Plain
+from .shapes import block_granularity
 
 
 class AutoRound(Plain):

@@ -261,10 +261,6 @@ class Format:
         """Whether FP8 tensors may come without any scale, which means a scale of 1."""
         return contents.raw
 
-    def is_foreign(self, key: str, info: TensorInfo) -> bool:
-        """Whether ``key`` is data for other software, which no model has."""
-        return False
-
     def infers_blocks(self, contents: Contents, module: str) -> bool:
         """Whether the size of square blocks may be told from a grid of scales that divides the weight evenly."""
         return False
@@ -326,17 +322,6 @@ def natural_activation(weight: Granularity) -> Granularity:
     if weight.rows is None:
         return Granularity(None, None)
     return Granularity(1, weight.cols)
-
-
-def block_granularity(block: object) -> Granularity:
-    """A config's block size, such as ``[128, 128]``, as a granularity.
-
-    Raises:
-        CheckpointError: it is not two positive integers.
-    """
-    if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
-        return Granularity(block[0], block[1])
-    raise CheckpointError(f"the config's block size must be two positive integers, found {block!r}")
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

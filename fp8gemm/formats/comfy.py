@@ -14,7 +14,6 @@ from ..errors import CheckpointError
 from ..numerics import encode_ue8m0
 from ..scaled import FP8_DTYPES, MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme
 from .base import LINEAR, Activation, Arrangement, Contents, Format, Layout, TensorInfo, Written
-from .beside import is_aside
 from .tiles import tiled, tiled_shape, untiled
 
 _PREFIX = "model.diffusion_model."
@@ -71,9 +70,6 @@ class Comfy(Format):
 
     def is_marker(self, key: str) -> bool:
         return key.rpartition(".")[2] in ("scaled_fp8", "comfy_quant", "weight_scalar")
-
-    def is_foreign(self, key: str, info: TensorInfo) -> bool:
-        return is_aside(key, info)
 
     def fp8_dtype(self, key: str, info: TensorInfo, contents: Contents) -> torch.dtype | None:
         if info.dtype in FP8_DTYPES:

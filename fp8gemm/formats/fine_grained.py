@@ -9,7 +9,8 @@ import torch
 
 from ..numerics import encode_ue8m0
 from ..scaled import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, ScaledTensor
-from .base import UE8M0_DTYPES, Activation, Contents, Format, Layout, TensorInfo, Written, block_granularity
+from .base import UE8M0_DTYPES, Activation, Contents, Format, Layout, TensorInfo, Written
+from .shapes import block_granularity
 
 
 class FineGrained(Format):

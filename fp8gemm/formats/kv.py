@@ -10,15 +10,14 @@ from .base import TensorInfo
 
 # What is scaled; "prob" and "softmax" are the attention's probabilities.
 _OPERANDS = (
-    r"(q|k|v|kv|qk|qkv|query|key|value|attn|prob|softmax|prob_output|attn_output"
-    r"|(q|k|v|kv|key|value)_cache|kv_(quant_orig|orig_quant))"
+    r"(q|k|v|p|kv|qk|qkv|query|key|value|attn|prob|softmax|prob_output|softmax_output|attn_output|kv_c|c_kv|k_pe"
+    r"|(past_)?(q|k|v|kv|key|value)_cache|past_(key|value)|kv_(quant_orig|orig_quant))"
 )
-_NAMES = re.compile(
-    rf"_?{_OPERANDS}_(scale|scale_inv|scales|zero_point|scaling_factor|rcp_scaling_factor|dequant_scale)(_float)?"
-)
+_WHAT = r"((inv_|dequant_|de|rcp_)?scales?(_inv)?|zero_points?|(rcp_)?scaling_factor|amax)"
+_NAMES = re.compile(rf"_?((fp8|calibrated)_)?{_OPERANDS}_{_WHAT}(_float)?")
 # Names that say it together with the module before them.
 _PAIRS = {
-    "output_scale": re.compile(r"(q|k|v|o|kv|qkv)_proj|softmax|matmul"),
+    "output_scale": re.compile(r"(q|k|v|o|kv|qkv|query|key|value|kv_a|kv_b)(_proj)?|softmax|matmul"),
     "output_zero_point": re.compile(r"(q|k|v|kv|qkv)_proj"),
     "scale": re.compile(r"q|k|v|(q|k|v|kv)_cache"),
     "_amax": re.compile(r"(q|k|v|softmax|p)_bmm_quantizer|output_quantizer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import CheckpointError
 from ..scaled import ROW, TENSOR, Granularity
 
 
@@ -46,3 +47,14 @@ def even_blocks(shape: tuple[int, ...], grid: tuple[int, ...]) -> Granularity | 
     size = shape[0] // grid[0]
     even = size * grid[0] == shape[0] and size * grid[1] == shape[1]
     return Granularity(size, size) if even and size >= 16 and size & (size - 1) == 0 else None
+
+
+def block_granularity(block: object) -> Granularity:
+    """A config's block size, such as ``[128, 128]``, as a granularity.
+
+    Raises:
+        CheckpointError: it is not two positive integers.
+    """
+    if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
+        return Granularity(block[0], block[1])
+    raise CheckpointError(f"the config's block size must be two positive integers, found {block!r}")

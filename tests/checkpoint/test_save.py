@@ -378,7 +378,9 @@ def test_quantized_checkpoints_hold_what_quantize_gives(scheme: Any, format: str
     folder = dense(tmp_path / "in")
     report = quantize_checkpoint(folder, tmp_path / "out", scheme=scheme, format=format)
     assert report.layers == ("model.down", "model.up")
-    assert report.kept == {"model.embed_tokens": "ignored by *embed*", "lm_head": "ignored by *lm_head"}
+    assert report.kept["model.embed_tokens"] == "ignored by *embed*"
+    assert "an output head" in report.kept["lm_head"]
+    assert "fp8_heads=True" in report.kept["lm_head"]
     resolved = FP8GemmOptions(scheme=scheme).resolved_scheme
     source, out = open_checkpoint(folder), open_checkpoint(tmp_path / "out")
     for name in ("model.up.weight", "model.down.weight"):
@@ -393,6 +395,18 @@ def test_quantized_checkpoints_hold_what_quantize_gives(scheme: Any, format: str
     assert torch.equal(out.dequantize("lm_head.weight"), source.dequantize("lm_head.weight"))
     assert out.layers["model.up.weight"].scheme.activation == resolved.activation
     assert out.layout.suspicious == []
+
+
+@pytest.mark.parametrize("head", ["lm_head", "transformer.output_layer", "embed_out", "output"])
+def test_heads_are_quantized_only_when_asked(head: str, tmp_path: Path) -> None:
+    tensors = {f"{head}.weight": torch.randn(64, 64), "up.weight": torch.randn(64, 64)}
+    folder = write(tmp_path / "in", tensors, model_config={"model_type": "net"})
+    report = quantize_checkpoint(folder, tmp_path / "dense")
+    assert (report.layers, list(report.kept)) == (("up",), [head])
+    report = quantize_checkpoint(folder, tmp_path / "fp8", fp8_heads=True)
+    assert (set(report.layers), dict(report.kept)) == ({"up", head}, {})
+    tied = write(tmp_path / "tied", tensors, model_config={"model_type": "net", "tie_word_embeddings": True})
+    assert list(quantize_checkpoint(tied, tmp_path / "kept", fp8_heads=True).kept) == [head]
 
 
 def test_ignore_takes_names_wildcards_and_regexes(tmp_path: Path) -> None:

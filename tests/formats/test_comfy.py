@@ -190,6 +190,9 @@ def test_markers_and_tokenizers_are_no_models(tmp_path: Path) -> None:
     path = single(tmp_path, tensors)
     report = load_checkpoint(nn.ModuleDict({"m": nn.Linear(64, 64, bias=False)}), path)
     assert report.unexpected == ()
+    tensors = {key: tensor for key, tensor in tensors.items() if "scale" not in key}
+    raw = single(tmp_path / "raw", tensors)
+    assert load_checkpoint(nn.ModuleDict({"m": nn.Linear(64, 64, bias=False)}), raw).unexpected == ()
     convert_checkpoint(path, tmp_path / "out.safetensors", format="comfy")
     assert {"spiece_model", "__index_timestep_zero__"} <= set(load_file(tmp_path / "out.safetensors"))
 

@@ -118,7 +118,8 @@ KV = [
     "self_attn.softmax_scale", "mixer.k_proj.k_scale", "attention.kv_cache_scaling_factor",
     "attention.k_cache_scaling_factor", "self_attn.k_bmm_quantizer._amax", "self_attn.v_bmm_quantizer._scale",
     "attention.k_fake_quantizer.qscale_act", "self_attn.key_scale", "self_attn.value_cache_scale",
-    "attention.kv_quant_orig_scale", "self_attn._v_scale_float",
+    "attention.kv_quant_orig_scale", "self_attn._v_scale_float", "self_attn.k_descale", "self_attn.fp8_v_scale",
+    "attn.c_kv_scale", "attn.k_cache_amax", "attention.key.output_scale", "self_attn.past_key_scale",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BLOCKS, blocks, compressed, e8m0, fp8, powers, scales, write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, CheckpointError, Granularity, ScaledTensor
@@ -603,6 +603,7 @@ def test_fbgemm_transposed_experts(square: bool, tmp_path: Path) -> None:
 # ---- pure functions
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 300),
     k=st.integers(1, 300),
@@ -620,6 +621,7 @@ def test_every_granularity_is_recognised_from_its_own_grid(n: int, k: int, rows:
         assert torch.equal(dequantize(same), dequantize(ScaledTensor(b, a, granularity)))
 
 
+@settings(deadline=None)
 @given(
     heights=st.lists(st.integers(1, 200), min_size=1, max_size=3),
     k=st.integers(1, 200),

@@ -59,15 +59,15 @@ class Surroundings:
     def unexplained(self, key: str, module: str) -> list[str]:
         """The keys that may say how to read the FP8 tensor ``key`` of ``module``, though no format knows how.
 
-        They are the module's own tensors, what is called after ``key``, and scales of a fitting shape whose name
-        begins or ends with the module's. A parameter without a ``.weight`` is its own module. Vectors that are FP8
-        themselves are not among them: no scale of an FP8 weight is.
+        They are the module's own tensors, what is called after ``key``, and tensors of a fitting shape whose name is
+        that of the module with a scale's before or after it. A parameter without a ``.weight`` is its own module.
+        Vectors that are FP8 themselves are not among them: no scale of an FP8 weight is.
         """
         found = [] if key == module else self.attributes(module, without=key)
         found += [f"{key}.{name}" for name in self._attributes.get(key, ())]
         stems, shape = (_spelled(module), _spelled(key)), self._tensors[key].shape
         for other, spelled in self._like_scales:
-            if other == key or other in found or not (spelled.startswith(stems) or spelled.endswith(stems)):
+            if other == key or other in found or not looks_like_a_scale(_rest(spelled, stems)):
                 continue
             inside = module and other.startswith(f"{module}.")
             if inside or _could_scale(self._tensors[other], shape):
@@ -81,6 +81,16 @@ class Surroundings:
 
 def _spelled(key: str) -> str:
     return f"_{_SEPARATORS.sub('_', key)}_"
+
+
+def _rest(spelled: str, stems: tuple[str, ...]) -> str:
+    """What a name has besides one of ``stems``, which it begins or ends with; empty if it does not."""
+    for stem in stems:
+        if spelled.startswith(stem):
+            return spelled[len(stem) :]
+        if spelled.endswith(stem):
+            return spelled[: -len(stem)]
+    return ""
 
 
 def _could_scale(info: TensorInfo, shape: tuple[int, ...]) -> bool:

@@ -81,6 +81,15 @@ def test_own_parameters_do_not_hide_a_raw_cast(name: str, tmp_path: Path) -> Non
     assert checkpoint.layout.suspicious == ["no scales: read as a raw cast, with every scale 1"]
 
 
+def test_tables_that_are_called_alike_are_no_scales_of_each_other(tmp_path: Path) -> None:
+    """LTX-2 has a table for video, and one with fewer columns for audio."""
+    tensors = {"m.weight": W, "scale_shift_table": fp8(6, 128), "audio_scale_shift_table": torch.ones(6, 64)}
+    tensors |= {f"blocks.0.{key}": tensor for key, tensor in tensors.items()}
+    checkpoint = open_checkpoint(single(tmp_path, tensors))
+    assert torch.equal(checkpoint.dequantize("scale_shift_table"), fp8(6, 128).float())
+    assert set(checkpoint) == set(tensors)
+
+
 def test_convolutions_need_an_explanation_too(tmp_path: Path) -> None:
     conv = torch.ones(8, 4, 3, 3).to(FP8)
     assert torch.equal(open_checkpoint(single(tmp_path / "a", {"c.weight": conv}))["c.weight"], conv)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ DOORS = {
     "huggingface_hub": {"checkpoint"},
     "triton": {"engines"},
     "vllm": set(),
-    "transformers": set(),
+    "transformers": {"checkpoint"},
     "diffusers": set(),
     "accelerate": set(),
     "peft": set(),

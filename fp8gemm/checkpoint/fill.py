@@ -9,25 +9,30 @@ import torch
 from torch import nn
 
 from ..formats import join_rows
+from ..formats.rearrange import Tiled, interleaved
 from ..numerics import dequantize
 from ..scaled import ROW, TENSOR, Granularity, ScaledTensor, Scheme
+from .plan import Transfer
 from .read import Checkpoint
-from .targets import Target
 
 # Elements that a thread converts to float32 at once: torch's grain size. They stay in a core's cache, and on one or two
 # cores torch then opens no parallel region, which costs more than it gains if the cores are shared.
 _PART = 1 << 15
 
 
-def take(checkpoint: Checkpoint, sources: Sequence[str]) -> torch.Tensor | ScaledTensor:
-    """The tensors ``sources``, joined along rows.
+def take(checkpoint: Checkpoint, transfer: Transfer) -> torch.Tensor | ScaledTensor:
+    """The sources of a transfer, joined along rows; stacks of experts as ``[E, N, K]``, rows as in the model.
 
     Raises:
         CheckpointError: they cannot be joined.
     """
+    sources = transfer.sources
     values = [checkpoint[name] for name in sources]
     if len(values) == 1:
-        return values[0]
+        value = values[0]
+        if transfer.turned and sources[0] not in checkpoint.stacks and isinstance(value, ScaledTensor):
+            return Tiled.of(value, flipped=True).weight()
+        return interleaved(value) if transfer.interleaved and isinstance(value, ScaledTensor) else value
     scaled = [value for value in values if isinstance(value, ScaledTensor)]
     if len(scaled) == len(values):
         return join_rows(scaled)
@@ -41,12 +46,13 @@ def scheme_of(
 
     Joined layers take their largest activation scale: no activation saturates with it that did not before.
     """
-    if sources[0] in checkpoint.stacks:
-        return _stack_scheme(checkpoint, sources[0], weight), None
-    schemes = [checkpoint.layers[name].scheme for name in sources]
-    scales = [scale for name in sources if (scale := checkpoint.input_scale(name)) is not None]
+    names = [part for name in sources for part in checkpoint.parts(name)]
+    if weight.data.dim() > 2:
+        return _stack_scheme(checkpoint, names[0], weight), None
+    schemes = [checkpoint.layers[name].scheme for name in names]
+    scales = [scale for name in names if (scale := checkpoint.input_scale(name)) is not None]
     first = schemes[0]
-    static = len(scales) == len(sources)
+    static = len(scales) == len(names)
     ue8m0 = all(scheme.scale_format == "ue8m0" for scheme in schemes) and powers_of_two(weight.scale)
     activation = first.activation
     if not static and first.static:
@@ -61,8 +67,8 @@ def scheme_of(
 
 
 def _stack_scheme(checkpoint: Checkpoint, name: str, weight: ScaledTensor) -> Scheme:
-    """The scheme of a stack of experts."""
-    first = checkpoint.layers[checkpoint.stacks[name].parts[0][0]].scheme
+    """The scheme of a stack of experts, of which the layer ``name`` is one, or all."""
+    first = checkpoint.layers[name].scheme
     ue8m0 = first.scale_format == "ue8m0" and powers_of_two(weight.scale)
     return Scheme(
         weight=weight.granularity,
@@ -83,15 +89,19 @@ def powers_of_two(scale: torch.Tensor) -> bool:
     return bool((torch.frexp(scale)[0] == 0.5).all())
 
 
-def fill(same: Sequence[Target], sources: Sequence[str], checkpoint: Checkpoint, device: torch.device) -> None:
-    """Fills one tensor of a model, stored at all targets ``same``, in its own dtype on ``device``."""
+def fill(transfer: Transfer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Fills one tensor of a model, stored at all targets of ``transfer``, in its own dtype on ``device``."""
+    same, sources = transfer.targets, transfer.sources
     old = same[0].tensor
     made = old.is_meta or old.device != device
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device) if made else old.data
     start = 0
     for name in sources:
         if name in checkpoint.stacks:
-            _fill_experts(tensor, checkpoint, name)
+            _fill_experts(tensor.mT if transfer.turned else tensor, checkpoint, name, transfer.interleaved)
+            continue
+        if name in checkpoint.derived:
+            tensor.copy_(checkpoint.derived[name].dense())
             continue
         rows = checkpoint.shape(name)[:1]
         stop = start + (rows[0] if rows else 0)
@@ -112,13 +122,13 @@ def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def _fill_experts(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
+def _fill_experts(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, interleaved: bool) -> None:
     """Fills dense stacked experts ``[E, N, K]`` from per-expert matrices, one at a time."""
     for expert, parts in zip(tensor, checkpoint.stacks[name].parts, strict=True):
         start = 0
-        for part in parts:
+        for index, part in enumerate(parts):
             stop = start + checkpoint.shape(part)[0]
-            _copy(expert[start:stop], checkpoint[part])
+            _copy(expert[index :: len(parts)] if interleaved else expert[start:stop], checkpoint[part])
             start = stop
 
 

@@ -15,10 +15,13 @@ from ..errors import UnsupportedError
 from ..progress import byte_progress
 from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
 from ..weights import FP8Linear, FP8Weight, convert
+from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
 from ..weights.structure import STACK_NAMES, stacks
+from .conversion import mapped
 from .fill import fill, of_stack, scheme_of, take
+from .origin import remember
 from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
@@ -87,12 +90,14 @@ def load_checkpoint(
         dequantize: load plain layers instead, each weight computed in float32 and rounded once to the model's dtype.
         device: where to put the tensors; by default they stay where they are, and those on meta go to the CPU.
         key_mapping: regex -> replacement for the checkpoint's canonical names, if the model uses other names. Several
-            names that become the same one are joined along rows, in the order of their patterns.
+            names that become the same one are joined along rows, in the order of their patterns. Models of
+            transformers need none: their library's own conversions are applied, to FP8 weights too.
         strict: names that one side lacks, and unknown keys that look like scales, are an error.
 
     Raises:
         CheckpointError: the file is broken, or does not fit the model; then with all reasons at once.
-        UnsupportedError: no engine, or not the one that was named, runs such a layer on the device.
+        UnsupportedError: no engine, or not the one that was named, runs such a layer on the device; or a conversion of
+            transformers does not only move values, and cannot be applied to FP8 weights.
         ValueError: the model already holds FP8 weights, or has buffers on meta that cannot be computed.
 
     Example:
@@ -108,7 +113,8 @@ def load_checkpoint(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     where = None if device is None else torch.device(device)
     _refuse_fp8(model)
-    transfers, left = plan_load(model, checkpoint, key_mapping, dequantize, strict)
+    conversions = mapped(model)
+    checkpoint, transfers, left = plan_load(model, checkpoint, key_mapping, dequantize, strict, conversions)
     chosen = options or FP8GemmOptions()
     transfers = _checked(transfers, checkpoint, chosen, where)
     uncomputed = initialize_transient(model, where or torch.device("cpu"))
@@ -126,6 +132,7 @@ def load_checkpoint(
             for target in (*targets(model).values(), *transient(model).values()):
                 _move(target, where)
     _note_kept(model, transfers, checkpoint)
+    remember(model, transfers, checkpoint, conversions)
     redirect_saving(model)
     filled = {name for transfer in transfers for name in transfer.sources}
     own = {checkpoint.layout.plain.get(name) or checkpoint.spare.get(name) for name in filled}
@@ -175,15 +182,29 @@ def _spec(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions) -
     """The problem that an engine has to solve for a transfer, as far as the headers tell."""
     target, source = transfer.targets[0], transfer.sources[0]
     stack = checkpoint.stacks.get(source)
-    layer = checkpoint.layers[source if stack is None else stack.parts[0][0]]
+    layer = checkpoint.layers[checkpoint.parts(source)[0]]
     scheme = layer.scheme
-    shape = tuple(target.tensor.shape)
-    if stack is not None:
-        joined = Granularity(shape[1] // len(stack.parts[0]), None) if scheme.weight == TENSOR else scheme.weight
-        scheme = replace(scheme, weight=joined, static=False, activation=of_stack(scheme.activation))
+    shape = swapped(target.tensor.shape, transfer.turned)
+    if stack is None and (source in checkpoint.derived or transfer.turned):
+        scheme = replace(scheme, weight=_granularity(transfer, checkpoint))
+    if stack is not None and scheme.weight == TENSOR:
+        rows = 1 if transfer.interleaved else shape[1] // len(stack.parts[0])
+        scheme = replace(scheme, weight=Granularity(rows, None))
+    if len(shape) > 2:
+        scheme = replace(scheme, static=False, activation=of_stack(scheme.activation))
     if options.resolved_scheme.activation is None:
         scheme = scheme.weight_only()
     return spec_of(shape, replace(options, weight_dtype=layer.dtype), scheme, target.tensor.dtype)
+
+
+def _granularity(transfer: Transfer, checkpoint: Checkpoint) -> Granularity:
+    """That of the weight that a transfer converts, or turns round."""
+    source = transfer.sources[0]
+    if source not in checkpoint.derived:
+        own = checkpoint.layers[source].granularity
+        return Granularity(own.cols, own.rows)
+    tiles = checkpoint.derived[source].planned()
+    return (tiles.flipped().coarse() if transfer.turned else tiles).granularity
 
 
 def home_of(target: Target, device: torch.device | None) -> torch.device:
@@ -195,19 +216,21 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     target = transfer.targets[0]
     home = home_of(target, device)
     if not transfer.fp8:
-        fill(transfer.targets, transfer.sources, checkpoint, home)
+        fill(transfer, checkpoint, home)
         return
-    weight = take(checkpoint, transfer.sources)
+    weight = take(checkpoint, transfer)
     assert isinstance(weight, ScaledTensor)
     scheme, input_scale = scheme_of(checkpoint, transfer.sources, weight)
     if options.resolved_scheme.activation is None:
         scheme, input_scale = scheme.weight_only(), None
     own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
-    if transfer.sources[0] in checkpoint.stacks:  # just stacked: shares no memory
-        convert(target.module, target.attribute, own, weight=weight.to(home))
+    fresh = transfer.sources[0] in checkpoint.stacks  # just stacked: shares no memory with the file
+    copied = (weight.data.to(home, copy=not fresh), weight.scale.to(home, copy=not fresh))
+    held = ScaledTensor(*copied, weight.granularity)
+    if weight.data.dim() > 2:
+        convert(target.module, target.attribute, own, turned=transfer.turned, weight=held)
         return
     assert isinstance(target.module, nn.Linear)
-    held = ScaledTensor(weight.data.to(home, copy=True), weight.scale.to(home, copy=True), weight.granularity)
     FP8Linear.convert(
         target.module, own, weight=held, input_scale=None if input_scale is None else input_scale.to(home)
     )

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..weights.geometry import swapped
+from ..weights.structure import STACK_NAMES, is_concatenated, is_transposed
+from .conversion import Mapped
 from .guards import companion_problems
 from .read import Checkpoint
 from .targets import Assignment, Target, assign, groups, targets, transient
@@ -20,11 +23,15 @@ class Transfer:
     """One tensor of the model, under all its names, and the checkpoint names that fill it.
 
     ``fp8`` if the tensor is a linear layer's weight or a stack of experts, and is to hold the file's FP8 bytes.
+    ``turned`` if it is a stack ``[E, K, N]`` of matrices that are ``[N, K]`` in the file; ``interleaved`` if gate and
+    up rows, which are one after the other in the file, alternate in the model.
     """
 
     targets: tuple[Target, ...]
     sources: tuple[str, ...]
     fp8: bool
+    turned: bool = False
+    interleaved: bool = False
 
 
 @dataclass
@@ -34,11 +41,17 @@ class Left:
 
 
 def plan_load(
-    model: nn.Module, checkpoint: Checkpoint, key_mapping: Mapping[str, str] | None, dequantize: bool, strict: bool
-) -> tuple[list[Transfer], Left]:
-    """The transfers and what is left over; everything that can be refused is, before any tensor changes."""
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    key_mapping: Mapping[str, str] | None,
+    dequantize: bool,
+    strict: bool,
+    conversions: Mapped | None = None,
+) -> tuple[Checkpoint, list[Transfer], Left]:
+    """The transfers and what is left over, and the checkpoint with the names that they use; everything that can be
+    refused is, before any tensor changes."""
     found = targets(model)
-    assignment = assign(checkpoint, found, key_mapping)
+    checkpoint, assignment = assign(checkpoint, found, key_mapping, conversions)
     tie = getattr(model, "tie_weights", None)
     if callable(tie) and any(name not in assignment.sources for name in found):
         tie()
@@ -49,14 +62,15 @@ def plan_load(
         unexpected=_unexpected(model, checkpoint, assignment),
     )
     problems = _misfits(transfers, checkpoint)
-    read = {part for transfer in transfers for name in transfer.sources for part in _parts(checkpoint, name)}
+    read = {part for transfer in transfers for name in transfer.sources for part in checkpoint.parts(name)}
     problems += companion_problems(checkpoint, read, known=read)
     if strict:
         problems += _strict_problems(left, checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint.source.path} does not fit the model:\n" + "\n".join(problems))
     order = {name: index for index, name in enumerate(checkpoint)}
-    return sorted(transfers, key=lambda transfer: order.get(transfer.sources[0], len(order))), left
+    parts = {id(one): checkpoint.parts(one.sources[0])[0] for one in transfers}
+    return checkpoint, sorted(transfers, key=lambda one: order.get(parts[id(one)], len(order))), left
 
 
 def _transfers(
@@ -68,8 +82,8 @@ def _transfers(
         if not given:
             missing += [target.name for target in group]
             continue
-        if not dequantize and len(group) == 1 and _is_fp8_stack(group[0], assignment, checkpoint):
-            transfers.append(Transfer(targets=(group[0],), sources=assignment.sources[group[0].name], fp8=True))
+        if len(group) == 1 and (stack := _stack(group[0], assignment, checkpoint, dequantize)) is not None:
+            transfers.append(stack)
             continue
         # A linear layer leaves the tensor that it shares, for its own FP8 weight, if the others are filled as well.
         leaving = [
@@ -77,7 +91,7 @@ def _transfers(
             for target in given
             if not dequantize
             and target.is_linear_weight
-            and all(name in checkpoint.layers for name in assignment.sources[target.name])
+            and all(_is_fp8(checkpoint, name) for name in assignment.sources[target.name])
         ]
         modules = {id(target.module) for target in leaving}
         staying = [target for target in group if id(target.module) not in modules]
@@ -90,13 +104,23 @@ def _transfers(
     return transfers, missing
 
 
-def _is_fp8_stack(target: Target, assignment: Assignment, checkpoint: Checkpoint) -> bool:
-    """Whether a parameter ``[E, N, K]`` is filled by one stack whose experts are all FP8 in the file."""
+def _is_fp8(checkpoint: Checkpoint, name: str) -> bool:
+    return all(part in checkpoint.layers for part in checkpoint.parts(name))
+
+
+def _stack(target: Target, assignment: Assignment, checkpoint: Checkpoint, dequantize: bool) -> Transfer | None:
+    """The transfer of a parameter ``[E, N, K]`` that the experts of a file fill, or ``[E, K, N]``; None for others."""
     sources = assignment.sources[target.name]
-    if not target.is_parameter or target.tensor.dim() != 3 or len(sources) != 1 or sources[0] not in checkpoint.stacks:
-        return False
-    parts = checkpoint.stacks[sources[0]].parts
-    return all(name in checkpoint.layers for names in parts for name in names)
+    if not target.is_parameter or target.tensor.dim() != 3 or len(sources) != 1:
+        return None
+    source, stacked = sources[0], sources[0] in checkpoint.stacks
+    if not stacked and target.attribute not in STACK_NAMES:
+        return None
+    fp8 = not dequantize and _is_fp8(checkpoint, source)
+    turned = is_transposed(target.module, target.attribute)
+    parts = len(checkpoint.stacks[source].parts[0]) if stacked else 1
+    alternate = parts == 2 and not is_concatenated(target.module)
+    return Transfer(targets=(target,), sources=sources, fp8=fp8, turned=turned, interleaved=alternate)
 
 
 def _distinct(leaving: Sequence[Target]) -> list[Target]:
@@ -129,13 +153,15 @@ def _misfits(transfers: Sequence[Transfer], checkpoint: Checkpoint) -> list[str]
     problems = []
     for transfer in transfers:
         target = transfer.targets[0]
-        parts = [part for name in transfer.sources for part in _parts(checkpoint, name)]
+        parts = [part for name in transfer.sources for part in checkpoint.parts(name)]
         unsupported = [name for name in parts if name in checkpoint.layout.unsupported]
         if unsupported:
             problems += [f"{name}: {checkpoint.layout.unsupported[name]}" for name in unsupported]
             continue
         shapes = [checkpoint.shape(name) for name in transfer.sources]
         joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if transfer.turned and transfer.sources[0] in checkpoint.stacks:
+            joined = swapped(joined, True)
         if joined != tuple(target.tensor.shape):
             problems.append(f"{target.name}: {list(joined)} in the file, {list(target.tensor.shape)} in the model")
     return problems
@@ -164,19 +190,13 @@ def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def _parts(checkpoint: Checkpoint, name: str) -> list[str]:
-    """The names of the file that ``name`` is made of."""
-    stack = checkpoint.stacks.get(name)
-    return [name] if stack is None else [part for parts in stack.parts for part in parts]
-
-
 def holds_fp8(checkpoint: Checkpoint, transfer: Transfer) -> bool:
-    return any(part in checkpoint.layers for name in transfer.sources for part in _parts(checkpoint, name))
+    return any(part in checkpoint.layers for name in transfer.sources for part in checkpoint.parts(name))
 
 
 def nbytes(checkpoint: Checkpoint, name: str) -> int:
-    if name in checkpoint.stacks:
-        return sum(nbytes(checkpoint, part) for parts in checkpoint.stacks[name].parts for part in parts)
+    if (parts := checkpoint.parts(name)) != [name]:
+        return sum(nbytes(checkpoint, part) for part in parts if part != name)
     if (layer := checkpoint.layers.get(name)) is not None:
         return layer.nbytes
     key = checkpoint.layout.plain.get(name)

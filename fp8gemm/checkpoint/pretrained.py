@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..weights import FP8Weight
+from .conversion import library_of
 from .save import save_checkpoint
 
 # Arguments of transformers' own save_pretrained that have no effect here.
@@ -25,7 +26,7 @@ _IDLE = ("token", "save_peft_format", "save_original_format")
 def redirect_saving(model: nn.Module) -> None:
     """Overrides both methods on every transformers or diffusers model within ``model`` that has FP8 weights."""
     for module in model.modules():
-        if _library(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
+        if library_of(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
             for name, method in _METHODS.items():
                 # A partial, not a bound method: copies and pickles of the model then get their own.
                 module.__dict__[name] = partial(method, module)
@@ -37,13 +38,6 @@ def give_saving_back(model: nn.Module) -> None:
         for name, method in _METHODS.items():
             if getattr(module.__dict__.get(name), "func", None) is method:
                 del module.__dict__[name]
-
-
-def _library(module: nn.Module) -> str:
-    """The library whose model class ``module`` derives from, empty if none; determined without importing it."""
-    known = {("PreTrainedModel", "transformers"), ("ModelMixin", "diffusers")}
-    found = {(base.__name__, base.__module__.split(".")[0]) for base in type(module).__mro__} & known
-    return found.pop()[1] if found else ""
 
 
 def _save_pretrained(
@@ -68,7 +62,7 @@ def _save_pretrained(
             "fp8gemm.save_checkpoint(model, directory) writes the checkpoint, fp8gemm.disable_fp8_gemm(model) restores "
             "the dense model"
         )
-    if _library(model) == "diffusers":
+    if library_of(model) == "diffusers":
         raise UnsupportedError(
             "diffusers cannot read FP8 checkpoints; fp8gemm.save_checkpoint(model, directory) writes one for "
             "fp8gemm.load_checkpoint, fp8gemm.disable_fp8_gemm(model) restores the dense model"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,9 @@ from ..numerics import dequantize
 from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
 from .files import Source, Tensors, locate
 from .hub import Hub
+
+if TYPE_CHECKING:
+    from .conversion import Derived
 
 # Bytes that are searched for NaN at once: torch's grain size, as in fill.py, which stays in a core's cache.
 _PART = 1 << 15
@@ -43,6 +47,8 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         >>> sorted(checkpoint), checkpoint["0.weight"].scale.shape
         (['0.bias', '0.weight'], torch.Size([32, 1]))
     """
+
+    derived: Mapping[str, Derived] = {}  # names of a model that its library converts from others
 
     def __init__(self, tensors: Tensors, *, raw: bool = False) -> None:
         contents = tensors.contents(raw=raw)
@@ -93,6 +99,20 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         taken = {**self.layout.layers, **self.layout.unsupported}
         return {name: stack for name, stack in stacks(names).items() if name not in taken}
 
+    def parts(self, name: str) -> list[str]:
+        """The names that ``name`` is made of: itself, unless it is a stack or converted."""
+        if name in self.derived:
+            return self.derived[name].parts
+        if name in self.stacks:
+            return [part for parts in self.stacks[name].parts for part in parts]
+        return [name]
+
+    def with_names(self, stacks: Mapping[str, Stack], derived: Mapping[str, Derived]) -> Checkpoint:
+        """The same checkpoint with further names of tensors that are made from several of its own."""
+        other = copy.copy(self)
+        other.__dict__.update(stacks={**self.stacks, **stacks}, derived=derived)
+        return other
+
     @cached_property
     def kv_scales(self) -> Mapping[str, torch.Tensor]:
         """KV cache scales in float32, by canonical name: kept as metadata; no layer uses them."""
@@ -114,6 +134,8 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
             KeyError: there is no such name.
             CheckpointError: NaN in an FP8 weight, a non-finite scale, or a quantization other than FP8.
         """
+        if name in self.derived:
+            return self.derived[name].value()
         if (layer := self.layout.layers.get(name)) is not None:
             return layer.read(self.read)
         if (key := self.layout.plain.get(name)) is not None:
@@ -162,6 +184,8 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
             KeyError: there is no such name.
             CheckpointError: it has a quantization other than FP8.
         """
+        if name in self.derived:
+            return self.derived[name].shape
         if (layer := self.layout.layers.get(name)) is not None:
             return layer.shape
         if (key := self.layout.plain.get(name) or self.spare.get(name)) is not None:

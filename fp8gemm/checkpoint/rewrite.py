@@ -331,7 +331,7 @@ def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, tuple[tuple[int, ...], 
             found[name] = (info.shape, partial(checkpoint.read, checkpoint.layout.plain[name]))
     slices = expert_slices({name: info.shape for name, info in wide.items()}, _kind(checkpoint))
     for name, part in slices.items():
-        shape = (part.stop - part.start, wide[part.name].shape[2])
+        shape = part.shape(wide[part.name].shape)
         key = checkpoint.layout.plain[part.name]
         found[name] = (shape, lambda part=part, key=key: part.of(checkpoint.read(key)))  # type: ignore[misc]
     return found, {part.name for part in slices.values()}

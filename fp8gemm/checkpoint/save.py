@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,12 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..formats import Format, TensorInfo, Written, coarsened, slice_rows, writer
-from ..formats.naming import Slice, expert_slices, file_name
-from ..scaled import ScaledTensor
+from ..formats import Format, TensorInfo, Written, writer
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
+from .parts import Part, parts
 from .single import single_file, write_single_file
 from .write import Piece, write_checkpoint
-
-# An FP8 weight, and a function that returns one matrix of it.
-_Held = tuple[FP8Weight, Callable[[], ScaledTensor]]
 
 
 def save_checkpoint(
@@ -36,9 +30,11 @@ def save_checkpoint(
 ) -> list[Path]:
     """Writes ``model`` with the bytes and scales of its FP8 layers unchanged; returns the files.
 
-    Shared tensors are written once, stacked experts under per-expert names, and ``config.json`` is the model's own
-    with a ``quantization_config``. Weights that no reader of the format takes in FP8 are written dense: output heads,
-    embeddings, and what belongs neither to an nn.Linear nor to a stack of experts.
+    Names are those of the model's own checkpoints: from transformers' conversion mapping for its models, else from the
+    file that the model was loaded from; stacks of experts of other models get per-expert names. Shared tensors are
+    written once, and ``config.json`` is the model's own with a ``quantization_config``. Weights that no reader of the
+    format takes in FP8 are written dense: output heads, embeddings, experts that are published as one stack, and what
+    belongs to no nn.Linear.
 
     Args:
         directory: a folder; for ``"comfy"`` a path that ends with ``.safetensors``, or a folder for
@@ -51,7 +47,8 @@ def save_checkpoint(
             transformers read that, serving engines do not.
 
     Raises:
-        UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
+        UnsupportedError: the format cannot express a layer, with all reasons, or transformers' mapping would load a
+            tensor as another one; before a byte is written.
         ValueError: the model has tensors on meta.
         CheckpointError: writing failed; nothing incomplete is left.
 
@@ -66,32 +63,15 @@ def save_checkpoint(
     own = model_config(model)
     kind = str((own or {}).get("model_type", ""))
     weights = {name: p for name, p in model.named_parameters() if isinstance(p, FP8Weight)}
-    linears = _linear_weights(model, heads=fp8_heads)
-    layers = {name.removesuffix("weight").rstrip("."): p for name, p in weights.items() if name in linears}
-    stacks = {name: p for name, p in weights.items() if p.dim() == 3 and p._home.layout.folded is None}
-    dense = _dense(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    slices = expert_slices({**shapes, **{name: tuple(stack.shape) for name, stack in stacks.items()}}, kind)
-    _refuse_stacks(stacks, slices, target)
-    held: dict[str, _Held] = {name: (layer, layer._home.scaled) for name, layer in layers.items()}
-    for name, part in slices.items():
-        if part.name in stacks:
-            held[name.removesuffix(".weight")] = (stacks[part.name], partial(_expert, stacks[part.name], part))
-    written = {name: _written(owner, weight()) for name, (owner, weight) in held.items()}
+    _refuse_meta(weights)
+    linears = _linear_weights(model, heads=fp8_heads) & weights.keys()
+    groups = parts(model, {**weights, **_dense(model)}, linears, kind, target.name)
+    written = {part.module: part.written() for group in groups for part in group if part.weight is not None}
     refuse(target, written, "save")
-    pieces = [_layer_piece(target, name, *held[name], written[name]) for name in held]
-    stacked = {part.name for part in slices.values()}
-    pieces += [plain_piece(file_name(name, kind), tensor) for name, tensor in dense.items() if name not in stacked]
-    pieces += [
-        _dequantized_piece(file_name(name, kind), p)
-        for name, p in weights.items()
-        if name not in linears and name not in stacks
-    ]
-    pieces += [plain_piece(name, part.of(dense[part.name])) for name, part in slices.items() if part.name in dense]
-    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    pieces = [_piece(target, group, written) for group in groups]
     if target.single_file:
         return [write_single_file(single_file(directory), pieces, what="Saving")]
-    config = merged_config(own, target, written, plain)
+    config = merged_config(own, target, *_described(model, groups, written))
     return write_checkpoint(directory, pieces, config=config, max_shard_size=max_shard_size, what="Saving")
 
 
@@ -144,71 +124,43 @@ def model_config(model: nn.Module) -> dict[str, Any] | None:
     return dict(config) if isinstance(config, Mapping) else None
 
 
-def plain_piece(name: str, tensor: torch.Tensor) -> Piece:
-    """A tensor that is written unchanged."""
-    info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
-    return Piece(tensors={name: info}, make=lambda: {name: tensor})
+def _piece(target: Format, group: list[Part], written: Mapping[str, Written]) -> Piece:
+    """Parts that are made together, as the format stores them."""
 
+    def stored(part: Part) -> Mapping[str, TensorInfo]:
+        if part.weight is None:
+            return {part.name: TensorInfo(dtype=part.dtype, shape=part.shape)}
+        return target.stored(part.module, written[part.module])
 
-def _dequantized_piece(name: str, weight: FP8Weight) -> Piece:
-    """A weight that is FP8 in the model and dense in the file: its original where that is kept."""
-    home = weight._home
-    info = TensorInfo(dtype=weight.dtype, shape=tuple(weight.shape))
+    def made(part: Part) -> Mapping[str, torch.Tensor]:
+        if part.weight is not None:
+            return target.write(part.module, written[part.module], part.weight(), part.input_scale)
+        assert part.dense is not None
+        return {part.name: part.dense()}
 
-    def values() -> dict[str, torch.Tensor]:
-        exact = home.original is not None and home.dense is None and home.original.dtype == weight.dtype
-        return {name: home.original.detach() if exact and home.original is not None else weight.dequantize()}
-
-    return Piece(tensors={name: info}, make=values)
-
-
-def narrowest_exact(scale: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """``dtype`` if it holds float32 ``scale`` exactly, else float32: llm-compressor's scales have the model's dtype."""
-    exact = dtype in (torch.bfloat16, torch.float16) and torch.equal(scale.to(dtype).to(torch.float32), scale)
-    return dtype if exact else torch.float32
-
-
-def _refuse_stacks(stacks: Mapping[str, FP8Weight], slices: Mapping[str, Slice], target: Format) -> None:
-    """Raises UnsupportedError for FP8 stacks that have no per-expert names."""
-    known = {part.name for part in slices.values()}
-    reasons = [
-        f"{name}: no per-expert names for "
-        f"{'transposed ' if stack._home.layout.turned else ''}experts {list(stack.shape)}"
-        for name, stack in stacks.items()
-        if stack._home.layout.turned or name not in known
-    ]
-    if reasons:
-        raise UnsupportedError(f"cannot save as {target.name}:\n" + "\n".join(reasons))
-
-
-def _expert(stack: FP8Weight, part: Slice) -> ScaledTensor:
-    whole = stack._home.scaled()
-    matrix = ScaledTensor(whole.data[part.expert], whole.scale[part.expert], whole.granularity)
-    return coarsened(slice_rows(matrix, part.start, part.stop))
-
-
-def _written(layer: FP8Weight, weight: ScaledTensor) -> Written:
-    if weight.device.type == "meta":
-        raise ValueError("the model has FP8 weights on meta; load or materialize them before saving")
-    home = layer._home
-    input_scale = home.input_scale
-    static = home.scheme.static and input_scale is not None
-    scales = [weight.scale.flatten(), *([input_scale.flatten()] if static and input_scale is not None else [])]
-    return Written(
-        scheme=replace(home.scheme, weight=weight.granularity, static=static),
-        shape=tuple(weight.shape),
-        dtype=weight.data.dtype,
-        scale_dtype=narrowest_exact(torch.cat(scales), layer.dtype),
-    )
-
-
-def _layer_piece(
-    target: Format, name: str, layer: FP8Weight, weight: Callable[[], ScaledTensor], written: Written
-) -> Piece:
     return Piece(
-        tensors=target.stored(name, written),
-        make=lambda: target.write(name, written, weight(), layer._home.input_scale),
+        tensors={key: info for part in group for key, info in stored(part).items()},
+        make=lambda: {key: tensor for part in group for key, tensor in made(part).items()},
     )
+
+
+def _described(
+    model: nn.Module, groups: list[list[Part]], written: Mapping[str, Written]
+) -> tuple[dict[str, Written], list[str]]:
+    """What a config describes: the FP8 layers, and the dense nn.Linears, under the names that they have in the file
+    and in the model. Some readers compare with the one, some with the other."""
+    every = [part for group in groups for part in group]
+    fp8 = {source.removesuffix("weight").rstrip("."): part for part in every if part.weight for source in part.sources}
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in fp8]
+    keys = {f"{name}.weight" if name else "weight" for name in dense}
+    files = {part.module for part in every if not part.weight and keys & set(part.sources)}
+    layers = {name: written[part.module] for name, part in fp8.items() if part.owners[0].dim() == 2}
+    return {**written, **layers}, sorted({*dense, *files} - written.keys())
+
+
+def _refuse_meta(weights: Mapping[str, FP8Weight]) -> None:
+    if any(weight.device.type == "meta" for weight in weights.values()):
+        raise ValueError("the model has FP8 weights on meta; load or materialize them before saving")
 
 
 def _dense(model: nn.Module) -> dict[str, torch.Tensor]:

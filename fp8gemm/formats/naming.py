@@ -15,15 +15,28 @@ _MIXTRAL = ("mixtral", "minimax", "minimax_m2")
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Rows ``start`` to ``stop`` of one expert of the stacked tensor ``name``."""
+    """Part of the tensor ``name``: rows ``start`` to ``stop``, or every ``step``-th of them, of one expert if given.
+
+    ``turned`` if the tensor is a stack ``[E, K, N]``; without ``stop``, it is the whole tensor.
+    """
 
     name: str
-    expert: int
-    start: int
-    stop: int
+    expert: int | None = None
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+    turned: bool = False
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[self.expert, self.start : self.stop]
+        """The part of a tensor in the shape that it has in the model."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        if self.turned:
+            part = part.mT
+        return part if self.stop is None else part[self.start : self.stop : self.step]
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part of a tensor of shape ``whole``."""
+        return tuple(self.of(torch.empty(whole, dtype=torch.uint8, device="meta")).shape)
 
 
 def expert_slices(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Slice]:

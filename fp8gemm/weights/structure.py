@@ -50,6 +50,11 @@ def is_transposed(owner: nn.Module, name: str) -> bool:
     return turned and not plain
 
 
+def is_concatenated(owner: nn.Module) -> bool:
+    """Whether up rows follow gate rows in a stack of both, as they do where the owner does not say otherwise."""
+    return getattr(owner, "is_concatenated", True) is not False
+
+
 def expert_count(module: nn.Module) -> int:
     """The number of experts in a module's attributes; 0 if it has none."""
     for name in ("num_experts", "moe_num_experts", "num_local_experts", "n_experts", "n_routed_experts"):

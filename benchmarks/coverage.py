@@ -104,6 +104,8 @@ def measure(name: str, make: Callable[[], Case]) -> dict[str, Any]:
     else:
         try:
             row.update(patched(model, args, kwargs, dense))
+        except TimeoutError as error:
+            row["status"] = f"skipped: {error}"
         except Exception as error:
             row["status"] = f"FAILED: {type(error).__name__}: {str(error)[:400]}"
         return {**row, "seconds": round(time.perf_counter() - start, 1)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -322,23 +321,3 @@ def natural_activation(weight: Granularity) -> Granularity:
     if weight.rows is None:
         return Granularity(None, None)
     return Granularity(1, weight.cols)
-
-
-def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The ``names`` that equal one of ``patterns``, or match, from their start, one that begins with ``re:``.
-
-    Raises:
-        CheckpointError: one of them is no regular expression.
-    """
-    given = set(patterns)
-    expressions = [_compiled(pattern) for pattern in given if pattern.startswith("re:")]
-    return [name for name in names if name in given or any(expression.match(name) for expression in expressions)]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise CheckpointError(
-            f"the config has the pattern {pattern!r}, which is no regular expression: {error}"
-        ) from error

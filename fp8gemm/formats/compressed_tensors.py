@@ -10,7 +10,8 @@ import torch
 
 from ..numerics import encode_ue8m0
 from ..scaled import MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme
-from .base import Activation, Contents, Format, Layout, TensorInfo, Written, matching
+from .base import Activation, Contents, Format, Layout, TensorInfo, Written
+from .patterns import matching
 from .shapes import block_granularity
 
 _NOTHING: Mapping[str, Any] = {}

@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=list(ENGINES),
         help="fail instead of skipping where this engine rejects the machine",
     )
+    parser.addoption("--fuzz-seconds", default=0, help="how long to make new mutants of checkpoint files")
 
 
 @pytest.fixture(autouse=True)

@@ -93,8 +93,7 @@ def inspect(checkpoint: Checkpoint, *, check: bool = False) -> Inspection:
         try:
             if check:
                 layer.read(checkpoint.read)
-            else:
-                layer.read_scale(checkpoint.read)
+            checkpoint.doubt(name, layer.read_scale(checkpoint.read))
         except CheckpointError as error:
             problems.append(str(error))
     return Inspection(

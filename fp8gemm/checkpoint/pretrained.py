@@ -8,8 +8,10 @@ own ``get_memory_footprint`` multiplies element counts by the size of the report
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,7 @@ from ..errors import UnsupportedError
 from ..weights import FP8Weight
 from .conversion import library_of
 from .save import save_checkpoint
+from .switch import copy_into
 
 # Arguments of transformers' own save_pretrained that have no effect here.
 _IDLE = ("token", "save_peft_format", "save_original_format")
@@ -72,7 +75,9 @@ def _save_pretrained(
     save_checkpoint(model, save_directory, max_shard_size=max_shard_size)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(save_directory)
+        with tempfile.TemporaryDirectory() as folder:
+            generation.save_pretrained(folder)
+            copy_into(Path(folder).iterdir(), save_directory)
 
 
 def _memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,19 @@ from ..formats import Contents, Format, Layer, Layout, Stack, detect, join_rows,
 from ..formats.beside import is_aside
 from ..numerics import dequantize
 from ..scaled import FP8_DTYPES, TENSOR, Granularity, ScaledTensor
-from .files import Source, Tensors, locate
+from .files import Tensors
 from .hub import Hub
+from .locate import Source, locate, stamp
 
 if TYPE_CHECKING:
     from .conversion import Derived
 
 # Bytes that are searched for NaN at once: torch's grain size, as in fill.py, which stays in a core's cache.
 _PART = 1 << 15
+# What values of the wrong kind, size or depth lead to.
+_MISUNDERSTOOD = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+# How often a folder is opened again because a save into it took a step meanwhile.
+_ATTEMPTS = 20
 
 
 class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
@@ -137,7 +143,9 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         if name in self.derived:
             return self.derived[name].value()
         if (layer := self.layout.layers.get(name)) is not None:
-            return layer.read(self.read)
+            value = layer.read(self.read)
+            self.doubt(name, value.scale)
+            return value
         if (key := self.layout.plain.get(name)) is not None:
             return self.read(key)
         if (stack := self.stacks.get(name)) is not None:
@@ -147,6 +155,13 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         if (key := self.spare.get(name)) is not None:
             return self.read(key)
         raise KeyError(name)
+
+    def doubt(self, name: str, scale: torch.Tensor) -> None:
+        """Notes scales that no quantization makes: zero, but for a weight of zeros, or negative."""
+        for what, wrong in (("zero", scale == 0), ("negative", scale < 0)):
+            text = f"{name} has {int(wrong.sum())} of {scale.numel()} scales {what}"
+            if bool(wrong.any()) and text not in self.layout.suspicious:
+                self.layout.suspicious.append(text)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.layout.layers
@@ -292,7 +307,29 @@ def open_checkpoint(
         'compressed-tensors'
     """
     hub = Hub(revision=revision, token=token, cache_dir=cache_dir, offline=offline)
-    return Checkpoint(Tensors(locate(source, hub)), raw=raw)
+    for _ in range(_ATTEMPTS):
+        before = stamp(source)
+        try:
+            with _understood(source):
+                checkpoint = Checkpoint(Tensors(locate(source, hub)), raw=raw)
+        except CheckpointError:
+            if stamp(source) == before:
+                raise
+        else:
+            if stamp(source) == before:
+                return checkpoint
+    raise CheckpointError(f"{source} keeps changing while it is being opened; wait for the saves into it to end")
+
+
+@contextmanager
+def _understood(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file whose config or metadata has values of a kind that its format does not."""
+    try:
+        yield
+    except _MISUNDERSTOOD as error:
+        raise CheckpointError(
+            f"{source} has a config or metadata that is not what its format has: {type(error).__name__}: {error}"
+        ) from error
 
 
 def count_nan(data: torch.Tensor) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +26,7 @@ from .ignore import ignored
 from .read import Checkpoint, count_nan, open_checkpoint
 from .save import merged_config, refuse
 from .single import single_file, write_single_file
+from .switch import copy_into
 from .write import Piece, write_checkpoint
 
 # Files next to the weights that are copied with them, except configs that describe the old format.
@@ -229,13 +229,15 @@ def _copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
     folder = checkpoint.source.folder
     if folder is None:
         return
-    for path in sorted(folder.iterdir()):
-        described = path.name.endswith(".index.json") or path.name in _REPLACED
-        if path.is_file() and path.suffix in _COMPANIONS and not described:
-            try:
-                shutil.copyfile(path, directory / path.name)
-            except OSError as error:
-                raise CheckpointError(f"cannot copy {path} to {directory}: {error.strerror or error}") from error
+    copy_into(
+        (
+            path
+            for path in sorted(folder.iterdir())
+            if path.is_file() and path.suffix in _COMPANIONS and path.name not in _REPLACED
+            if not path.name.endswith(".index.json") and not path.name.startswith(".")
+        ),
+        directory,
+    )
 
 
 Make = Callable[[], torch.Tensor]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from ..errors import CheckpointError
 from ..progress import byte_progress
-from .write import Piece, _header, _write_tensor
+from .switch import replacing, sync
+from .write import Piece, fill
 
 _SUFFIX = ".safetensors"
 
@@ -36,26 +36,7 @@ def write_single_file(path: Path, pieces: Sequence[Piece], *, what: str) -> Path
     Raises:
         CheckpointError: writing failed; what was there before is unchanged.
     """
-    infos = {key: info for piece in pieces for key, info in piece.tensors.items()}
-    header, offsets = _header(infos)
-    # The same name each time, so that a save that was killed leaves nothing behind after the next.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file, byte_progress(sum(p.nbytes for p in pieces), what=what) as counter:
-            file.write(header)
-            for piece in pieces:
-                made = piece.make()
-                for key, info in piece.tensors.items():
-                    _write_tensor(file, len(header) + offsets[key], key, made[key], info)
-                counter.update(piece.nbytes)
-            file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; it is as it was") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path.parent) as new, byte_progress(sum(piece.nbytes for piece in pieces), what=what) as counter:
+        os.replace(new.write(path.name, partial(fill, pieces=pieces, count=counter.update)), path)
+        sync(path.parent)
     return path

@@ -1,26 +1,26 @@
-"""Writes safetensors: shards are planned first, filled one tensor at a time, and renamed when complete."""
+"""Writes safetensors: shards are planned first, filled one tensor at a time, and take effect when all are complete."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import CheckpointError
 from ..formats import TensorInfo
 from ..progress import byte_progress
 from .files import DTYPE_NAMES
+from .locate import WHOLE
+from .switch import replacing
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_OURS = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,53 +61,19 @@ def write_checkpoint(
 ) -> list[Path]:
     """Writes shards, their index and ``config.json``; returns the files, weights first.
 
-    All are written under temporary names and renamed at the end. Shards of an earlier save that are not overwritten
-    are deleted from the directory.
+    They replace a checkpoint that is there in one step, as ``switch`` describes: a save that is killed leaves the old
+    one or the new one.
 
     Raises:
-        CheckpointError: writing failed; the directory is unchanged, and temporary files have been removed.
+        CheckpointError: writing failed; unless the message says otherwise, the directory is unchanged.
     """
-    folder = Path(directory)
     shards = _shards(list(pieces), parse_size(max_shard_size))
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    texts: dict[str, str] = {}
     total = sum(piece.nbytes for shard in shards for piece in shard)
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for p in shard for key in p.tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
-    if config is not None:
-        texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    temporary: dict[Path, Path] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(directory) as new:
         with byte_progress(total, what=what) as counter:
-            for name, shard in zip(names, shards, strict=True):
-                path = temporary[folder / name] = folder / f".{name}.{os.getpid()}.tmp"
-                _write_shard(path, shard, counter.update)
-        for name, text in texts.items():
-            path = temporary[folder / name] = folder / f".{name}.{os.getpid()}.tmp"
-            path.write_text(text, encoding="utf-8")
-        for final, path in temporary.items():
-            os.replace(path, final)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error}; nothing incomplete was left there"
-        ) from error
-    finally:
-        for path in temporary.values():
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-    _remove_stale(folder, set(temporary))
-    return list(temporary)
-
-
-def _remove_stale(folder: Path, written: set[Path]) -> None:
-    for path in folder.iterdir():
-        if _OURS.match(path.name) and path not in written:
-            path.unlink()
+            files = [new.write(WHOLE, partial(fill, pieces=shard, count=counter.update)) for shard in shards]
+        keys = [[key for piece in shard for key in piece.tensors] for shard in shards]
+        return new.finish(files, keys, config, total)
 
 
 def _shards(pieces: list[Piece], limit: int) -> list[list[Piece]]:
@@ -123,19 +89,17 @@ def _shards(pieces: list[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _write_shard(path: Path, pieces: list[Piece], count: Callable[[float], object]) -> None:
+def fill(file: BinaryIO, *, pieces: Sequence[Piece], count: Callable[[float], object]) -> None:
+    """Writes a safetensors file with these tensors, one piece in memory at a time."""
     infos = {key: info for piece in pieces for key, info in piece.tensors.items()}
     header, offsets = _header(infos)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
-        for piece in pieces:
-            made = piece.make()
-            for key, info in piece.tensors.items():
-                _write_tensor(file, len(header) + offsets[key], key, made[key], info)
-            count(piece.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(header)
+    file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
+    for piece in pieces:
+        made = piece.make()
+        for key, info in piece.tensors.items():
+            _write_tensor(file, len(header) + offsets[key], key, made[key], info)
+        count(piece.nbytes)
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:

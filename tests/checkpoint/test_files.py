@@ -166,15 +166,15 @@ def test_no_permission(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Simulated, since root may read everything: what the system would raise is raised for this path."""
     folder = good(tmp_path)
     original = {"file": Path.open, "folder": Path.iterdir, "config": Path.read_text}[what]
+    name = {"file": "model.safetensors", "folder": "", "config": "config.json"}[what]
 
     def denied(self: Path, *arguments: Any, **options: Any) -> Any:
-        if what != "config" or self.name == "config.json":
+        if self == folder / name:
             raise PermissionError(13, "Permission denied", str(self))
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Path, original.__name__, denied)
     text = refused(folder)
-    name = {"file": "model.safetensors", "folder": "", "config": "config.json"}[what]
     assert f"cannot read {folder / name if name else folder}: Permission denied" in text
 
 

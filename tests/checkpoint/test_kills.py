@@ -116,6 +116,14 @@ def test_readers_that_know_no_switch_find_whole_weights(name: str, tmp_path: Pat
     assert switched_once(states), list(zip(calls, states, strict=False))
 
 
+def test_a_single_file_that_describes_itself(tmp_path: Path) -> None:
+    def saving(seed: int, scheme: str) -> Callable[[Path], Any]:
+        return lambda folder: save_checkpoint(net(seed, scheme), folder / "net.safetensors", format="comfy")
+
+    states, _ = after_kills(tmp_path, saving(1, "row"), saving(2, "tensor"), lambda f: facts(f / "net.safetensors"))
+    assert switched_once(states)
+
+
 def test_a_reader_by_path_is_never_given_the_other_config(tmp_path: Path) -> None:
     """model.safetensors alone, with the config beside it: old, new, or refused while the config is of another file."""
     before, save = SAVES["another scheme, one file"]

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from ..scaled import ROW, Granularity
-from .base import Arrangement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How a weight is stored that a file holds in another shape than the model does.
+
+    ``shape`` and ``granularity`` are those in the model; ``data`` brings the stored bytes into that shape, and
+    ``scale`` the stored scales into that granularity's grid.
+    """
+
+    shape: tuple[int, ...]
+    granularity: Granularity
+    data: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def transposed(shape: tuple[int, ...]) -> Arrangement:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from ..scaled import Granularity
-from .arrangements import flattened
-from .base import Activation, Arrangement, Contents
+from .arrangements import Arrangement, flattened
+from .base import Activation, Contents
 from .fine_grained import Plain
 from .shapes import block_granularity
 

@@ -12,7 +12,8 @@ import torch
 from ..errors import CheckpointError
 from ..numerics import decode_ue8m0
 from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
-from .rotations import declared
+from .arrangements import Arrangement as Arrangement
+from .rotations import rotation
 
 Read = Callable[[str], torch.Tensor]
 Part = Callable[[torch.Tensor], torch.Tensor]
@@ -60,8 +61,8 @@ class Contents:
 
     @cached_property
     def rotation(self) -> str:
-        """Where the config turns a rotation on; empty if nowhere."""
-        return declared(self.config)
+        """Why weights are not what a model multiplies with, if the config turns a rotation on; else empty."""
+        return rotation(self.config)
 
     @property
     def holds_fp8(self) -> bool:
@@ -105,20 +106,6 @@ class Activation:
 
     granularity: Granularity | None
     static: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """How a weight is stored that a file holds in another shape than the model does.
-
-    ``shape`` and ``granularity`` are those in the model; ``data`` brings the stored bytes into that shape, and
-    ``scale`` the stored scales into that granularity's grid.
-    """
-
-    shape: tuple[int, ...]
-    granularity: Granularity
-    data: Part | None = None
-    scale: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,13 +265,7 @@ class Format:
 
     def unreadable(self, contents: Contents, module: str) -> str:
         """Why the weight of ``module`` cannot be read, if the file says that it is not plain FP8; else empty."""
-        if contents.rotation:
-            return (
-                f"the config says {contents.rotation}: weights are stored rotated, and inputs are rotated when "
-                "the model runs, which is not done here; run it with the library that made it, or export it without "
-                "rotations"
-            )
-        return ""
+        return contents.rotation
 
     def activation(self, contents: Contents, module: str, weight: Granularity) -> Activation:
         """How to quantize the activations of ``module``, whose weight has this granularity."""

@@ -11,6 +11,15 @@ _SKIPPED = ("config_groups", "transform_config")
 _OFF = ("", "none", "null", "false", "identity", "disabled")
 
 
+def rotation(config: Mapping[str, object]) -> str:
+    """Why weights are not what a model multiplies with, if a config turns a rotation on; else empty."""
+    where = declared(config)
+    return where and (
+        f"the config says {where}: weights are stored rotated, and inputs are rotated when the model runs, which is not "
+        "done here; run it with the library that made it, or export it without rotations"
+    )
+
+
 def declared(config: Mapping[str, object], path: str = "") -> str:
     """Where a config turns a rotation on, such as ``modules_quant_config.up_proj.use_hadamard``; empty if nowhere."""
     for key, value in config.items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..errors import CheckpointError
 from ..scaled import FP8_DTYPES, ROW, Granularity
-from .arrangements import grouped, transposed
-from .base import Activation, Arrangement, Contents, Format, Layout, Names
+from .arrangements import Arrangement, grouped, transposed
+from .base import Activation, Contents, Format, Layout, Names
 
 
 class SDNQ(Format):

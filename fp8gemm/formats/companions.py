@@ -8,7 +8,7 @@ from .base import Contents, Format, Names
 
 # What published files store beside a weight that changes its values or its input, by the end of the key.
 KNOWN = {
-    r"svd_(up|down)|lora_(up|down|a|b)|proj_(up|down)|low_?rank\w*": "a low-rank part that is added to the weight",
+    r"\w*svd_?(up|down|u|s|v)?|(lora|proj)_(up|down|a|b)|\w*low_?rank\w*": "a low-rank part added to the weight",
     r"\w*(rotat|hadamard)\w*|had_?[kru]?|su|sv": "a rotation of the input or of the weight",
     r"\w*pre_(quant_)?scale|\w*smooth\w*|(awq|act|channel|col|column)_scales?": "a scale of the input's channels",
     r"\w*(g_idx|perm(utation)?)": "an order of the input's channels",
@@ -27,9 +27,8 @@ _HARMLESS = re.compile(
 
 
 def meaning(key: str) -> str:
-    """What the tensor ``key`` is known to do to the weight beside it; empty if its name is not known."""
-    last = key.rpartition(".")[2]
-    return next((what for pattern, what in _KNOWN if pattern.fullmatch(last)), "")
+    """What a tensor called ``key`` does to the weight beside it; empty if no part of its name is known."""
+    return next((what for pattern, what in _KNOWN for part in key.split(".") if pattern.fullmatch(part)), "")
 
 
 def parts(contents: Contents, names: Names, module: str) -> list[str]:
@@ -43,29 +42,32 @@ class Neighbors:
 
     def __init__(self, contents: Contents, format: Format) -> None:
         self._contents, self._format = contents, format
-        self._modules: dict[str, list[str]] = {}
+        self._below: dict[str, list[str]] = {}
         for key in contents.tensors:
-            self._modules.setdefault(key.rpartition(".")[0], []).append(key)
+            module = key
+            while module:
+                module = module.rpartition(".")[0]
+                self._below.setdefault(module, []).append(key)
 
     def reason(self, key: str, names: Names, module: str) -> str:
         """Why the FP8 weight ``key`` is not all there is to its layer; empty if nothing says so."""
         if reason := self._format.unreadable(self._contents, module):
             return reason
         for other in self._beside(key, names, module):
-            if what := meaning(other):
+            if what := meaning(other.removeprefix(f"{module}.")):
                 return f"{other} beside it is {what}, which is not applied; only FP8 weights with plain scales are read"
         return ""
 
     def unknown(self, key: str, names: Names, module: str) -> tuple[str, ...]:
-        """The keys directly beside the weight ``key`` whose meaning is not known."""
+        """The keys beside the weight ``key``, or below its module, whose meaning is not known."""
         return tuple(self._beside(key, names, module))
 
     def _beside(self, key: str, names: Names, module: str) -> list[str]:
-        if names.weight:
-            near = self._modules.get(module, [])
-        else:
+        near = self._below.get(module, []) if module else []
+        if not names.weight:
             # A stack's scales are parameters of the same module, as are other stacks and what would change this one.
-            near = [k for k in self._modules[key.rpartition(".")[0]] if k.startswith(f"{key}_") and meaning(k)]
+            beside = self._below[key.rpartition(".")[0]]
+            near = near + [k for k in beside if k.startswith(f"{key}_") and meaning(k.removeprefix(f"{key}_"))]
         explained = {key, *parts(self._contents, names, module)}
         explained |= {k for k in near if _HARMLESS.fullmatch(k.rpartition(".")[2]) or self._format.is_marker(k)}
         return [k for k in near if k not in explained]

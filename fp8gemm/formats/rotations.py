@@ -15,8 +15,8 @@ def rotation(config: Mapping[str, object]) -> str:
     """Why weights are not what a model multiplies with, if a config turns a rotation on; else empty."""
     where = declared(config)
     return where and (
-        f"the config says {where}: weights are stored rotated, and inputs are rotated when the model runs, which is not "
-        "done here; run it with the library that made it, or export it without rotations"
+        f"the config says {where}: weights are stored rotated, and inputs are rotated when the model runs, which is "
+        "not done here; run it with the library that made it, or export it without rotations"
     )
 
 

@@ -235,6 +235,8 @@ def test_one_scale_does_not_tell_which_way_round_a_matrix_is(tmp_path: Path) -> 
 COMPANIONS = {
     "svd_up": torch.ones(N, 4),
     "svd_down": torch.ones(4, K),
+    "lora_A.weight": torch.ones(4, K),
+    "input_quantizer._pre_quant_scale": torch.ones(K),
     "pre_quant_scale": torch.ones(K),
     "smooth_factor": torch.ones(K),
     "weight_zp": torch.ones(N, 1),

@@ -12,7 +12,7 @@ import torch
 from ..errors import CheckpointError
 from ..numerics import decode_ue8m0
 from ..scaled import FP8_DTYPES, Granularity, ScaledTensor, Scheme
-from .arrangements import Arrangement as Arrangement
+from .arrangements import Arrangement
 from .rotations import rotation
 
 Read = Callable[[str], torch.Tensor]

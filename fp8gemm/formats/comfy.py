@@ -13,7 +13,8 @@ import torch
 from ..errors import CheckpointError
 from ..numerics import encode_ue8m0
 from ..scaled import FP8_DTYPES, MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme
-from .base import LINEAR, Activation, Arrangement, Contents, Format, Layout, TensorInfo, Written
+from .arrangements import Arrangement
+from .base import LINEAR, Activation, Contents, Format, Layout, TensorInfo, Written
 from .tiles import tiled, tiled_shape, untiled
 
 _PREFIX = "model.diffusion_model."

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..scaled import ROW
-from .base import Arrangement, Contents
+from .arrangements import Arrangement
+from .base import Contents
 
 _HALVES = ("gate_up_proj", "w13", "gate_up", "up_gate_proj")
 _ATTENTION = ("qkv_proj", "qkv", "Wqkv", "W_pack", "to_qkv")

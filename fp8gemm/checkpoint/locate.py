@@ -123,7 +123,7 @@ def _file(path: Path) -> Source:
             raise CheckpointError(f"{path.parent / CONFIG} describes {named.name}, not {path.name}; open the folder")
     if indexed:
         return _indexed(path)
-    refuse_files([path.name])
+    refuse_files([path.name], alone=True)
     return Source(path=path, files=(path,), folder=path.parent if _STANDARD.match(path.name) else None)
 
 

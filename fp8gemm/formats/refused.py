@@ -16,7 +16,8 @@ from .base import Contents
 class Refusal:
     """One layout; it is recognized by any of the regex of ``files``, ``methods``, the regex of ``keys`` and ``sign``.
 
-    ``mixed``: whether FP8 weights with plain scales may stand in the same file, which is then read but for the rest.
+    ``mixed``: whether FP8 weights with plain scales may stand in the same file, which is then read but for the rest;
+    ``alone``: whether a single file of it can be read, although a folder cannot.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Refusal:
     keys: str = ""
     sign: Callable[[Contents], str] | None = None
     mixed: bool = True
+    alone: bool = False
 
     def evidence(self, contents: Contents) -> str:
         """What in the checkpoint says that it has this layout; empty if nothing does."""
@@ -34,7 +36,8 @@ class Refusal:
             return ""
         if contents.method in self.methods:
             return f"quant_method {contents.method}"
-        named = _first(self.files, contents.files) or _first(self.keys, contents.tensors)
+        files = () if self.alone else contents.files
+        named = _first(self.files, files) or _first(self.keys, contents.tensors)
         return named or (self.sign(contents) if self.sign is not None else "")
 
 
@@ -80,6 +83,7 @@ REFUSED = (
         files=r"^rank\d+\.safetensors$",
         sign=_tensorrt,
         mixed=False,
+        alone=True,
     ),
     Refusal(
         name="2:4 sparse",
@@ -191,10 +195,13 @@ def refuse(contents: Contents) -> None:
             raise CheckpointError(_sentence(row, found))
 
 
-def refuse_files(names: Sequence[str]) -> None:
-    """Raises CheckpointError if the names of files are those of a layout that is ``REFUSED``, or of no safetensors."""
+def refuse_files(names: Sequence[str], *, alone: bool = False) -> None:
+    """Raises CheckpointError if the names of files are those of a layout that is ``REFUSED``, or of no safetensors.
+
+    ``alone`` if it is a file that was named, not the files of a folder.
+    """
     for row in REFUSED:
-        if found := _first(row.files, names):
+        if not (alone and row.alone) and (found := _first(row.files, names)):
             raise CheckpointError(_sentence(row, found))
     if not any(name.endswith(_READ_OR_NAMED) for name in names):
         for end, what in FILES.items():

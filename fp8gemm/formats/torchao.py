@@ -1,14 +1,17 @@
-"""torchao's Float8Tensor in safetensors: the inner tensors of a subclass, described in the file's metadata."""
+"""torchao's Float8Tensor and MXTensor in safetensors: the inner tensors of a subclass, described in the metadata."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import CheckpointError
 from ..scaled import ROW, TENSOR, Granularity
+from .arrangements import Arrangement
 from .base import LINEAR, Activation, Contents, Format, Names
+from .tiles import tiled_shape, untiled
 
 _PARTS = Names(weight="._weight_qdata", scales=("._weight_scale",))
 
@@ -30,8 +33,33 @@ class TorchAO(Format):
             last = last[1 : -len("_qdata")]
         return f"{module}.{last}" if module else last
 
+    def unreadable(self, contents: Contents, module: str) -> str:
+        kind, described = _kind(contents, module), _described(contents, module)
+        element = described.get("elem_dtype")
+        named = element.get("_data") if isinstance(element, Mapping) else element
+        if kind not in _READ or (kind == "MXTensor" and "float8" not in str(named)):
+            of = f" of {named}" if named else ""
+            return f"{module}.weight is a torchao {kind}{of}; only Float8Tensor and MXTensor of FP8 can be read"
+        return super().unreadable(contents, module)
+
+    def arrangement(self, contents: Contents, key: str, scale: str) -> Arrangement | None:
+        described, shape = _described(contents, _module_of(key)), contents.tensors[key].shape
+        if not described.get("is_swizzled_scales") or len(shape) != 2:
+            return None
+        granularity = Granularity(1, int(described.get("block_size") or 32))
+        rows, groups = granularity.scale_shape(shape)
+        expected, found = tiled_shape(rows, groups), contents.tensors[scale]
+        if found.numel != expected[0] * expected[1]:
+            raise CheckpointError(
+                f"{scale} has shape {list(found.shape)}; in tiles of 128 x 4, the scales of a weight of shape "
+                f"{list(shape)} have {expected[0] * expected[1]} elements"
+            )
+        return Arrangement(shape=shape, granularity=granularity, scale=partial(untiled, rows=rows, groups=groups))
+
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
         block = _described(contents, module).get("block_size")
+        if isinstance(block, int):
+            return (Granularity(1, block),)
         if not block:
             return ()
         shape = contents.tensors[f"{module}._weight_qdata"].shape
@@ -43,7 +71,10 @@ class TorchAO(Format):
         asked = _described(contents, module).get("act_quant_kwargs")
         if not isinstance(asked, Mapping):
             return Activation(granularity=None if _described(contents, module) else _natural(weight))
-        kind = (asked.get("_data") or {}).get("granularity") or {}
+        settings = asked.get("_data") or {}
+        if isinstance(settings.get("block_size"), int):
+            return Activation(granularity=Granularity(1, settings["block_size"]), static=False)
+        kind = settings.get("granularity") or {}
         if kind.get("_type") == "PerTensor":
             return Activation(granularity=TENSOR, static=False)
         if kind.get("_type") == "PerBlock":
@@ -56,11 +87,29 @@ def _natural(weight: Granularity) -> Granularity:
     return TENSOR if weight == TENSOR else ROW
 
 
+_READ = ("", "Float8Tensor", "Tensor", "MXTensor")
+
+
+def _module_of(key: str) -> str:
+    return key.removesuffix(_PARTS.weight)
+
+
+def _kind(contents: Contents, module: str) -> str:
+    """The class of a module's weight; empty if the metadata does not tell."""
+    return str(_whole(contents, module).get("_type") or "")
+
+
 def _described(contents: Contents, module: str) -> Mapping[str, Any]:
-    """What the metadata says about a module's weight.
+    """What the metadata says about a module's weight."""
+    data = _whole(contents, module).get("_data")
+    return data if isinstance(data, Mapping) else {}
+
+
+def _whole(contents: Contents, module: str) -> Mapping[str, Any]:
+    """The metadata of a module's weight.
 
     Raises:
-        CheckpointError: the description is not JSON, or the tensor is not FP8.
+        CheckpointError: it is not JSON.
     """
     text = contents.metadata.get(f"{module}.weight")
     if text is None:
@@ -69,7 +118,4 @@ def _described(contents: Contents, module: str) -> Mapping[str, Any]:
         described = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"the metadata of {module}.weight is not JSON: {error}") from error
-    if described.get("_type") not in ("Float8Tensor", "Tensor"):
-        raise CheckpointError(f"{module}.weight is a torchao {described.get('_type')}; only Float8Tensor can be read")
-    data = described.get("_data")
-    return data if isinstance(data, Mapping) else {}
+    return described if isinstance(described, Mapping) else {}

@@ -1,6 +1,6 @@
 """Files that other quantization libraries write themselves are read as those libraries read them, or refused.
 
-Not part of the ordinary run: ``pip install --no-deps sdnq optimum-quanto compressed-tensors``, then
+Not part of the ordinary run: ``pip install --no-deps sdnq optimum-quanto torchao compressed-tensors``, then
 ``pytest tests/around``. A library that is not installed is skipped.
 """
 
@@ -137,6 +137,29 @@ def test_quanto(kind: str, tmp_path: Path) -> None:
     }
     assert set(values) >= {"wide.weight", "conv.weight"}
     agree(saved(tmp_path, model, None), values)
+
+
+def torchao_saved(folder: Path, weight: Any) -> Path:
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    tensors, metadata = support.flatten_tensor_state_dict({"wide.weight": weight})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_torchaos_mxfp8(dtype: torch.dtype, tiled: bool, tmp_path: Path) -> None:
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    weight = mx.to_mx(torch.randn(160, 192).bfloat16(), dtype, 32, is_swizzled_scales=tiled)
+    checkpoint = open_checkpoint(torchao_saved(tmp_path, weight))
+    assert torch.equal(checkpoint.dequantize("wide.weight"), weight.dequantize(torch.float32))
+
+
+def test_torchaos_mxfp4_is_refused(tmp_path: Path) -> None:
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    folder = torchao_saved(tmp_path, mx.to_mx(torch.randn(64, 64).bfloat16(), torch.float4_e2m1fn_x2, 32))
+    with pytest.raises(CheckpointError, match=r"a torchao MXTensor of float4_e2m1fn_x2; only"):
+        open_checkpoint(folder)["wide.weight"]
 
 
 def test_compressed_tensors_fuses_what_is_read_and_rotates_online_what_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from checkpoints import blocks, compressed, e8m0, fp8, powers, scales, write
 from torch import nn
 
-from fp8gemm import ROW, CheckpointError, Granularity, dequantize
+from fp8gemm import MX, ROW, CheckpointError, Granularity, dequantize
 from fp8gemm.checkpoint import convert_checkpoint, load_checkpoint, open_checkpoint
 from fp8gemm.formats import REFUSED
 from fp8gemm.formats.refused import FILES
@@ -88,6 +88,43 @@ def test_read_exactly(name: str, tmp_path: Path) -> None:
     if K % (granularity.cols or 1) == 0:
         convert_checkpoint(checkpoint, tmp_path / "out")
         assert torch.equal(open_checkpoint(tmp_path / "out").dequantize("m.weight"), expected)
+
+
+def mx_tensor(**more: Any) -> dict[str, str]:
+    """torchao's description of an MXFP8 weight."""
+    data = {"elem_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"}, "block_size": 32, **more}
+    return {"m.weight": json.dumps({"_type": "MXTensor", "_data": data})}
+
+
+@pytest.mark.parametrize("order", ["rows", "tiles"])
+def test_torchaos_mxfp8(order: str, tmp_path: Path) -> None:
+    w, scale = fp8(160, 192), powers(160, 6)
+    stored = e8m0(scale)
+    if order == "tiles":  # byte (r % 32) * 16 + (r % 128 // 32) * 4 + g % 4 of tile (r // 128, g // 4)
+        flat = torch.zeros(2 * 2 * 512, dtype=torch.uint8)
+        for r in range(160):
+            for g in range(6):
+                flat[(r // 128 * 2 + g // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + g % 4] = stored[r, g]
+        stored = flat.view(64, 32)
+    tensors = {"m._weight_qdata": w, "m._weight_scale": stored.view(torch.float8_e8m0fnu)}
+    activation = {"_type": "QuantizeTensorToMXKwargs", "_data": {"block_size": 32}}
+    metadata = mx_tensor(is_swizzled_scales=order == "tiles", act_quant_kwargs=activation)
+    checkpoint = open_checkpoint(write(tmp_path, tensors, metadata=metadata))
+    assert torch.equal(checkpoint.dequantize("m.weight"), blocks(w, scale, 1, 32))
+    assert checkpoint.layers["m.weight"].scheme.activation == MX
+
+
+def test_torchaos_other_tensors_are_refused_one_by_one(tmp_path: Path) -> None:
+    tensors = {"m._weight_qdata": torch.ones(N, K // 2, dtype=torch.uint8), "m._weight_scale": scales(N, 2)}
+    tensors |= {"o._weight_qdata": W, "o._weight_scale": ROWS}
+    for metadata, what in (
+        (mx_tensor(elem_dtype="float4"), "MXTensor of float4"),
+        ({"m.weight": json.dumps({"_type": "Int4Tensor", "_data": {}})}, "Int4Tensor"),
+    ):
+        checkpoint = open_checkpoint(write(tmp_path / what, tensors, metadata=metadata))
+        assert torch.equal(checkpoint.dequantize("o.weight"), DENSE)
+        with pytest.raises(CheckpointError, match=f"m.weight is a torchao {what}; only Float8Tensor"):
+            checkpoint["m.weight"]
 
 
 @pytest.mark.parametrize(
@@ -335,12 +372,18 @@ def test_refused_by_its_name(row: Any, tmp_path: Path) -> None:
     name, tensors, config = LAYOUTS[row.name]
     folder = write(tmp_path, tensors, config or None)
     (folder / "model.safetensors").rename(folder / name)
-    for source in (folder, folder / name):
+    for source in (folder,) if row.alone else (folder, folder / name):
         with pytest.raises(CheckpointError) as error:
             open_checkpoint(source)
         assert f"this is {row.name}" in str(error.value)
         assert row.why in str(error.value)
         assert row.instead in str(error.value)
+
+
+def test_one_file_of_tensorrt_llm_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"m.weight": W, "m.weights_scaling_factor": ROWS[0]})
+    file = (folder / "model.safetensors").rename(folder / "rank0.safetensors")
+    assert torch.equal(open_checkpoint(file).dequantize("m.weight"), W.float() * ROWS[0])
 
 
 def test_several_ranks_are_no_several_checkpoints(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
 from ..weights.structure import STACK_NAMES, stacks
+from .again import quantize_again
 from .conversion import mapped
 from .fill import fill, of_stack, scheme_of, take
 from .origin import remember
@@ -131,6 +132,8 @@ def load_checkpoint(
         if where is not None:
             for target in (*targets(model).values(), *transient(model).values()):
                 _move(target, where)
+        if not dequantize:
+            quantize_again(model, checkpoint.metadata, chosen)
     _note_kept(model, transfers, checkpoint)
     remember(model, transfers, checkpoint, conversions)
     redirect_saving(model)

@@ -15,6 +15,7 @@ from ..errors import UnsupportedError
 from ..formats import Format, TensorInfo, Written, writer
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
+from .again import described
 from .parts import Part, parts
 from .single import single_file, write_single_file
 from .write import Piece, write_checkpoint
@@ -34,7 +35,7 @@ def save_checkpoint(
     file that the model was loaded from; stacks of experts of other models get per-expert names. Shared tensors are
     written once, and ``config.json`` is the model's own with a ``quantization_config``. Weights that no reader of the
     format takes in FP8 are written dense: output heads, embeddings, experts that are published as one stack, and what
-    belongs to no nn.Linear.
+    belongs to no nn.Linear; ``load_checkpoint`` quantizes them again.
 
     Args:
         directory: a folder; for ``"comfy"`` a path that ends with ``.safetensors``, or a folder for
@@ -68,7 +69,7 @@ def save_checkpoint(
     groups = parts(model, {**weights, **_dense(model)}, linears, kind, target.name)
     written = {part.module: part.written() for group in groups for part in group if part.weight is not None}
     refuse(target, written, "save")
-    pieces = [_piece(target, group, written) for group in groups]
+    pieces = [_piece(target, group, written, weights) for group in groups]
     if target.single_file:
         return [write_single_file(single_file(directory), pieces, what="Saving")]
     config = merged_config(own, target, *_described(model, groups, written))
@@ -124,7 +125,9 @@ def model_config(model: nn.Module) -> dict[str, Any] | None:
     return dict(config) if isinstance(config, Mapping) else None
 
 
-def _piece(target: Format, group: list[Part], written: Mapping[str, Written]) -> Piece:
+def _piece(
+    target: Format, group: list[Part], written: Mapping[str, Written], weights: Mapping[str, FP8Weight]
+) -> Piece:
     """Parts that are made together, as the format stores them."""
 
     def stored(part: Part) -> Mapping[str, TensorInfo]:
@@ -138,9 +141,11 @@ def _piece(target: Format, group: list[Part], written: Mapping[str, Written]) ->
         assert part.dense is not None
         return {part.name: part.dense()}
 
+    dense = {name for part in group if part.weight is None for name in part.sources}
     return Piece(
         tensors={key: info for part in group for key, info in stored(part).items()},
         make=lambda: {key: tensor for part in group for key, tensor in made(part).items()},
+        metadata=described({name: weights[name] for name in dense if name in weights}),
     )
 
 

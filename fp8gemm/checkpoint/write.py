@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,10 +25,14 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tensors that are made and stored together: their dtypes and shapes, and the function that makes them."""
+    """Tensors that are made and stored together: their dtypes and shapes, and the function that makes them.
+
+    ``metadata`` is for the header of their file.
+    """
 
     tensors: Mapping[str, TensorInfo]
     make: Callable[[], Mapping[str, torch.Tensor]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +96,7 @@ def _shards(pieces: list[Piece], limit: int) -> list[list[Piece]]:
 def fill(file: BinaryIO, *, pieces: Sequence[Piece], count: Callable[[float], object]) -> None:
     """Writes a safetensors file with these tensors, one piece in memory at a time."""
     infos = {key: info for piece in pieces for key, info in piece.tensors.items()}
-    header, offsets = _header(infos)
+    header, offsets = _header(infos, {key: text for piece in pieces for key, text in piece.metadata.items()})
     file.write(header)
     file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
     for piece in pieces:
@@ -102,12 +106,12 @@ def fill(file: BinaryIO, *, pieces: Sequence[Piece], count: Callable[[float], ob
         count(piece.nbytes)
 
 
-def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header of a safetensors file, including its length, and each tensor's offset after it.
 
     Wider dtypes come first, as in the reference writer, so that every tensor is aligned to its own dtype.
     """
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    described: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offsets = {}
     end = 0
     for key in sorted(infos, key=lambda key: (-infos[key].dtype.itemsize, key)):

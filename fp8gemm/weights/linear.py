@@ -189,7 +189,12 @@ class FP8Linear(nn.Linear):
         return FP8Linear._run(input, weight, self.bias)
 
     def _as_operation(self, x: torch.Tensor, weight: FP8Weight) -> torch.Tensor:
-        """What modes and transforms see: torch's own linear, with the casts that ``FP8GemmOptions`` ask for."""
+        """What modes and transforms see: torch's own linear, with the casts that ``FP8GemmOptions`` ask for.
+
+        Of rows, since torch adds the bias to a rounded product where an input of more dimensions is not contiguous.
+        """
+        if x.dim() > 2 and x.layout is torch.strided and not x.is_nested and x.shape[-1] == weight.shape[-1]:
+            return self._as_operation(x.flatten(0, -2), weight).reshape(*x.shape[:-1], weight.shape[0])
         if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, self.bias)
         out_dtype, given = _dtypes(x, weight.dtype, weight._home.options)

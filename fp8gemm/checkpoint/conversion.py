@@ -143,7 +143,7 @@ class Derived:
         Raises:
             UnsupportedError: an operation cannot be applied to FP8 weights.
         """
-        made: Tiled = self.conversion.run(lambda name: _outline(self.checkpoint, self.keys[name]))[self.name]
+        made: Tiled = self.conversion.run(lambda name: outline(self.checkpoint, self.keys[name]))[self.name]
         return made.coarse()
 
 
@@ -151,7 +151,8 @@ def _plain(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return checkpoint.dequantize(name) if name in checkpoint.layers else checkpoint.read(checkpoint.layout.plain[name])
 
 
-def _outline(checkpoint: Checkpoint, name: str) -> Tiled:
+def outline(checkpoint: Checkpoint, name: str) -> Tiled:
+    """An FP8 weight of a checkpoint without its bytes, which are on meta; its scales are read."""
     layer = checkpoint.layers[name]
     outline = torch.empty(layer.shape, dtype=torch.uint8, device="meta")
     sizes = (*(1,) * (len(layer.shape) - 2), layer.granularity.rows or 0, layer.granularity.cols or 0)

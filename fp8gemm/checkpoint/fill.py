@@ -100,12 +100,10 @@ def fill(transfer: Transfer, checkpoint: Checkpoint, device: torch.device) -> No
         if name in checkpoint.stacks:
             _fill_experts(tensor.mT if transfer.turned else tensor, checkpoint, name, transfer.interleaved)
             continue
-        if name in checkpoint.derived:
-            tensor.copy_(checkpoint.derived[name].dense())
-            continue
         rows = checkpoint.shape(name)[:1]
         stop = start + (rows[0] if rows else 0)
-        _copy(tensor[start:stop] if len(sources) > 1 else tensor, checkpoint[name])
+        value = checkpoint.derived[name].dense() if name in checkpoint.derived else checkpoint[name]
+        _copy(tensor[start:stop] if len(sources) > 1 else tensor, value)
         start = stop
     if made:
         kept = _like(old, tensor)

@@ -26,6 +26,7 @@ from .origin import remember
 from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
+from .renaming import KeyMapping
 from .targets import Target, initialize_transient, targets, transient
 
 
@@ -75,7 +76,7 @@ def load_checkpoint(
     options: FP8GemmOptions | None = None,
     dequantize: bool = False,
     device: torch.device | str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
+    key_mapping: KeyMapping | None = None,
     strict: bool = True,
 ) -> LoadReport:
     """Loads a checkpoint into ``model``, which may be on meta: linear layers whose weight is FP8 on disk become
@@ -91,8 +92,10 @@ def load_checkpoint(
         dequantize: load plain layers instead, each weight computed in float32 and rounded once to the model's dtype.
         device: where to put the tensors; by default they stay where they are, and those on meta go to the CPU.
         key_mapping: regex -> replacement for the checkpoint's canonical names, if the model uses other names. Several
-            names that become the same one are joined along rows, in the order of their patterns. Models of
-            transformers need none: their library's own conversions are applied, to FP8 weights too.
+            names that become the same one are joined along rows, in the order of their patterns; ``Split`` divides the
+            rows of one tensor among several, ``Swap`` exchanges its halves, None leaves it out. Models of transformers
+            need none: their library's own conversions are applied, to FP8 weights too. Nor do those of diffusers in
+            ``original_key_mapping`` for files with the names of the original implementations.
         strict: names that one side lacks, and unknown keys that look like scales, are an error.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from ..formats.naming import Slice
-from .conversion import Mapped
+from .conversion import Mapped, library_of
 from .plan import Transfer
 from .read import Checkpoint
 
@@ -18,12 +18,15 @@ def remember(
     model: nn.Module, transfers: Sequence[Transfer], checkpoint: Checkpoint, conversions: Mapped | None
 ) -> None:
     """Keeps with the model how names in its file relate to its own: for transformers' models what that library keeps,
-    the conversions that were used; for others, the file's names."""
+    the conversions that were used; for others, the file's names. Nothing is kept, so that models are saved under their
+    own names, for those of diffusers, which reads no others, and where the file's tensors were split."""
     model.__dict__.pop(_ORIGIN, None)
     if conversions is not None:
         used = [one for one in conversions.transforms if one.was_used()]
         if used:
             model.__dict__["_weight_conversions"] = used
+        return
+    if library_of(model) == "diffusers" or checkpoint.derived:
         return
     slices: dict[str, Slice] = {}
     twice: set[str] = set()

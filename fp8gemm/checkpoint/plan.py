@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from ..weights.geometry import swapped
 from ..weights.structure import STACK_NAMES, is_concatenated, is_transposed
 from .conversion import Mapped
 from .guards import companion_problems
+from .original import rules_for
 from .read import Checkpoint
+from .renaming import KeyMapping
 from .targets import Assignment, Target, assign, groups, targets, transient
 
 
@@ -43,7 +46,7 @@ class Left:
 def plan_load(
     model: nn.Module,
     checkpoint: Checkpoint,
-    key_mapping: Mapping[str, str] | None,
+    key_mapping: KeyMapping | None,
     dequantize: bool,
     strict: bool,
     conversions: Mapped | None = None,
@@ -51,7 +54,8 @@ def plan_load(
     """The transfers and what is left over, and the checkpoint with the names that they use; everything that can be
     refused is, before any tensor changes."""
     found = targets(model)
-    checkpoint, assignment = assign(checkpoint, found, key_mapping, conversions)
+    rules = rules_for(model, checkpoint, key_mapping, found)
+    checkpoint, assignment = assign(checkpoint, found, rules, conversions)
     tie = getattr(model, "tie_weights", None)
     if callable(tie) and any(name not in assignment.sources for name in found):
         tie()
@@ -66,6 +70,7 @@ def plan_load(
     problems += companion_problems(checkpoint, read, known=read)
     if strict:
         problems += _strict_problems(left, checkpoint)
+    left.unexpected += assignment.dropped
     if problems:
         raise CheckpointError(f"{checkpoint.source.path} does not fit the model:\n" + "\n".join(problems))
     order = {name: index for index, name in enumerate(checkpoint)}
@@ -171,7 +176,7 @@ def _unexpected(model: nn.Module, checkpoint: Checkpoint, assignment: Assignment
     """Names without a target, except those that the model ignores or computes, or that belong to another model."""
     left = _without(assignment.unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     computed = set(transient(model))
-    return [name for name in left if name not in computed and not checkpoint.is_foreign(name)]
+    return [name for name in left if name not in computed and not checkpoint.is_foreign(checkpoint.parts(name)[0])]
 
 
 def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
@@ -195,6 +200,9 @@ def holds_fp8(checkpoint: Checkpoint, transfer: Transfer) -> bool:
 
 
 def nbytes(checkpoint: Checkpoint, name: str) -> int:
+    if (rows := checkpoint.derived.get(name)) is not None and len(rows.parts) == 1 and rows.parts != [name]:
+        whole = math.prod(checkpoint.shape(rows.parts[0]))
+        return nbytes(checkpoint, rows.parts[0]) * math.prod(rows.shape) // max(whole, 1)
     if (parts := checkpoint.parts(name)) != [name]:
         return sum(nbytes(checkpoint, part) for part in parts if part != name)
     if (layer := checkpoint.layers.get(name)) is not None:

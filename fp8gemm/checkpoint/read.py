@@ -22,6 +22,7 @@ from .locate import Source, locate, stamp
 
 if TYPE_CHECKING:
     from .conversion import Derived
+    from .renaming import Rows
 
 # Bytes that are searched for NaN at once: torch's grain size, as in fill.py, which stays in a core's cache.
 _PART = 1 << 15
@@ -54,7 +55,7 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
         (['0.bias', '0.weight'], torch.Size([32, 1]))
     """
 
-    derived: Mapping[str, Derived] = {}  # names of a model that its library converts from others
+    derived: Mapping[str, Derived | Rows] = {}  # further names, of what is made from the tensors in the files
 
     def __init__(self, tensors: Tensors, *, raw: bool = False) -> None:
         contents = tensors.contents(raw=raw)
@@ -113,10 +114,10 @@ class Checkpoint(Mapping[str, "torch.Tensor | ScaledTensor"]):
             return [part for parts in self.stacks[name].parts for part in parts]
         return [name]
 
-    def with_names(self, stacks: Mapping[str, Stack], derived: Mapping[str, Derived]) -> Checkpoint:
+    def with_names(self, stacks: Mapping[str, Stack], derived: Mapping[str, Derived | Rows]) -> Checkpoint:
         """The same checkpoint with further names of tensors that are made from several of its own."""
         other = copy.copy(self)
-        other.__dict__.update(stacks={**self.stacks, **stacks}, derived=derived)
+        other.__dict__.update(stacks={**self.stacks, **stacks}, derived={**self.derived, **derived})
         return other
 
     @cached_property

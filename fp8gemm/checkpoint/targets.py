@@ -16,6 +16,7 @@ from ..formats import Stack
 from ..weights.structure import is_concatenated, is_transposed
 from .conversion import Conversion, Mapped, derived, library_of
 from .read import Checkpoint
+from .renaming import Rules, rename
 
 _EXPERTS = re.compile(r"^(?P<stem>.*)\.(?P<block>\w+)\.experts\.(gate_up_proj|down_proj)$")
 
@@ -155,38 +156,39 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 class Assignment:
     """``sources[model name]``: the checkpoint names whose rows are joined there, in order.
 
-    ``unexpected`` are names in the checkpoint without a target in the model.
+    ``unexpected`` are names in the checkpoint without a target in the model, ``dropped`` those that rules leave out.
     """
 
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 def assign(
     checkpoint: Checkpoint,
     wanted: Mapping[str, Target],
-    key_mapping: Mapping[str, str] | None,
+    rules: Rules,
     conversions: Mapped | None = None,
 ) -> tuple[Checkpoint, Assignment]:
     """Finds the target of every checkpoint name among those ``wanted`` by the model; the checkpoint is returned with
-    the names of what has to be converted.
+    the names of what has to be split or converted.
 
-    ``key_mapping`` (regex -> replacement) is applied in order to canonical names. Several names may become the same
-    one: their rows are joined in the order of the patterns that renamed them. What it leaves is converted as the
-    model's library does, and what that does not know is found by structure: experts under any name of their block.
+    ``rules`` are applied in order to canonical names. Several names may become the same one: their rows are joined in
+    the order of the patterns that renamed them. What they leave is converted as the model's library does, and what
+    that does not know is found by structure: experts under any name of their block.
 
     Raises:
-        CheckpointError: two names become the same one without a defined order.
+        CheckpointError: two names become the same one without a defined order, or a tensor cannot be split.
     """
-    rules = [(re.compile(pattern), replacement) for pattern, replacement in (key_mapping or {}).items()]
-    renamed = {name: _renamed(name, rules) for name in checkpoint}
-    assignment = Assignment()
+    names = rename(checkpoint, rules, wanted)
+    checkpoint, renamed = checkpoint.with_names({}, names.rows), names.new
+    assignment = Assignment(dropped=names.dropped)
     done: set[str] = set()
     if conversions is not None:
         checkpoint, done = _converted(checkpoint, conversions, renamed, wanted, assignment)
     blocks = _blocks({new for new, _ in renamed.values()}, set(wanted))
     gathered: dict[str, list[tuple[int, str]]] = {}
-    unexpected = []
+    unexpected = list(names.unknown)
     for name, (new, order) in renamed.items():
         if name in done:
             continue
@@ -227,7 +229,10 @@ def _converted(
     keys = {
         new: name
         for name, (new, order) in renamed.items()
-        if name not in checkpoint.stacks and counts[new] == 1 and (order < 0 or new not in wanted)
+        if name not in checkpoint.stacks
+        and name not in checkpoint.derived
+        and counts[new] == 1
+        and (order < 0 or new not in wanted)
     }
     resolved = conversions.resolve(keys, wanted)
     for target, news in resolved.renamed.items():
@@ -260,17 +265,6 @@ def _as_stack(checkpoint: Checkpoint, target: Target, conversion: Conversion, ke
     if dims not in ([0], [0, 1]) or any(len(checkpoint.shape(name)) != 2 for name in flat):
         return None
     return Stack(name=target.name, parts=tuple(zip(*names, strict=True)))
-
-
-def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, int]:
-    """The new name, and the index of the first rule that changed it (-1 for none)."""
-    first = -1
-    for order, (pattern, replacement) in enumerate(rules):
-        new = pattern.sub(replacement, name)
-        if new != name and first < 0:
-            first = order
-        name = new
-    return name, first
 
 
 def _blocks(names: set[str], wanted: set[str]) -> dict[str, str]:

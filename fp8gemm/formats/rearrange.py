@@ -68,6 +68,20 @@ class Tiled:
                 return replace(self, scale=first, sizes=_put(self.sizes, dim, size))
         return self
 
+    def rows(self, spans: Sequence[tuple[int, int]]) -> Tiled:
+        """The rows of each span, in order; every row has its own scale if a span does not begin or end with a tile."""
+        dim = self.data.dim() - 2
+        size = self.sizes[dim]
+        starts = [start for start, _ in spans]
+        aligned = size == 0 or all(edge % size == 0 for edge in (*starts, *(stop for _, stop in spans[:-1])))
+        tiles = self if aligned else self.spread(dim)
+        scale, height = tiles.scale, max(tiles.sizes[dim], 1)
+        if size:
+            grid = [(start // height, -(-stop // height)) for start, stop in spans]
+            scale = torch.cat([scale.narrow(dim, start, stop - start) for start, stop in grid], dim=dim)
+        data = [self.data.narrow(dim, start, stop - start) for start, stop in spans]
+        return replace(tiles, data=data[0] if len(data) == 1 else torch.cat(data, dim=dim), scale=scale)
+
     @property
     def granularity(self) -> Granularity:
         """That of the last two dimensions; those before them have a scale for each index."""

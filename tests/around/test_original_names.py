@@ -508,6 +508,55 @@ def test_fp8_files_load_as_diffusers_converts_them(name: str, rows: bool, tmp_pa
             assert torch.equal(tensor, wanted[key]), key
 
 
+def test_raw_casts_of_everything(tmp_path: Path) -> None:
+    """As ComfyUI publishes Flux: biases and norms are FP8, too, and there are no scales."""
+    family, model = FAMILIES["flux"], flux()
+    stored = {name: one.to(torch.float8_e4m3fn) for name, one in original(family, model).items()}
+    save_file(stored, tmp_path / "flux1-dev-fp8.safetensors")
+    load_checkpoint(model, tmp_path / "flux1-dev-fp8.safetensors")
+    wanted = converted(family, {name: one.to(torch.float32) for name, one in stored.items()})
+    assert type(model.single_transformer_blocks[0].proj_mlp) is FP8Linear
+    for key, tensor in model.named_parameters():
+        got = tensor.dequantize() if isinstance(tensor, FP8Weight) else tensor
+        assert torch.equal(got, wanted[key]), key
+
+
+def comfy(name: str) -> str:
+    """ComfyUI's name of a tensor of HunyuanVideo, as its ``process_unet_state_dict`` makes it."""
+    for end, new in ((0, "in"), (2, "out")):
+        name = re.sub(rf"((time|guidance)_in|txt_in\.t_embedder)\.mlp\.{end}\.", rf"\1.{new}_layer.", name)
+    name = name.replace("c_embedder.linear_1.", "c_embedder.in_layer.").replace(
+        "c_embedder.linear_2.", "c_embedder.out_layer."
+    )
+    name = (
+        name.replace("_mod.linear.", "_mod.lin.")
+        .replace("_attn_qkv.", "_attn.qkv.")
+        .replace("_attn_proj.", "_attn.proj.")
+    )
+    name = (
+        name.replace("mlp.fc1.", "mlp.0.")
+        .replace("mlp.fc2.", "mlp.2.")
+        .replace(".modulation.linear.", ".modulation.lin.")
+    )
+    name = name.replace("_attn_q_norm.weight", "_attn.norm.query_norm.scale")
+    name = name.replace("_attn_k_norm.weight", "_attn.norm.key_norm.scale")
+    name = name.replace(".q_norm.weight", ".norm.query_norm.scale").replace(".k_norm.weight", ".norm.key_norm.scale")
+    return f"model.model.{name}"
+
+
+def test_the_names_that_comfyui_gives_hunyuan_video(tmp_path: Path) -> None:
+    family, model, again = FAMILIES["hunyuan-video"], hunyuan(), hunyuan()
+    stored, _ = quantized(original(family, model), rows=True)
+    for target, rename in ((model, str), (again, comfy)):
+        save_file(
+            {rename(name): one for name, one in stored.items() if name != "scaled_fp8"}, tmp_path / "model.safetensors"
+        )
+        load_checkpoint(target, tmp_path / "model.safetensors")
+    for (name, first), second in zip(model.named_parameters(), again.parameters(), strict=True):
+        values = [one.dequantize() if isinstance(one, FP8Weight) else one for one in (first, second)]
+        assert torch.equal(*values), name
+
+
 def test_files_with_the_names_of_diffusers_load_as_before(tmp_path: Path) -> None:
     model = wan()
     stored, values = quantized({name: tensor.clone() for name, tensor in model.state_dict().items()}, rows=True)

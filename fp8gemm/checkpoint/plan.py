@@ -191,7 +191,10 @@ def _strict_problems(left: Left, checkpoint: Checkpoint) -> list[str]:
     if unknown:
         problems.append(f"scales that belong to no known weight: {some(unknown)}")
     if problems:
-        problems.append("key_mapping={regex: replacement} renames checkpoint keys; strict=False loads what fits")
+        problems.append(
+            "key_mapping={regex: replacement} renames checkpoint keys, a Split as replacement divides one among "
+            "several; strict=False loads what fits"
+        )
     return problems
 
 

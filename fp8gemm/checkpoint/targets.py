@@ -16,7 +16,7 @@ from ..formats import Stack
 from ..weights.structure import is_concatenated, is_transposed
 from .conversion import Conversion, Mapped, derived, library_of
 from .read import Checkpoint
-from .renaming import Rules, rename
+from .renaming import Rules, rename, renamed
 
 _EXPERTS = re.compile(r"^(?P<stem>.*)\.(?P<block>\w+)\.experts\.(gate_up_proj|down_proj)$")
 
@@ -181,15 +181,15 @@ def assign(
         CheckpointError: two names become the same one without a defined order, or a tensor cannot be split.
     """
     names = rename(checkpoint, rules, wanted)
-    checkpoint, renamed = checkpoint.with_names({}, names.rows), names.new
+    checkpoint = checkpoint.with_names({}, names.rows)
     assignment = Assignment(dropped=names.dropped)
     done: set[str] = set()
     if conversions is not None:
-        checkpoint, done = _converted(checkpoint, conversions, renamed, wanted, assignment)
-    blocks = _blocks({new for new, _ in renamed.values()}, set(wanted))
+        checkpoint, done = _converted(checkpoint, conversions, names.new, wanted, assignment)
+    blocks = _blocks({new for new, _ in names.new.values()}, set(wanted))
     gathered: dict[str, list[tuple[int, str]]] = {}
     unexpected = list(names.unknown)
-    for name, (new, order) in renamed.items():
+    for name, (new, order) in names.new.items():
         if name in done:
             continue
         if name in checkpoint.stacks:
@@ -202,7 +202,8 @@ def assign(
     for target, found in gathered.items():
         assignment.sources[target] = _ordered(target, found)
     for name in checkpoint.spare:
-        target = _by_library(_renamed(name, rules)[0], conversions, wanted)
+        given = renamed(name, rules)
+        target = _by_library(given.names[0], conversions, wanted) if given.names and given.by is None else ""
         if target in wanted and target not in assignment.sources:
             assignment.sources[target] = (name,)
     used = {part for sources in assignment.sources.values() for source in sources for part in checkpoint.parts(source)}

@@ -57,13 +57,12 @@ def embedders(prefix: str, names: Mapping[str, str], first: str, second: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """``inverse`` leads from the names of a model to those of the original; ``swapped`` matches its names of shifts and
-    scales; ``sizes`` are constants of diffusers' conversion, which are those of the published models, for this one."""
+    """``inverse`` leads from the names of a model to those of the original. ``sizes`` replace constants of diffusers'
+    conversion, which are the sizes of the published models, by those of this one."""
 
     model: Callable[[], Any]
     convert: str
     inverse: list[tuple[str, str]]
-    swapped: str = "final_layer.adaLN"
     sizes: Mapping[int, int] = field(default_factory=dict)
     more: tuple[str, ...] = ()  # original tensors that no model has
 
@@ -147,6 +146,23 @@ def wan() -> Any:
         rope_max_seq_len=32,
         image_dim=64,
         added_kv_proj_dim=128,
+    )
+
+
+def wan_vace() -> Any:
+    return diffusers.WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=2,
+        rope_max_seq_len=32,
+        vace_layers=[0, 1],
+        vace_in_channels=12,
     )
 
 
@@ -396,21 +412,27 @@ FAMILIES = {
         model=sd3,
         convert="convert_sd3_transformer_checkpoint",
         inverse=SD3,
-        swapped=r"final_layer\.adaLN|joint_blocks\.1\.context_block\.adaLN",
     ),
     "wan": Family(model=wan, convert="convert_wan_transformer", inverse=WAN),
+    "wan-vace": Family(
+        model=wan_vace,
+        convert="convert_wan_transformer",
+        inverse=[
+            *WAN,
+            (r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
+            (r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
+        ],
+    ),
     "z-image": Family(
         model=z_image,
         convert="convert_z_image_transformer_checkpoint",
         inverse=Z_IMAGE,
-        swapped="^$",
         more=("norm_final.weight",),
     ),
     "lumina2": Family(
         model=lumina2,
         convert="convert_lumina2",
         inverse=LUMINA2,
-        swapped="^$",
         sizes={2304: 96, 768: 48},
         more=("norm_final.weight",),
     ),

@@ -155,6 +155,21 @@ def test_a_part_that_the_model_lacks_is_not_passed_over(tmp_path: Path) -> None:
         load_checkpoint(attention(96), folder, key_mapping=QKV)
 
 
+def test_weights_of_other_quantizations_are_refused_by_their_own_name(tmp_path: Path) -> None:
+    codes = torch.zeros(192, K, dtype=torch.int8)
+    folder = written(tmp_path, {"qkv.weight": codes, "qkv.weight_scale": torch.ones(192, 1)})
+    with pytest.raises(CheckpointError, match=r"qkv\.weight.* torch\.int8"):
+        load_checkpoint(attention(96, 32, 64, bias=False), folder, key_mapping=QKV)
+
+
+def test_replacements_refer_to_groups_of_the_pattern(tmp_path: Path) -> None:
+    tensors = {f"layers.{index}.qkv.weight": torch.full((96, K), index + 1.0) for index in range(2)}
+    model = nn.ModuleDict({"blocks": nn.ModuleList([attention(64, 32, bias=False) for _ in range(2)])})
+    mapping = {r"^layers\.(\d+)\.qkv\.": Split((r"blocks.\1.to_q.", r"blocks.\1.to_k."))}
+    load_checkpoint(model, written(tmp_path, tensors), key_mapping=mapping)
+    assert torch.equal(model["blocks"][1].to_k.weight, torch.full((32, K), 2.0))
+
+
 def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
     folder = written(tmp_path, {"to_q.weight": torch.ones(32, K), "old.weight": torch.ones(3)})
     report = load_checkpoint(attention(32, bias=False), folder, key_mapping={r"^old\.": None})

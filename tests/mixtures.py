@@ -31,7 +31,7 @@ COMPOSED = ("kimi_k25", "nemo_speechlm")
 UNBUILT = {
     "deepseek_ocr2": "not subscriptable",
     "diffusion_gemma": "per-layer attribute",
-    "dots3_note": "adapter_input_size",
+    "dots3_note": "adapter_input_size|per-layer attribute",
     "ernie4_5_vl_moe": "expanded size",
     "gemma4": "per-layer attribute",
     "hy_v4_vl": "mrope_section",

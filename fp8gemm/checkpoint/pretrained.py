@@ -68,7 +68,8 @@ def _save_pretrained(
     if library_of(model) == "diffusers":
         raise UnsupportedError(
             "diffusers reads no folder of FP8 weights without SDNQ, torchao or ModelOpt; "
-            "fp8gemm.save_checkpoint(model, directory) writes one for fp8gemm.load_checkpoint, fp8gemm.disable_fp8_gemm(model) restores the dense model"
+            "fp8gemm.save_checkpoint(model, directory) writes one for fp8gemm.load_checkpoint, "
+            "fp8gemm.disable_fp8_gemm(model) restores the dense model"
         )
     if not is_main_process:
         return

@@ -6,6 +6,7 @@ and values computed from parameters alone (a cast, a norm), count as those param
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Observer(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.over = False  # whether the observed pass has ended
+        self.failed = False
         self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by storage: begin, end, parameter
         self.parameters: dict[str, nn.Parameter] = {}
         self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
@@ -86,11 +88,25 @@ class Observer(TorchDispatchMode):
         sources = [self.source(tensor) for tensor in tensors]
         named = [name for name in sources if name is not None]
         if named:
-            self.of_dense(func, args, kwargs, y, tensors, sources)
+            try:
+                self.of_dense(func, args, kwargs, y, tensors, sources)
+            except Exception as error:  # counting must not end the user's forward
+                self.give_up(func, error)
             if len(named) == len(sources):
                 for made in tree_leaves(y):
                     self.derive(made, named[0])
         return y
+
+    def give_up(self, func: Any, error: Exception) -> None:
+        """Forgets what was observed: the report has no coverage, and no parameter is taken for a factor of products."""
+        warnings.warn(
+            f"the multiply-adds of {func} cannot be counted, so the coverage of this forward is not known: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        self.over, self.failed = True, True
+        for table in (self.uses, self.fp8, self.dequantized, self.dense):
+            table.clear()
 
     def source(self, tensor: torch.Tensor) -> str | None:
         """The parameter that a tensor is, is a view of, or was computed from alone."""
@@ -121,7 +137,11 @@ class Observer(TorchDispatchMode):
         before = home.activity.dequantizations
         y = func(*args, **kwargs)
         name = self.homes.get(id(home), "another weight")
-        count = multiply_adds(func, args, y)
+        try:
+            count = multiply_adds(func, args, y)
+        except Exception as error:
+            self.give_up(func, error)
+            return y
         if count:
             table = self.fp8 if home.activity.dequantizations == before else self.dequantized
             table[name] += count
@@ -154,6 +174,9 @@ class Observer(TorchDispatchMode):
     def note(self, func: Any, args: tuple[Any, ...], tensor: torch.Tensor, name: str, factors: list[Any]) -> None:
         """Notes how an operation used a parameter directly."""
         seen, parameter = self.uses[name], self.parameters[name]
+        if is_layer(func):  # which would multiply by dense values
+            seen.others.append(str(func))
+            return
         for place, factor in enumerate(factors):
             if factor is tensor:
                 axis = _contracted(func, place, tensor, parameter)

@@ -102,7 +102,8 @@ FIRST_CALL = "first call"
 
 
 def _note_coverage(model: nn.Module, observer: Observer) -> None:
-    model.__dict__[COVERAGE] = observer.coverage()
+    if not observer.failed:
+        model.__dict__[COVERAGE] = observer.coverage()
 
 
 @dataclass(frozen=True)

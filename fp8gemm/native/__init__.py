@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: one C++ file, compiled at first use and called through ctypes."""
+"""The compiled CPU kernels: a C++ source and its headers, compiled at first use and called through ctypes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..progress import announce
 
-SOURCE = Path(__file__).with_name("fp8gemm.cpp")
+SOURCE = Path(__file__).with_name("fp8gemm.cpp")  # its headers lie beside it
 COMPILERS = ("c++", "g++", "clang++")
 # No flag names a CPU: each kernel is compiled for its own instruction set and chosen at run time, so that a cache in
 # a shared home directory serves different machines. OpenMP is not linked: its symbols come from torch's runtime.
@@ -55,7 +55,7 @@ def build(environment: Mapping[str, str] = os.environ) -> Path | Unavailable:
 
 
 def _build(environment: Mapping[str, str]) -> Path | Unavailable:
-    source = SOURCE.read_bytes()
+    source = source_digest()
     carried = SOURCE.with_name(carried_name(source))
     if carried.exists():
         return carried
@@ -67,7 +67,10 @@ def _build(environment: Mapping[str, str]) -> Path | Unavailable:
     # With the C library's version: a home may be shared, and a library built for a newer one does not load on an older.
     system = " ".join((platform.machine(), *platform.libc_ver()))
     key = _digest(
-        source, version.encode(), " ".join((*command, *flags)).encode("utf-8", "surrogateescape"), system.encode()
+        source.encode(),
+        version.encode(),
+        " ".join((*command, *flags)).encode("utf-8", "surrogateescape"),
+        system.encode(),
     )
     directory = cache_directory(environment)
     refused = _make_directory(directory) or _refusal(directory)
@@ -85,9 +88,15 @@ def _build(environment: Mapping[str, str]) -> Path | Unavailable:
     return compile_to(directory, key, (*command, *flags))
 
 
-def carried_name(source: bytes) -> str:
-    """The name of the library in a wheel, made from the ``source`` beside it."""
-    return f"fp8gemm-{platform.machine()}-{_digest(source)}.so"
+def source_digest() -> str:
+    """A digest of the source and of its headers, with their names."""
+    files = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
+
+
+def carried_name(source: str) -> str:
+    """The name of the library in a wheel, made from the source beside it, whose ``source_digest`` is ``source``."""
+    return f"fp8gemm-{platform.machine()}-{source}.so"
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
@@ -107,7 +116,7 @@ def compile_to(directory: Path, key: str, command: tuple[str, ...]) -> Path | Un
     with _workplace(directory) as workplace:
         made = workplace / "fp8gemm.so"
         try:
-            result = _run([*command, "-o", str(made), str(SOURCE)])
+            result = _run([*command, f"-I{SOURCE.parent}", "-o", str(made), str(SOURCE)])
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             return Unavailable(f"{shlex.join(command)} did not run: {error}")
         if result.returncode != 0:

@@ -15,7 +15,7 @@ import torch
 from .build import Unavailable
 from .memory import plain
 
-# In the order of the levels in fp8gemm.cpp: each includes those before it.
+# In the order of the levels in levels.h: each includes those before it.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Instructions, ...] = get_args(Instructions)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -24,7 +24,7 @@ NULL, INDEX = -3, -4  # status codes: a null pointer to elements; an index out o
 
 
 class _Problem(ctypes.Structure):
-    """``Problem`` of fp8gemm.cpp."""
+    """``Problem`` of problems.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "data", "scale", "bias", "out")),
@@ -34,7 +34,7 @@ class _Problem(ctypes.Structure):
 
 
 class _Quantization(ctypes.Structure):
-    """``Quantization`` of fp8gemm.cpp."""
+    """``Quantization`` of problems.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "data", "scale")),
@@ -43,7 +43,7 @@ class _Quantization(ctypes.Structure):
 
 
 class _Lookup(ctypes.Structure):
-    """``Lookup`` of fp8gemm.cpp."""
+    """``Lookup`` of problems.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("ids", "data", "scale", "out")),

@@ -8,13 +8,13 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from test_native import CHILD, run_in_process
 
 from fp8gemm import native
-from fp8gemm.native.build import COMPILE_SECONDS, build, cache_directory
+from fp8gemm.native.build import COMPILE_SECONDS, SOURCE, build, cache_directory, carried_name, source_digest
 
 FOUND = native.find()
 compiled = pytest.mark.skipif(
@@ -209,6 +209,46 @@ def test_a_damaged_library_is_built_again(damage, tmp_path):
     assert patched(tmp_path, CXX=quick).startswith("Library")
     (again,) = (tmp_path / "cache").iterdir()
     assert again.read_bytes() == whole
+
+
+def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
+    own = tmp_path / "native" / SOURCE.name
+    own.parent.mkdir()
+    for file in (SOURCE, *SOURCE.parent.glob("*.h")):
+        (own.parent / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(sys.modules[build.__module__], "SOURCE", own)
+    environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
+    first = build(environment)
+    assert isinstance(first, Path), first
+    assert build(environment) == first
+    header = own.with_name("numbers.h")
+    header.write_text(header.read_text() + "// changed\n")
+    second = build(environment)
+    header.rename(own.with_name("renamed.h"))
+    third = build(environment)
+    assert len({first, second, third}) == 3
+    carried = own.with_name(carried_name(source_digest()))
+    carried.touch()
+    assert build(environment) == carried
+    own.with_name("added.h").touch()
+    assert build(environment) not in {first, second, third, carried}
+
+
+def test_the_package_carries_the_source_and_its_headers():
+    """Of what ``pyproject.toml`` names as package data, in a checkout."""
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    patterns = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]["fp8gemm"]
+    included = {line.split('"')[1] for file in (SOURCE, *SOURCE.parent.glob("*.h")) for line in quoted(file)}
+    assert {"driver.h", "amx.h", "vector_product.h"} <= included
+    for name in (SOURCE.name, *sorted(included)):
+        assert SOURCE.with_name(name).is_file(), name
+        assert any(PurePath("native", name).match(pattern) for pattern in patterns), name
+
+
+def quoted(file: Path) -> list[str]:
+    """The lines that include one of the package's headers."""
+    return [line for line in file.read_text().splitlines() if line.startswith('#include "')]
 
 
 def test_new_folders_are_the_users_alone(tmp_path):

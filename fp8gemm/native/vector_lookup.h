@@ -1,0 +1,28 @@
+// Rows of a weight, decoded. This is included once per instruction set, inside its namespace, after vector_product.h.
+
+void look_up_rows(const Lookup& l, int64_t first, int64_t last) {
+    int64_t blocks = ceil_div(larger<int64_t>(l.k, 1), l.cols);
+    for (int64_t i = first; i < last; ++i) {
+        int64_t row = l.ids ? l.ids[i] : i;
+        const uint8_t* codes = l.data + row * l.data_stride;
+        uint8_t* out = l.out + i * l.k * size_of(l.out_type);
+        for (int64_t k = 0; k < l.k;) {
+            int64_t end = smaller(l.k, (k / l.cols + 1) * l.cols);
+            float scale = l.scale[row / l.rows * blocks + k / l.cols];
+            for (; k < end; k += CODES) {
+                Operand w[CODES / STEP];
+                float values[CODES];
+                int64_t count = smaller<int64_t>(end - k, CODES);
+                decode_some(codes + k, count, w);
+                for (int j = 0; j < CODES / STEP; ++j) w[j] *= scale;
+                memcpy(values, w, sizeof values);
+                if (l.out_type == FP32) memcpy(out + k * 4, values, size_t(count) * 4);
+                else if (l.out_type == BF16 && count == CODES)
+                    for (int64_t j = 0; j < CODES; ++j) reinterpret_cast<uint16_t*>(out)[k + j] = to_bf16(values[j]);
+                else
+                    for (int64_t j = 0; j < count; ++j) store_number(out, k + j, l.out_type, values[j]);
+            }
+            k = end;
+        }
+    }
+}

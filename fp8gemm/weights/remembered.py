@@ -59,18 +59,21 @@ def call_key(
 
 @dataclass(frozen=True)
 class Call:
-    """A bound call of a weight, or of rows of it, with the tensors whose memory it reads."""
+    """A bound call of a weight, or of rows of it.
+
+    It holds the tensors whose memory ``compute`` reads, which another thread may let go of in the middle of a call.
+    """
 
     compute: Callable[[torch.Tensor], torch.Tensor]
+    weight: PackedWeight
     kernel: str
-    device: torch.device
     bias: torch.Tensor | None
     bias_dtype: torch.dtype | None
 
     def fits(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether ``x`` and ``bias`` are as they were, beyond the key, and nothing has to see an operation."""
         return (
-            x.device == self.device
+            x.device == self.weight.device
             and x.is_contiguous()
             and x.data_ptr() % ALIGNMENT == 0
             and (bias is None or bias.dtype == self.bias_dtype)
@@ -105,4 +108,4 @@ def remember(
     held = None if bias is None else bias.detach()
     with torch.no_grad():
         compute = ENGINES[weight.engine].bind(x, weight, held, x.dtype)
-    calls[key] = compute is not None and Call(compute, kernel, x.device, held, None if held is None else held.dtype)
+    calls[key] = compute is not None and Call(compute, weight, kernel, held, None if held is None else held.dtype)

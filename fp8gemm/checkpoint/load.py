@@ -19,7 +19,6 @@ from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
 from ..weights.structure import STACK_NAMES, stacks
-from .again import quantize_again
 from .conversion import mapped
 from .fill import fill, of_stack, scheme_of, take
 from .origin import remember
@@ -27,6 +26,7 @@ from .plan import Transfer, holds_fp8, nbytes, plan_load, some
 from .pretrained import redirect_saving
 from .read import Checkpoint, open_checkpoint
 from .renaming import KeyMapping
+from .requantize import requantize
 from .targets import Target, initialize_transient, targets, transient
 
 
@@ -136,7 +136,7 @@ def load_checkpoint(
             for target in (*targets(model).values(), *transient(model).values()):
                 _move(target, where)
         if not dequantize:
-            quantize_again(model, checkpoint.metadata, chosen)
+            requantize(model, checkpoint.metadata, chosen)
     _note_kept(model, transfers, checkpoint)
     remember(model, transfers, checkpoint, conversions)
     redirect_saving(model)

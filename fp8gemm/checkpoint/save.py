@@ -15,8 +15,8 @@ from ..errors import UnsupportedError
 from ..formats import Format, TensorInfo, Written, writer
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
-from .again import described
 from .parts import Part, parts
+from .requantize import described
 from .single import single_file, write_single_file
 from .write import Piece, write_checkpoint
 

@@ -51,7 +51,7 @@ def call_key(
     input_scale: torch.Tensor | None,
 ) -> tuple[Any, ...]:
     """The key of a bound call among those of one weight's bytes."""
-    bias_at = 0 if bias is None else bias.data_ptr()
+    bias_at = None if bias is None else (bias.data_ptr(), bias.dtype)
     input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
     ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)
     return (x.shape, x.dtype, out_dtype, engine, accumulate, *ours)

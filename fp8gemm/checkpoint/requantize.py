@@ -43,7 +43,7 @@ def _description(weight: FP8Weight) -> dict[str, Any]:
     }
 
 
-def quantize_again(model: nn.Module, metadata: Mapping[str, str], options: FP8GemmOptions) -> None:
+def requantize(model: nn.Module, metadata: Mapping[str, str], options: FP8GemmOptions) -> None:
     """Converts the dense weights of ``model`` that were FP8 when it was saved, ties included.
 
     A weight that no engine can multiply here stays dense.

@@ -228,9 +228,8 @@ def mapped(model: nn.Module, *, reverse: bool = False) -> Mapped | None:
     """transformers' conversions of ``model``; None if it is none of its models, or none are known."""
     if library_of(model) != "transformers" or not hasattr(model, "config"):
         return None
-    if (
-        importlib.util.find_spec("transformers.conversion_mapping") is None
-    ):  # before transformers 5, whose files have the names of its models
+    # Before transformers 5 files have the names of its models.
+    if importlib.util.find_spec("transformers.conversion_mapping") is None:
         return None
     return Mapped(model, reverse=reverse)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,6 +20,20 @@ _FNUZ = torch.float8_e4m3fnuz
 CPU_ROWS = (2, 13)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TorchCpu:
+    """Why torch multiplies no FP8 on this CPU; empty if it does.
+
+    torch 2.13 hands the product to oneDNN where the CPU has AMX, and oneDNN refuses it if ``ONEDNN_MAX_CPU_ISA`` holds
+    it down to less.
+    """
+
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"torch._scaled_mm fails: {self.error}" if self.error else "torch._scaled_mm works"
+
+
 class TorchEngine(Engine):
     """Tensor, row and 128x128-block scaling through torch; N and K are padded with zeros, to 16 or to whole blocks.
 
@@ -30,6 +45,17 @@ class TorchEngine(Engine):
     name = "torch"
     tolerance = 8e-3  # the tensor cores' 14-bit accumulator, and rounding to bfloat16
     traceable = True
+
+    def probe(self, device: torch.device, machine: Machine) -> TorchCpu | None:
+        if device.type != "cpu":
+            return None
+        codes = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=torch.float8_e4m3fn, device=device)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        try:
+            torch._scaled_mm(codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        except RuntimeError as error:
+            return TorchCpu(error=str(error).partition(". ")[0])
+        return TorchCpu()
 
     def rejects(self, spec: MatmulSpec, machine: Machine) -> list[str]:
         reasons = [*_rejects_scheme(spec.scheme, machine), *_rejects_machine(machine)]
@@ -260,6 +286,8 @@ def _rejects_machine(machine: Machine) -> list[str]:
         reasons.append(f"needs compute capability 8.9 or newer, found {_cuda(machine)}")
     if machine.device == "mps" and machine.torch_version < (2, 15):
         reasons.append(f"needs torch 2.15 on mps, found {'.'.join(map(str, machine.torch_version))}")
+    if (found := machine.facts("torch", TorchCpu)) is not None and found.error:
+        reasons.append(f"torch._scaled_mm fails on this CPU: {found.error}")
     return reasons
 
 

@@ -189,7 +189,11 @@ def test_static_activation_scale() -> None:
     scheme = Scheme(weight=conformance.TENSOR, activation=conformance.TENSOR, static=True)
     x = torch.tensor([[1.0, -2000.0] + [0.0] * 30])
     scale = torch.tensor([2.0])
+    machine, spec = probe("cpu"), MatmulSpec(scheme=scheme, n=32, k=32)
     for name in ("reference", "torch"):
+        if ENGINES[name].rejects(spec, machine):
+            assert name == "torch"
+            continue
         y = ENGINES[name].linear(x, ENGINES[name].prepare(weight, scheme, input_scale=scale), None, torch.float32)
         assert y[0, :2].tolist() == [1.0, -896.0], name
 

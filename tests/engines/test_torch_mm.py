@@ -1,0 +1,54 @@
+"""The torch engine rejects a CPU on which torch's own FP8 product fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fp8gemm.engines import ENGINES, MatmulSpec, probe
+from fp8gemm.engines.torch_mm import TorchCpu
+from fp8gemm.scaled import SCHEMES
+
+SPEC = MatmulSpec(scheme=SCHEMES["tensor"], n=64, k=64)
+
+
+def test_a_product_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does where oneDNN is held down to fewer instructions than the CPU has."""
+
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    engine, machine = ENGINES["torch"], probe("cpu")
+    found = engine.probe(torch.device("cpu"), machine)
+    reason = "could not create a primitive descriptor for the matmul primitive"
+    assert str(found) == f"torch._scaled_mm fails: {reason}"
+    assert engine.rejects(SPEC, replace(machine, found={"torch": found})) == [
+        f"torch._scaled_mm fails on this CPU: {reason}"
+    ]
+    assert engine.rejects(SPEC, replace(machine, found={"torch": TorchCpu()})) == []
+
+
+def test_what_is_found_is_what_happens() -> None:
+    codes, one = torch.ones(16, 16, dtype=torch.float8_e4m3fn), torch.ones(1)
+    found = probe("cpu").facts("torch", TorchCpu)
+    assert found is not None
+    if found.error:
+        with pytest.raises(RuntimeError):
+            torch._scaled_mm(codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    else:
+        y = torch._scaled_mm(codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        assert torch.equal(y, torch.full((16, 16), 16.0, dtype=torch.bfloat16))
+
+
+def test_it_is_found_whatever_the_defaults() -> None:
+    machine = probe("cpu")
+    expected = ENGINES["torch"].probe(torch.device("cpu"), machine)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert ENGINES["torch"].probe(torch.device("cpu"), machine) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

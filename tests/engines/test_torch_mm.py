@@ -20,8 +20,8 @@ def test_a_product_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with more")
 
+    engine, machine = ENGINES["torch"], probe("cpu")  # before, as what it finds is kept
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    engine, machine = ENGINES["torch"], probe("cpu")
     found = engine.probe(torch.device("cpu"), machine)
     reason = "could not create a primitive descriptor for the matmul primitive"
     assert str(found) == f"torch._scaled_mm fails: {reason}"

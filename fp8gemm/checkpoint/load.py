@@ -14,7 +14,7 @@ from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
 from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
-from ..weights import FP8Linear, FP8Weight, convert
+from ..weights import FP8Linear, FP8Weight, convert, leave
 from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
@@ -82,8 +82,9 @@ def load_checkpoint(
     """Loads a checkpoint into ``model``, which may be on meta: linear layers whose weight is FP8 on disk become
     ``FP8Linear``, and FP8 stacks of experts become ``FP8Weight`` parameters.
 
-    They hold the file's bytes and scales; everything else is copied in the model's own dtype. Non-persistent buffers
-    on meta (rotary frequencies) are computed if the model can, as transformers models do.
+    They hold the file's bytes and scales; everything else is copied in the model's own dtype. Weights of the model that
+    are FP8 already are replaced by those that are FP8 in the file, and take the values of dense ones. Non-persistent
+    buffers on meta (rotary frequencies) are computed if the model can, as transformers models do.
 
     Args:
         source: what ``open_checkpoint`` accepts, or its result.
@@ -102,7 +103,7 @@ def load_checkpoint(
         CheckpointError: the file is broken, or does not fit the model; then with all reasons at once.
         UnsupportedError: no engine, or not the one that was named, runs such a layer on the device; or a conversion of
             transformers does not only move values, and cannot be applied to FP8 weights.
-        ValueError: the model already holds FP8 weights, or has buffers on meta that cannot be computed.
+        ValueError: the model has buffers on meta that cannot be computed.
 
     Example:
         >>> import tempfile
@@ -116,7 +117,6 @@ def load_checkpoint(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     where = None if device is None else torch.device(device)
-    _refuse_fp8(model)
     conversions = mapped(model)
     checkpoint, transfers, left = plan_load(model, checkpoint, key_mapping, dequantize, strict, conversions)
     chosen = options or FP8GemmOptions()
@@ -222,7 +222,12 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     target = transfer.targets[0]
     home = home_of(target, device)
     if not transfer.fp8:
-        fill(transfer, checkpoint, home)
+        if not isinstance(target.tensor, FP8Weight) or not holds_fp8(checkpoint, transfer):
+            fill(transfer, checkpoint, home)
+            return
+        fill(replace(transfer, targets=_emptied(transfer.targets)), checkpoint, home)
+        for one in transfer.targets:
+            leave(one.module)
         return
     weight = take(checkpoint, transfer)
     assert isinstance(weight, ScaledTensor)
@@ -233,13 +238,28 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     fresh = transfer.sources[0] in checkpoint.stacks  # just stacked: shares no memory with the file
     copied = (weight.data.to(home, copy=not fresh), weight.scale.to(home, copy=not fresh))
     held = ScaledTensor(*copied, weight.granularity)
-    if weight.data.dim() > 2:
-        convert(target.module, target.attribute, own, turned=transfer.turned, weight=held)
-        return
-    assert isinstance(target.module, nn.Linear)
-    FP8Linear.convert(
-        target.module, own, weight=held, input_scale=None if input_scale is None else input_scale.to(home)
-    )
+    former = target.module._parameters[target.attribute]
+    if isinstance(former, FP8Weight):
+        target.put(_emptied([target])[0].tensor)
+    try:
+        if weight.data.dim() > 2:
+            convert(target.module, target.attribute, own, turned=transfer.turned, weight=held)
+        else:
+            assert isinstance(target.module, nn.Linear)
+            scale = None if input_scale is None else input_scale.to(home)
+            FP8Linear.convert(target.module, own, weight=held, input_scale=scale)
+    except BaseException:
+        target.module._parameters[target.attribute] = former
+        raise
+
+
+def _emptied(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The places of an FP8 weight with a dense parameter on meta, for what is about to replace it."""
+    weight = targets[0].tensor
+    assert isinstance(weight, FP8Weight)
+    values = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    parameter = nn.Parameter(values, requires_grad=weight._home.trains)
+    return tuple(replace(target, tensor=parameter) for target in targets)
 
 
 def _move(target: Target, device: torch.device) -> None:
@@ -269,11 +289,3 @@ def _note_kept(model: nn.Module, transfers: Sequence[Transfer], checkpoint: Chec
             if parameter is not None and not isinstance(parameter, FP8Weight):
                 reasons = module.__dict__.setdefault(KEPT, {})
                 reasons[name] = filled.get((id(module), name), "not in the checkpoint")
-
-
-def _refuse_fp8(model: nn.Module) -> None:
-    held = [name for name, parameter in model.named_parameters() if isinstance(parameter, FP8Weight)]
-    if held:
-        raise ValueError(
-            f"the model already has FP8 weights: {some(held)}; load into a plain model, or use disable_fp8_gemm first"
-        )

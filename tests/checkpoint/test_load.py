@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BLOCKS, Net, compressed, e8m0, fp8, net_tensors, powers, scales, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fp8gemm import ROW, CheckpointError, FP8GemmOptions, FP8Linear, Scheme, UnsupportedError
@@ -336,12 +336,41 @@ def test_transient_buffers_on_meta_are_computed_or_named(tmp_path: Path) -> None
     assert unable.linear.weight.is_meta
 
 
-def test_a_model_with_fp8_layers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_a_model_with_fp8_layers_takes_another_checkpoint(dequantized: bool, tmp_path: Path) -> None:
+    first, second = rows_net(tmp_path / "first"), static_net(tmp_path / "second")
+    model, fresh = Net(), Net()
+    load_checkpoint(model, first)
+    x = torch.randn(3, 160, dtype=torch.bfloat16)
+    for _ in range(3):
+        before = model(x)
+    for net in (model, fresh):
+        load_checkpoint(net, second, dequantize=dequantized)
+    assert {type(layer) for layer in (model.up, model.down)} == {nn.Linear if dequantized else FP8Linear}
+    assert torch.equal(model(x), fresh(x))
+    assert not torch.equal(model(x), before)
+
+
+def test_dense_values_are_quantized_into_fp8_layers(tmp_path: Path) -> None:
+    """They take the place of the weight's values; the layer stays FP8."""
+    model, dense = Net(), Net()
+    load_checkpoint(model, rows_net(tmp_path / "fp8"))
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    load_checkpoint(model, tmp_path / "dense.safetensors")
+    assert isinstance(model.up, FP8Linear)
+    error = (model.up.weight.dequantize() - dense.up.weight).norm() / dense.up.weight.norm()
+    assert error < 0.05
+
+
+def test_a_file_that_does_not_fit_leaves_fp8_layers_alone(tmp_path: Path) -> None:
     model = Net()
-    folder = rows_net(tmp_path)
-    load_checkpoint(model, folder)
-    with pytest.raises(ValueError, match=r"already has FP8 weights: up\.weight, down\.weight"):
-        load_checkpoint(model, folder)
+    load_checkpoint(model, rows_net(tmp_path / "fp8"))
+    x = torch.randn(3, 160, dtype=torch.bfloat16)
+    expected = model(x)
+    save_file({"up.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(model, tmp_path / "other.safetensors")
+    assert torch.equal(model(x), expected)
 
 
 def test_raw_casts_load_with_their_fp8_biases(tmp_path: Path) -> None:

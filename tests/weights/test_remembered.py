@@ -105,7 +105,7 @@ def test_it_is_counted_and_seen_by_modes() -> None:
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert counter.get_total_flops() == 2 * 10 * 48 * 64
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         model(x)
     assert [event.count for event in profiler.key_averages() if event.key == "fp8gemm::linear"] == [1]
 

@@ -17,7 +17,7 @@ from .home import Home
 from .lookup import rows_of
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
-from .remembered import remember
+from .remembered import bias_key, remember
 from .watching import jit_tracing
 from .weight import FP8Weight
 
@@ -33,7 +33,7 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     calls, key = home.calls, None  # of this version: a write that another thread makes now gives the home others
     if type(x) is torch.Tensor and type(home) is Home and not torch.compiler.is_compiling() and not home.pending:
         geometry = (weight.size(), weight.stride(), weight.offset, weight.dtype)
-        key = (*geometry, x.shape, x.dtype, 0 if bias is None else bias.data_ptr())
+        key = (*geometry, x.shape, x.dtype, bias_key(bias))
         if (call := calls.get(key)) and call.fits(x, bias):
             home.activity.count(call.kernel)
             return call.compute(x)

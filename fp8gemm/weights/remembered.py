@@ -23,7 +23,7 @@ def remembered_linear(
     Bound calls are stored with the bytes that they are for, by the addresses of all their tensors except ``x``.
     """
     data = weight.data
-    if type(data) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % ALIGNMENT or not x.numel():
+    if type(data) is not torch.Tensor or not _aligned(x) or not x.numel():
         return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
     others = (bias, weight.input_scale)
     key = call_key(x, out_dtype, weight.engine, weight.accumulate, data, weight.scale, *others)
@@ -51,10 +51,18 @@ def call_key(
     input_scale: torch.Tensor | None,
 ) -> tuple[Any, ...]:
     """The key of a bound call among those of one weight's bytes."""
-    bias_at = None if bias is None else (bias.data_ptr(), bias.dtype)
     input_scale_at = 0 if input_scale is None else input_scale.data_ptr()
-    ours = (data.data_ptr(), scale.data_ptr(), bias_at, input_scale_at)
+    ours = (data.data_ptr(), scale.data_ptr(), bias_key(bias), input_scale_at)
     return (x.shape, x.dtype, out_dtype, engine, accumulate, *ours)
+
+
+def bias_key(bias: torch.Tensor | None) -> tuple[int, torch.dtype] | None:
+    """What a bound call depends on of its bias, whose values may change."""
+    return None if bias is None else (bias.data_ptr(), bias.dtype)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
 
 
 @dataclass(frozen=True)
@@ -68,17 +76,10 @@ class Call:
     weight: PackedWeight
     kernel: str
     bias: torch.Tensor | None
-    bias_dtype: torch.dtype | None
 
     def fits(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether ``x`` and ``bias`` are as they were, beyond the key, and nothing has to see an operation."""
-        return (
-            x.device == self.weight.device
-            and x.is_contiguous()
-            and x.data_ptr() % ALIGNMENT == 0
-            and (bias is None or bias.dtype == self.bias_dtype)
-            and not watched(x, bias)
-        )
+        """Whether ``x`` is as it was, beyond the key, and nothing has to see an operation."""
+        return x.device == self.weight.device and _aligned(x) and not watched(x, bias)
 
 
 def remember(
@@ -100,12 +101,16 @@ def remember(
         return
     if calls[key] is not None:
         return
-    aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 and x.numel() > 0
-    if not aligned or watched(x, weight.data, weight.scale, bias) or (bias is not None and bias.device != x.device):
+    if (
+        not _aligned(x)
+        or not x.numel()
+        or watched(x, weight.data, weight.scale, bias)
+        or (bias is not None and bias.device != x.device)
+    ):
         return
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     held = None if bias is None else bias.detach()
     with torch.no_grad():
         compute = ENGINES[weight.engine].bind(x, weight, held, x.dtype)
-    calls[key] = compute is not None and Call(compute, weight, kernel, held, None if held is None else held.dtype)
+    calls[key] = compute is not None and Call(compute, weight, kernel, held)

@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
+from ..errors import CheckpointError
 from ..scaled import ROW, Granularity
+from .tiles import tiled_shape, untiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,22 @@ class Arrangement:
     granularity: Granularity
     data: Callable[[torch.Tensor], torch.Tensor] | None = None
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def scaled_in_tiles(shape: tuple[int, ...], granularity: Granularity, key: str, stored: tuple[int, ...]) -> Arrangement:
+    """``[N, K]`` as in the model, whose scales ``key`` of shape ``stored`` are in the order of tensor cores' tiles.
+
+    Raises:
+        CheckpointError: these are not as many as the tiles of such a weight hold.
+    """
+    rows, groups = granularity.scale_shape(shape)
+    expected = tiled_shape(rows, groups)
+    if math.prod(stored) != math.prod(expected):
+        raise CheckpointError(
+            f"{key} must hold scales in tiles of 128 x 4: {list(expected)} for a weight of shape {list(shape)}, found "
+            f"{list(stored)}"
+        )
+    return Arrangement(shape=shape, granularity=granularity, scale=partial(untiled, rows=rows, groups=groups))
 
 
 def transposed(shape: tuple[int, ...]) -> Arrangement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ import torch
 from ..errors import CheckpointError
 from ..numerics import encode_ue8m0
 from ..scaled import FP8_DTYPES, MX, ROW, TENSOR, Granularity, ScaledTensor, Scheme
-from .arrangements import Arrangement
+from .arrangements import Arrangement, scaled_in_tiles
 from .base import LINEAR, Activation, Contents, Format, Layout, TensorInfo, Written
-from .tiles import tiled, tiled_shape, untiled
+from .tiles import tiled, tiled_shape
 
 _PREFIX = "model.diffusion_model."
 _METADATA = "_quantization_metadata"
@@ -108,14 +108,7 @@ class Comfy(Format):
         kind, shape = _kind(contents, key.removesuffix(".weight")), contents.tensors[key].shape
         if kind is None or not kind.tiled or len(shape) != 2:
             return None
-        rows, groups = MX.scale_shape(shape)
-        expected, found = tiled_shape(rows, groups), contents.tensors[scale]
-        if found.numel != expected[0] * expected[1]:
-            raise CheckpointError(
-                f"{key} is stored as mxfp8, whose scales have tiles of 128 x 4: {list(expected)} for a weight of shape "
-                f"{list(shape)}, found {list(found.shape)}"
-            )
-        return Arrangement(shape=shape, granularity=MX, scale=partial(untiled, rows=rows, groups=groups))
+        return scaled_in_tiles(shape, MX, scale, contents.tensors[scale].shape)
 
     def infers_blocks(self, contents: Contents, module: str) -> bool:
         return _group_size(contents, module) is None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from ..errors import CheckpointError
 from ..scaled import ROW, TENSOR, Granularity
-from .arrangements import Arrangement
+from .arrangements import Arrangement, scaled_in_tiles
 from .base import LINEAR, Activation, Contents, Format, Names
-from .tiles import tiled_shape, untiled
 
 _PARTS = Names(weight="._weight_qdata", scales=("._weight_scale",))
 
@@ -47,14 +45,7 @@ class TorchAO(Format):
         if not described.get("is_swizzled_scales") or len(shape) != 2:
             return None
         granularity = Granularity(1, int(described.get("block_size") or 32))
-        rows, groups = granularity.scale_shape(shape)
-        expected, found = tiled_shape(rows, groups), contents.tensors[scale]
-        if found.numel != expected[0] * expected[1]:
-            raise CheckpointError(
-                f"{scale} has shape {list(found.shape)}; in tiles of 128 x 4, the scales of a weight of shape "
-                f"{list(shape)} have {expected[0] * expected[1]} elements"
-            )
-        return Arrangement(shape=shape, granularity=granularity, scale=partial(untiled, rows=rows, groups=groups))
+        return scaled_in_tiles(shape, granularity, scale, contents.tensors[scale].shape)
 
     def granularities(self, contents: Contents, module: str) -> Sequence[Granularity]:
         block = _described(contents, module).get("block_size")

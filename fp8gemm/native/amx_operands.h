@@ -133,7 +133,7 @@ INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
 // Scales [16][blocks along k] multiply them, unless null; the 32 elements of step i are in block blocks[i].
 INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
                    const float* const* scale_rows, const int64_t* blocks, uint8_t* out) {
-    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F);
+    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F), in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t r = 0; r < 16; ++r) {
         bool exists = row + r < p.n;
         const uint8_t* codes = p.data_row(exists ? row + r : 0) + first;
@@ -143,7 +143,7 @@ INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, 
                                       : _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, codes + k);
             if (next) _mm_prefetch(reinterpret_cast<const char*>(next + r * p.data_stride + k), _MM_HINT_T0);
             __m512bh values[2];
-            avx512_bf16::decode_register(code, values);
+            avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, code), values);
             if (scale_rows && left) {
                 __m512i magnitude = _mm512_and_si512(code, magnitude_bits);
                 uint64_t ordinary = _mm512_test_epi8_mask(magnitude, magnitude) &

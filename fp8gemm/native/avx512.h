@@ -9,29 +9,121 @@ BEGIN_TARGET(TARGET_AVX512)
 namespace {
 namespace avx512 {
 
-constexpr int LANES = 16, STEP = LANES, TOKENS = 6, CODES = 2 * LANES;
-using Vec = float __attribute__((vector_size(LANES * 4)));
+constexpr const char* NAME = NAMES[AVX512];
+constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, GRAIN = 1;
+constexpr int64_t CHUNK = 512;
+using Vec = __m512;
 using Element = float;
 using Operand = Vec;
 
-INLINE Vec multiply_add(Vec sum, Operand a, Operand b) { return sum + a * b; }  // becomes fma where there is one
+INLINE Operand load(const Element* address) { return _mm512_loadu_ps(address); }
+INLINE Operand broadcast(const Element* address) { return _mm512_set1_ps(*address); }
+INLINE Vec multiply_add(Vec sums, Operand a, Operand b) { return _mm512_fmadd_ps(a, b, sums); }
 
-// A code's bits, moved to an fp16's, have 2^-8 of its value; subnormals convert to fp32 at full speed.
-INLINE void decode_step(const uint8_t* codes, Operand* out) {
-    const __m512i largest = _mm512_set1_epi16(0x3F80);
-    __m512i half = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    half = _mm512_and_si512(_mm512_slli_epi16(half, 7), _mm512_set1_epi16(short(0xBF80)));
-    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, largest), largest);
-    half = _mm512_mask_blend_epi16(nan, half, _mm512_or_si512(half, _mm512_set1_epi16(0x7C00)));
-    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half)) * 256.0f;
-    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * 256.0f;
+INLINE float sum(Vec vector) { return _mm512_reduce_add_ps(vector); }
+
+INLINE void store(uint8_t* out, int64_t type, Vec y) {
+    if (type == FP32) return _mm512_storeu_ps(out, y);
+    __m256i half;
+    if (type == FP16) half = _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    else {  // to nearest, ties to even; NaN stays NaN
+        __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
 }
 
-#include "vector_product.h"
-#include "vector_quantize.h"
-#include "vector_lookup.h"
+// A code's bits, moved to an fp16's, have 2^-8 of its value; subnormals convert to fp32 at full speed. A NaN's bits
+// become a number's, and are set apart where there may be some.
+constexpr float FACTOR = 256.0f;
+constexpr bool DECODES_NANS = false;
+template <bool NANS> INLINE __m512i halves(__m512i shifted) {
+    __m512i half = _mm512_and_si512(shifted, _mm512_set1_epi16(short(0xBF80)));
+    if (!NANS) return half;
+    const __m512i largest = _mm512_set1_epi16(0x3F80);
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, largest), largest);
+    return _mm512_mask_blend_epi16(nan, half, _mm512_or_si512(half, _mm512_set1_epi16(0x7C00)));
+}
+INLINE Vec lower(__m512i half) { return _mm512_cvtph_ps(_mm512_castsi512_si256(half)); }
+INLINE Vec upper(__m512i half) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)); }
 
-const Kernel kernel = {NAMES[AVX512], block_tokens, plan, pack, panel};
+// Of 32 words of two codes: the first and the second code of each.
+template <bool NANS> INLINE __m512i first_codes(__m512i words) {
+    return halves<NANS>(_mm512_srai_epi16(_mm512_slli_epi16(words, 8), 1));
+}
+template <bool NANS> INLINE __m512i second_codes(__m512i words) { return halves<NANS>(_mm512_srai_epi16(words, 1)); }
+
+// 8 vectors of 8 words in each 128 bits -> 8 vectors of one word from each.
+INLINE void transpose_words(__m512i a[8]) {
+    __m512i b[8];
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            a[i + 2 * j] = _mm512_unpacklo_epi32(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi32(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        b[2 * i] = _mm512_unpacklo_epi64(a[i], a[i + 4]);
+        b[2 * i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
+// 16 codes at each of four addresses. Broadcasts from memory under a mask leave the shuffle unit to the transposition.
+INLINE __m128i codes_at(const uint8_t* address) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(address)); }
+INLINE __m512i quarters(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    __m512i all = _mm512_mask_broadcast_i32x4(_mm512_castsi128_si512(codes_at(a)), 0x00F0, codes_at(b));
+    return _mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(all, 0x0F00, codes_at(c)), 0xF000, codes_at(d));
+}
+
+// 16 rows at a time are transposed in words of two codes: 32 codes of each, in two halves of 16.
+template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out) {
+    for (int vector = 0; vector < VECTORS; ++vector)
+        for (int half = 0; half < 2; ++half) {
+            __m512i words[8];
+            const uint8_t* from = group + vector * 16 * 64 + half * 32;
+            for (int i = 0; i < 8; ++i)
+                words[i] = quarters(from + i * 64, from + (i + 8) * 64, from + i * 64 + 16, from + (i + 8) * 64 + 16);
+            transpose_words(words);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                Element* to = out + (half * 32 + 2 * i) * ROWS + vector * 16;
+                __m512i first = first_codes<NANS>(words[i]), second = second_codes<NANS>(words[i]);
+                _mm512_storeu_ps(to, lower(first));
+                _mm512_storeu_ps(to + ROWS, lower(second));
+                _mm512_storeu_ps(to + 16 * ROWS, upper(first));
+                _mm512_storeu_ps(to + 17 * ROWS, upper(second));
+            }
+        }
+}
+
+constexpr int CODES = 64, FEW = 8;
+constexpr int together(int tokens) { return tokens <= 2 ? 4 : 2; }
+constexpr int place(int code) { return code % 2 * 32 + code / 2; }
+template <bool NANS> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
+    __m512i words = _mm512_loadu_si512(codes), first = first_codes<NANS>(words), second = second_codes<NANS>(words);
+    out[0] = lower(first), out[1] = upper(first), out[2] = lower(second), out[3] = upper(second);
+}
+
+constexpr int IN_ORDER = 32;
+INLINE void decode_in_order(const uint8_t* codes, Vec* out) {
+    __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    __m512i half = halves<true>(_mm512_slli_epi16(wide, 7));
+    out[0] = lower(half) * FACTOR, out[1] = upper(half) * FACTOR;
+}
+
+#include "panels.h"
+
+#include "dots.h"
+#include "vector_lookup.h"
+#include "vector_quantize.h"
+
 const Quantizer quantizer = {amax_rows, cast_rows, look_up_rows};
 
 }  // namespace avx512

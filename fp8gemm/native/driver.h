@@ -20,22 +20,27 @@
 
 namespace {
 
+// Few tokens are multiplied by dot products, unless blocks along k are not made of the codes decoded at a time.
+#define CHOOSE(set) (p.m <= set::FEW && (p.cols >= p.k || p.cols % set::CODES == 0) ? &set::dots : &set::panels)
+
 const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem& p) {
+    [[maybe_unused]] auto whole = [&](int64_t codes) { return p.cols >= p.k || p.cols % codes == 0; };
 #if FP8GEMM_HAS_AMX
-    bool whole_steps = p.cols >= p.k || p.cols % 32 == 0, small_blocks = p.cols < smaller<int64_t>(p.k, 64);
+    bool small_blocks = p.cols < smaller<int64_t>(p.k, 64);
     bool worthwhile = p.k >= 32 && (p.m * parts(p.x_type) >= 2 || small_blocks);
-    if (level >= AMX && whole_steps && worthwhile) return &amx::kernel;
+    if (level >= AMX && whole(32) && worthwhile) return &amx::kernel;
 #endif
 #if FP8GEMM_HAS_BF16
-    if (level >= AVX512_BF16 && p.x_type == BF16) return &avx512_bf16::kernel;
+    if (level >= AVX512_BF16 && p.x_type == BF16 && whole(avx512_bf16::GRAIN)) return CHOOSE(avx512_bf16);
 #endif
 #if defined(__x86_64__)
-    if (level >= AVX512) return &avx512::kernel;
-    if (level >= AVX2) return &avx2::kernel;
+    if (level >= AVX512) return CHOOSE(avx512);
+    if (level >= AVX2) return CHOOSE(avx2);
 #endif
-    return &portable::kernel;
+    return CHOOSE(portable);
 }
 
+// Blocks of tokens are packed and multiplied one after the other; several at once where that gives all threads work.
 bool multiply(const Problem& p, const Kernel& kernel, int threads) {
     if (p.m == 0 || p.n == 0) return true;
     // Waking a thread takes some microseconds, which some tens of thousands of weights are worth.
@@ -43,18 +48,26 @@ bool multiply(const Problem& p, const Kernel& kernel, int threads) {
     int64_t blocks = ceil_div(p.m, kernel.block_tokens(p)), unit = kernel.plan(p, 1, threads).pack_unit;
     int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
     Plan most = kernel.plan(p, block, threads);
+    int64_t panels = ceil_div(p.n, most.panel_rows), together = smaller(ceil_div(2 * threads, panels), blocks);
     int64_t packed_bytes = round_up(most.packed_bytes, 64), scratch_bytes = round_up(most.scratch_bytes, 64);
-    uint8_t* memory = workspace.reserve(packed_bytes + threads * scratch_bytes);
+    uint8_t* memory = workspace.reserve(together * packed_bytes + threads * scratch_bytes);
     if (!memory) return false;
-    for (int64_t start = 0; start < p.m; start += block) {
-        Tokens tokens = {start, smaller(block, p.m - start), memory};
-        int64_t rows = kernel.plan(p, tokens.count, threads).panel_rows;
-        parallel(tokens.count * p.k < (1 << 18) ? 1 : threads, ceil_div(tokens.count, unit),
-                 [&](int64_t i, int64_t, int64_t) { kernel.pack(p, tokens, i, i + 1); });
-        parallel(threads, ceil_div(p.n, rows), [&](int64_t i, int64_t following, int64_t thread) {
-            const uint8_t* next = following < 0 ? nullptr : p.data_row(following * rows);
-            kernel.panel(p, tokens, {i * rows, smaller(rows, p.n - i * rows), next},
-                         memory + packed_bytes + thread * scratch_bytes);
+    for (int64_t start = 0; start < p.m; start += together * block) {
+        auto tokens = [&](int64_t i) {
+            int64_t first = start + i * block;
+            return Tokens{first, smaller(block, p.m - first), memory + i * packed_bytes};
+        };
+        int64_t end = smaller(p.m, start + together * block), units = ceil_div(block, unit);
+        int64_t here = ceil_div(end - start, block);
+        parallel((end - start) * p.k < (1 << 18) ? 1 : threads, here * units, [&](int64_t i, int64_t, int64_t) {
+            Tokens some = tokens(i / units);
+            if (i % units * unit < some.count) kernel.pack(p, some, i % units, i % units + 1);
+        });
+        parallel(threads, here * panels, [&](int64_t i, int64_t following, int64_t thread) {
+            int64_t row = i % panels * most.panel_rows;
+            const uint8_t* next = following < 0 ? nullptr : p.data_row(following % panels * most.panel_rows);
+            kernel.panel(p, tokens(i / panels), {row, smaller(most.panel_rows, p.n - row), next},
+                         memory + together * packed_bytes + thread * scratch_bytes);
         });
     }
     workspace.trim();

@@ -5,8 +5,9 @@
 //   problems.h     the arguments of a product, a quantization and a lookup; what each instruction set implements
 //   levels.h       the instruction sets, and which of them this CPU has
 //   portable.h, avx2.h, avx512.h, avx512_bf16.h
-//                  the vectors of one instruction set each, and for them
-//                    vector_product.h   dot products along k
+//                  the vectors of one instruction set each, and how it decodes; for each of them
+//                    panels.h           products of many tokens: panels of the weight are decoded to memory
+//                    dots.h             products of few tokens: codes are decoded in registers
 //                    vector_quantize.h  the quantizer
 //                    vector_lookup.h    decoded rows
 //   amx_operands.h, amx.h
@@ -14,9 +15,10 @@
 //   parallel.h     threads and their memory
 //   driver.h       chooses a kernel, and distributes panels of the weight's rows over threads
 //
-// Each output is summed over k in an order that depends neither on the number of threads nor on timing. Weights are
-// decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is exact; only
-// out is ever rounded to bf16.
+// Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is
+// exact; only out is ever rounded to bf16. Each output is summed over k in an order that depends neither on the number of
+// threads nor on timing. It does depend on whether M is at most FEW, above which panels take over from dots, or on AMX on
+// whether M is 1; so a token's result may then differ in its last bits.
 
 #include "driver.h"
 
@@ -57,7 +59,7 @@ int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_str
         expert.x = p->x_row(start), expert.out = p->out_row(start), expert.m = ends[e] - start;
         if (int status = fp8gemm_linear(level, threads, &expert)) return status;
         expert.data += expert_stride;
-        expert.scale += ceil_div(p->n, p->rows) * ceil_div(larger<int64_t>(p->k, 1), p->cols);
+        expert.scale += ceil_div(p->n, p->rows) * p->blocks;
         if (p->bias) expert.bias += p->n * size_of(p->bias_type);
     }
     return 0;

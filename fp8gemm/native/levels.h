@@ -37,7 +37,7 @@
 namespace {
 
 enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
-const char* const NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // The level of this CPU and operating system. Linux allows a process to use the AMX tiles, 8 KB of context per thread,
 // only after a request; that the tiles multiply bf16 is bit 22 of CPUID 7's EDX (Intel's SDM, volume 2).

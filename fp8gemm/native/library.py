@@ -29,7 +29,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "data", "scale", "bias", "out")),
         *((name, c_int64) for name in ("x_type", "bias_type", "out_type", "x_stride", "data_stride", "out_stride")),
-        *((name, c_int64) for name in ("m", "n", "k", "rows", "cols")),
+        *((name, c_int64) for name in ("m", "n", "k", "rows", "cols", "blocks", "nans")),
     ]
 
 
@@ -267,7 +267,7 @@ def _problem(
     return _Problem(
         *(x.data_ptr(), data.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
         *(TYPES[x.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype]),
-        *(x.stride(0), data.stride(-2), out.stride(0), x.shape[0], data.shape[-2], x.shape[1], rows, cols),
+        *(x.stride(0), data.stride(-2), out.stride(0), x.shape[0], data.shape[-2], x.shape[1], rows, cols, scale.shape[-1], True),
     )
 
 

@@ -6,6 +6,9 @@
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
+// Keeps a vector in a register.
+#define KEEP(vector) asm("" : "+v"(vector))
+#define NOINLINE __attribute__((noinline))
 
 namespace {
 

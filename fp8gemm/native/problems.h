@@ -14,9 +14,11 @@ struct Problem {
     const uint8_t* bias;
     uint8_t* out;
     int64_t x_type, bias_type, out_type, x_stride, data_stride, out_stride, m, n, k, rows, cols;
+    int64_t blocks;  // along k; not divided anew for each row
+    int64_t nans;    // whether some code may be NaN: where this is 0, decoding is faster
 
     bool scales_vary_along_k() const { return cols < k; }
-    const float* scale_row(int64_t row) const { return scale + row / rows * ceil_div(larger<int64_t>(k, 1), cols); }
+    const float* scale_row(int64_t row) const { return scale + (rows == 1 ? row : row / rows) * blocks; }
     float bias_at(int64_t row) const { return bias ? load_number(bias, row, bias_type) : 0.0f; }
     const uint8_t* data_row(int64_t row) const { return data + row * data_stride; }
     const uint8_t* x_row(int64_t token) const { return x + token * x_stride * size_of(x_type); }

@@ -1,4 +1,4 @@
-// The quantizer. This is included once per instruction set, inside its namespace, after vector_product.h.
+// The quantizer. This is included once per instruction set, inside its namespace, after panels.h.
 
 // The largest finite magnitude; as integers, floats have the same order.
 template <class Bits>

@@ -1,0 +1,120 @@
+// Products of few tokens, with lanes along K: codes are decoded in registers and multiplied there. This is included
+// once per instruction set, inside its namespace, after panels.h; it needs, in addition:
+//
+//   CODES          codes that are decoded at a time
+//   decode_codes   CODES codes -> PARTS operands, in the order that is the fastest
+//   place          which of these elements a code becomes; x is packed in the same order
+//   FEW            the most tokens for which this is faster than panels
+//   together       how many rows are multiplied at a time, for a number of tokens
+//   sum            adds the lanes of a vector
+
+constexpr int PARTS = CODES / (LANES * GRAIN);
+constexpr int64_t FETCHED = 4096;  // bytes ahead in each of the rows
+
+// Chains of sums that do not wait for each other: with few of them, multiplications would.
+constexpr int chains(int count) { return together(count) * count < 8 ? 2 : 1; }
+
+template <int COUNT, bool NANS, int TOGETHER, int CHAINS>
+INLINE void add_codes(Vec (*sums)[COUNT][CHAINS], const uint8_t* const* codes, int64_t k, int64_t ahead,
+                      const Element* x) {
+    Operand w[TOGETHER][PARTS];
+#pragma GCC unroll 8
+    for (int r = 0; r < TOGETHER; ++r) {
+        decode_codes<NANS>(codes[r] + k, w[r]);
+        __builtin_prefetch(codes[r] + k + ahead);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < COUNT; ++t)
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; ++i) {
+            Operand token = load(x + t * CODES + i * LANES * GRAIN);
+#pragma GCC unroll 8
+            for (int r = 0; r < TOGETHER; ++r)
+                sums[r][t][i % CHAINS] = multiply_add(sums[r][t][i % CHAINS], w[r][i], token);
+        }
+}
+
+// sums [COUNT][PANEL] of rows [row, row + TOGETHER); those from `end` on are like the last. Blocks along k are
+// multiples of CODES.
+template <int COUNT, bool NANS, int TOGETHER>
+INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t end, int64_t ahead,
+                     float* out) {
+    constexpr int CHAINS = chains(COUNT);
+    const uint8_t* codes[TOGETHER];
+    uint8_t last[TOGETHER][CODES];
+    const uint8_t* lasts[TOGETHER];
+    Vec total[TOGETHER][COUNT];
+    bool vary = p.scales_vary_along_k();
+    int64_t whole = p.k / CODES * CODES;
+    for (int r = 0; r < TOGETHER; ++r) {
+        codes[r] = p.data_row(smaller(row + r, end - 1));
+        for (int t = 0; t < COUNT; ++t) total[r][t] = Vec{};
+    }
+    for (int64_t k = 0, block = 0; k < p.k; ++block) {
+        Vec sums[TOGETHER][COUNT][CHAINS];
+        for (int r = 0; r < TOGETHER; ++r)
+            for (int t = 0; t < COUNT; ++t)
+                for (int i = 0; i < CHAINS; ++i) sums[r][t][i] = Vec{};
+        int64_t stop = vary ? smaller(p.k, k + p.cols) : p.k;
+        for (; k < smaller(stop, whole); k += CODES)
+            add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, codes, k, ahead, x + k * COUNT);
+        if (k < stop) {
+            memset(last, 0, sizeof last);
+            for (int r = 0; r < TOGETHER; ++r) memcpy(last[r], codes[r] + k, size_t(stop - k)), lasts[r] = last[r];
+            add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, lasts, 0, 0, x + k * COUNT);
+            k = stop;
+        }
+        for (int r = 0; r < TOGETHER; ++r) {
+            float scale = vary ? p.scale_row(smaller(row + r, end - 1))[block] : 1.0f;
+            for (int t = 0; t < COUNT; ++t) {
+                if constexpr (CHAINS == 2) sums[r][t][0] += sums[r][t][1];
+                total[r][t] += vary ? sums[r][t][0] * FACTOR * scale : sums[r][t][0];
+            }
+        }
+    }
+    for (int r = 0; r < TOGETHER; ++r)
+        for (int t = 0; t < COUNT; ++t) out[t * PANEL + r] = sum(total[r][t]);
+}
+
+template <int COUNT, bool NANS> NOINLINE void dot_panel(const Problem& p, const Element* x, Rows rows, float* sums) {
+    constexpr int TOGETHER = together(COUNT);
+    int64_t ahead = TOGETHER * ceil_div(FETCHED, larger<int64_t>(p.data_stride, 1)) * p.data_stride;
+    for (int64_t row = 0; row < rows.count; row += TOGETHER)
+        dot_rows<COUNT, NANS, TOGETHER>(p, x, rows.start + row, rows.start + rows.count, ahead, sums + row);
+}
+
+template <int COUNT> INLINE void dot_panel_of(const Problem& p, Tokens tokens, Rows rows, float* sums) {
+    if constexpr (COUNT > 1)
+        if (tokens.count < COUNT) return dot_panel_of<COUNT - 1>(p, tokens, rows, sums);
+    const Element* x = reinterpret_cast<const Element*>(tokens.packed);
+    bool masked = p.nans && !DECODES_NANS;
+    (masked ? dot_panel<COUNT, !DECODES_NANS> : dot_panel<COUNT, false>)(p, x, rows, sums);
+}
+
+int64_t dots_tokens(const Problem&) { return FEW; }
+
+Plan dots_plan(const Problem& p, int64_t tokens, int threads) {
+    constexpr int64_t TASK = 1 << 16;  // bytes of the weight that are worth a task
+    int64_t rows = smaller(ceil_div(TASK, larger<int64_t>(p.k, 1)), ceil_div(p.n, 4 * threads));
+    return {1, smaller(round_up(rows, 4), PANEL), tokens * round_up(p.k, CODES) * int64_t(sizeof(Element)), 0};
+}
+
+// Packed: [groups of CODES][tokens][CODES].
+void dots_pack(const Problem& p, Tokens tokens, int64_t first, int64_t end) {
+    for (int64_t t = first; t < end; ++t)
+        for (int64_t k = 0; k < p.k; k += CODES) {
+            Element group[CODES] = {}, *out = reinterpret_cast<Element*>(tokens.packed) + k * tokens.count + t * CODES;
+            copy(p.x_row(tokens.start + t) + k * size_of(p.x_type), p.x_type, group, smaller<int64_t>(CODES, p.k - k));
+#pragma GCC unroll 64
+            for (int i = 0; i < CODES; ++i) out[place(i)] = group[i];
+        }
+}
+
+void dots_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t*) {
+    float sums[FEW * PANEL];
+    dot_panel_of<FEW>(p, tokens, rows, sums);
+    uint8_t* out = p.out_row(tokens.start) + rows.start * size_of(p.out_type);
+    finish(p, Ending(p, rows.start, rows.count), sums, tokens.count, rows.count, out);
+}
+
+const Kernel dots = {NAME, dots_tokens, dots_plan, dots_pack, dots_panel};

@@ -1,0 +1,204 @@
+// Products of many tokens, with lanes along N. This is included once per instruction set, inside its namespace, which
+// defines:
+//
+//   Vec, LANES           a vector of fp32 sums: of one token with LANES rows of the weight
+//   Element, GRAIN       an element of x and of a decoded weight; each lane multiplies GRAIN of them at a time
+//   Operand              LANES x GRAIN elements
+//   load, broadcast      an operand from memory; one whose lanes all hold the same GRAIN elements
+//   multiply_add         sums plus the products of two operands
+//   FACTOR               decoded weights times this are the weight's values
+//   decode_strip         64 codes of ROWS rows -> [64 / GRAIN][ROWS][GRAIN]
+//   store                rounds sums to the type of out
+//   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
+//
+// A panel of the weight is decoded strip by strip, CHUNK codes of each row at a time, to the order in which it is
+// multiplied. Tiles of TOKENS x ROWS sums then stay in registers: they are never added across lanes, and are stored
+// contiguously. While a chunk is multiplied, the codes of the next one are fetched.
+
+constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
+constexpr int64_t STRIPS = 2;      // strips of a panel
+constexpr int64_t PANEL = STRIPS * ROWS;
+// No power of two, at which all tokens would share few sets of the caches.
+constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
+
+// Lines of the codes that come next, of which `burst` are fetched at a time.
+struct Ahead {
+    const uint8_t* row;
+    int64_t stride, width, left, burst, column;
+
+    INLINE void fetch() {
+        for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
+            __builtin_prefetch(row + column, 0, 2);
+            column += 64;
+            if (column >= width) column = 0, row += stride;
+        }
+    }
+};
+
+INLINE Vec floats(const float* address) {
+    Vec vector;
+    memcpy(&vector, address, sizeof vector);
+    return vector;
+}
+
+// `count` elements of x: bf16 as they are; those of any type as fp32.
+INLINE void copy(const uint8_t* x, int64_t, uint16_t* out, int64_t count) { memcpy(out, x, size_t(count) * 2); }
+INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
+    if (type == FP32) memcpy(out, x, size_t(count) * 4);
+    else if (type == BF16) for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, BF16);
+    else for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, FP16);
+}
+
+// Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
+struct Segment { int32_t units, factor; };
+
+// Adds w [units][ROWS] times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null, multiply what
+// each adds. The first segment's sums replace what is in memory if `first`.
+template <int COUNT>
+NOINLINE void multiply_tile(const Element* x, const Element* w, const Segment* segment, const Segment* end,
+                            const float* factors, bool first, float* sums, Ahead& ahead) {
+    for (; segment < end; ++segment, first = false) {
+        Vec added[COUNT][VECTORS];
+        for (int t = 0; t < COUNT; ++t)
+            for (int j = 0; j < VECTORS; ++j) added[t][j] = Vec{};
+        for (int64_t unit = 0; unit < segment->units;) {
+            ahead.fetch();
+            for (int64_t stop = smaller<int64_t>(segment->units, unit + 16); unit < stop; ++unit) {
+                Operand rows[VECTORS];
+                for (int j = 0; j < VECTORS; ++j) rows[j] = load(w + j * LANES * GRAIN);
+#pragma GCC unroll 16
+                for (int t = 0; t < COUNT; ++t) {
+                    Operand token = broadcast(x + t * X_STRIDE);
+                    for (int j = 0; j < VECTORS; ++j) added[t][j] = multiply_add(added[t][j], rows[j], token);
+                }
+                w += ROWS * GRAIN, x += GRAIN;
+            }
+        }
+        const float* factor = factors ? factors + segment->factor * PANEL : nullptr;
+#pragma GCC unroll 16
+        for (int t = 0; t < COUNT; ++t)
+            for (int j = 0; j < VECTORS; ++j) {
+                float* kept = sums + t * PANEL + j * LANES;
+                if (factor) added[t][j] = added[t][j] * FACTOR * floats(factor + j * LANES);
+                if (!first) added[t][j] += floats(kept);
+                memcpy(kept, &added[t][j], sizeof(Vec));
+            }
+    }
+}
+
+template <int COUNT, class... Arguments> INLINE void multiply_tile_of(int64_t count, Arguments&&... arguments) {
+    if (count == COUNT) return multiply_tile<COUNT>(arguments...);
+    if constexpr (COUNT > 1) multiply_tile_of<COUNT - 1>(count, arguments...);
+}
+
+// What the sums of each row become: times factor and scale, plus bias.
+struct Ending {
+    float factor, scale[PANEL], bias[PANEL];
+
+    Ending(const Problem& p, int64_t row, int64_t rows) : factor(p.scales_vary_along_k() ? 1.0f : FACTOR) {
+        const float* scales = p.scale_row(row);
+        if (p.rows == 1 && p.blocks == 1) memcpy(scale, scales, size_t(rows) * 4);
+        else for (int64_t r = 0; r < rows; ++r) scale[r] = p.scales_vary_along_k() ? 1.0f : *p.scale_row(row + r);
+        if (p.bias) copy(p.bias + row * size_of(p.bias_type), p.bias_type, bias, rows);
+    }
+};
+
+// out [tokens][rows] from sums [tokens][PANEL], rounded; `out` is the first token's first row.
+NOINLINE void finish(const Problem& p, const Ending& ending, const float* sums, int64_t tokens, int64_t rows,
+                     uint8_t* out) {
+    for (; tokens > 0; --tokens, sums += PANEL, out += p.out_stride * size_of(p.out_type))
+        for (int64_t r = 0; r < rows; r += LANES) {
+            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + r);
+            if (p.bias) y += floats(ending.bias + r);
+            if (rows - r >= LANES) {
+                store(out + r * size_of(p.out_type), p.out_type, y);
+                continue;
+            }
+            float values[LANES];
+            memcpy(values, &y, sizeof values);
+            for (int64_t i = 0; i < rows - r; ++i) store_number(out, r + i, p.out_type, values[i]);
+        }
+}
+
+int64_t block_tokens(const Problem&) { return 256; }
+
+INLINE int64_t chunks(const Problem& p) { return larger<int64_t>(1, ceil_div(p.k, CHUNK)); }
+
+// Panels are smaller where there would be too few for all threads.
+Plan plan(const Problem& p, int64_t tokens, int threads) {
+    int64_t rows = smaller(PANEL, round_up(ceil_div(p.n, 4 * threads), ROWS));
+    int64_t factors = p.scales_vary_along_k() ? PANEL * (CHUNK / smaller(p.cols, CHUNK) + 2) : 0;
+    int64_t scratch = (rows * CHUNK + 64 * ROWS) * int64_t(sizeof(Element)) + (tokens * PANEL + factors) * 4;
+    return {1, rows, tokens * chunks(p) * X_STRIDE * int64_t(sizeof(Element)), scratch};
+}
+
+// Packed: [chunks][tokens][X_STRIDE].
+void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
+    Element* packed = reinterpret_cast<Element*>(tokens.packed);
+    for (int64_t t = first; t < last; ++t)
+        for (int64_t k = 0; k < p.k; k += CHUNK) {
+            int64_t count = smaller(CHUNK, p.k - k);
+            Element* out = packed + (k / CHUNK * tokens.count + t) * X_STRIDE;
+            copy(p.x_row(tokens.start + t) + k * size_of(p.x_type), p.x_type, out, count);
+            memset(out + count, 0, size_t(round_up(count, GRAIN) - count) * sizeof(Element));
+        }
+}
+
+// Decodes `count` codes of `rows` rows, followed by zeros up to a multiple of 64 codes and of ROWS rows.
+INLINE void decode(const uint8_t* codes, int64_t stride, int64_t rows, int64_t count, bool nans, Element* out) {
+    for (int64_t k = 0; k < count; k += 64, out += 64 * ROWS) {
+        alignas(64) uint8_t group[ROWS * 64];
+        if (rows >= ROWS && count - k >= 64)
+            for (int64_t r = 0; r < ROWS; ++r) memcpy(group + r * 64, codes + r * stride + k, 64);
+        else {
+            memset(group, 0, sizeof group);
+            for (int64_t r = 0; r < smaller<int64_t>(rows, ROWS); ++r)
+                memcpy(group + r * 64, codes + r * stride + k, size_t(smaller<int64_t>(64, count - k)));
+        }
+        nans ? decode_strip<true>(group, out) : decode_strip<false>(group, out);
+    }
+}
+
+void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
+    Element* w = reinterpret_cast<Element*>(scratch);
+    float* sums = reinterpret_cast<float*>(w + round_up(rows.count, ROWS) * CHUNK + 64 * ROWS);
+    float* factors = sums + tokens.count * PANEL;
+    const Ending ending(p, rows.start, rows.count);
+    bool vary = p.scales_vary_along_k();
+    int64_t tiles = ceil_div(tokens.count, TOKENS), strips = ceil_div(rows.count, ROWS);
+    for (int64_t chunk = 0, more = true; more; chunk += CHUNK) {
+        int64_t count = smaller(CHUNK, p.k - chunk), block = vary ? chunk / p.cols : 0;
+        more = chunk + count < p.k;
+        for (int64_t s = 0; s < strips; ++s)
+            decode(p.data_row(rows.start + s * ROWS) + chunk, p.data_stride, rows.count - s * ROWS, count, p.nans,
+                   w + s * ROWS * CHUNK);
+        for (int64_t b = block; vary && b * p.cols < chunk + count; ++b)
+            for (int64_t r = 0; r < rows.count; ++r) factors[(b - block) * PANEL + r] = p.scale_row(rows.start + r)[b];
+        Segment segments[CHUNK / GRAIN + CHUNK / RESTART], *last = segments;
+        int64_t bursts = 0;
+        for (int64_t k = 0, b = 0, stop; k < count || last == segments; k = stop, ++last) {
+            stop = smaller(count, k / RESTART * RESTART + RESTART);
+            *last = {0, int32_t(b)};
+            if (vary && (block + b + 1) * p.cols - chunk <= stop) stop = (block + ++b) * p.cols - chunk;
+            last->units = int32_t(ceil_div(stop - k, GRAIN));
+            bursts += tiles * strips * ceil_div(last->units, 16);
+        }
+        const uint8_t* next = more ? p.data_row(rows.start) + chunk + count : rows.next;
+        int64_t width = smaller(CHUNK, more ? p.k - chunk - count : p.k), lines = ceil_div(width, 64) * rows.count;
+        Ahead ahead = {next, p.data_stride, width, next ? lines : 0, ceil_div(lines, larger<int64_t>(bursts, 1)), 0};
+        for (int64_t tile = 0, token = 0; tile < tiles; ++tile) {
+            int64_t end = tokens.count * (tile + 1) / tiles;
+            const Element* x = reinterpret_cast<Element*>(tokens.packed) +
+                               (chunk / CHUNK * tokens.count + token) * X_STRIDE;
+            for (int64_t s = 0; s < strips; ++s)
+                multiply_tile_of<TOKENS>(end - token, x, w + s * ROWS * CHUNK, segments, last,
+                                         vary ? factors + s * ROWS : nullptr, chunk == 0,
+                                         sums + token * PANEL + s * ROWS, ahead);
+            uint8_t* out = p.out_row(tokens.start + token) + rows.start * size_of(p.out_type);
+            if (!more) finish(p, ending, sums + token * PANEL, end - token, rows.count, out);
+            token = end;
+        }
+    }
+}
+
+const Kernel panels = {NAME, block_tokens, plan, pack, panel};

@@ -41,7 +41,8 @@ class ExaminedDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """The result of ``examine``; ``native`` is the path of the compiled CPU kernels, or why there are none."""
+    """The result of ``examine``; ``native`` is the path of the compiled CPU kernels, their instruction level and where
+    the library came from, or why there are none."""
 
     versions: Mapping[str, str | None]
     native: str
@@ -62,7 +63,7 @@ def examine() -> Examination:
     found = native.find()
     return Examination(
         versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        native=f"{found.path}, {found.instructions}" if isinstance(found, native.Library) else found.reason,
+        native=_describe(found),
         devices={str(device): _examine_device(device) for device in devices()},
     )
 
@@ -76,6 +77,12 @@ def devices() -> list[torch.device]:
         if getattr(torch, kind).is_available():
             found.append(torch.device(kind))
     return found
+
+
+def _describe(found: native.Library | native.Unavailable) -> str:
+    if isinstance(found, native.Unavailable):
+        return found.reason
+    return f"{found.path}, {found.instructions}, {found.origin}"
 
 
 def _examine_device(device: torch.device) -> ExaminedDevice:

@@ -122,6 +122,22 @@ def test_doctor_tells_of_every_engine(capsys: pytest.CaptureFixture[str]) -> Non
     assert "row, bfloat16:" in capsys.readouterr().out
 
 
+def test_doctor_says_which_compiled_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their path, instruction level and origin, or why there are none."""
+    library = native.Library(Path("/p/fp8gemm.so"), "from the cache, compiled by g++ 14.2.0", "avx2", True, object())
+    for found, said in (
+        (library, "/p/fp8gemm.so, avx2, from the cache, compiled by g++ 14.2.0"),
+        (native.Unavailable("no C++ compiler"), "no C++ compiler"),
+    ):
+        monkeypatch.setattr(native, "find", lambda found=found: found)
+        assert main(["doctor"]) == 0
+        assert f"\ncompiled CPU kernels: {said}\n" in capsys.readouterr().out
+        assert main(["doctor", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["native"] == said
+
+
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One copy of each weight, and an empty table."""

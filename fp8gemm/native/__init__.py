@@ -1,14 +1,26 @@
-"""The compiled CPU kernels: a C++ source and its headers, compiled at first use and called through ctypes."""
+"""The compiled CPU kernels: a C++ source and its headers, compiled for a wheel or at first use, behind ctypes."""
 
 from __future__ import annotations
 
 import functools
 
-from .build import Unavailable, build, cache_directory
+from .build import Built, build, cache_directory
+from .compiler import Unavailable
 from .library import TYPES, Instructions, Library, open_library
 from .memory import plain
 
-__all__ = ["TYPES", "Instructions", "Library", "Unavailable", "build", "cache_directory", "find", "loaded", "plain"]
+__all__ = [
+    "TYPES",
+    "Built",
+    "Instructions",
+    "Library",
+    "Unavailable",
+    "build",
+    "cache_directory",
+    "find",
+    "loaded",
+    "plain",
+]
 
 
 @functools.cache

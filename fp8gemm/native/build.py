@@ -1,4 +1,4 @@
-"""Compiling the kernels with the system's C++ compiler, into a cache directory that only the user can write.
+"""Finding the compiled kernels: in the package, or in a cache that only the user can write, or compiled into it now.
 
 A compiled library is called ``fp8gemm-SOURCE-CONTENT.so``: a digest of everything that went into it, and one of its own
 bytes, which is verified before loading. Any failure becomes a reason why there are no kernels, never an exception.
@@ -6,15 +6,11 @@ bytes, which is verified before loading. Any failure becomes a reason why there 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import shlex
 import shutil
 import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,54 +18,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..progress import announce
+from .compiler import (
+    COMPILE_SECONDS,
+    Unavailable,
+    carried_name,
+    compile_source,
+    digest,
+    find_compiler,
+    flags,
+    source_digest,
+    turned_off,
+)
 
 SOURCE = Path(__file__).with_name("fp8gemm.cpp")  # its headers lie beside it
-COMPILERS = ("c++", "g++", "clang++")
-# No flag names a CPU: each kernel is compiled for its own instruction set and chosen at run time, so that a cache in
-# a shared home directory serves different machines. OpenMP is not linked: its symbols come from torch's runtime.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
-# Vector sums may use fused multiply-add; loops vectorize since floating-point traps are not observed.
-FLOAT_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-DARWIN_FLAGS = ("-undefined", "dynamic_lookup")
-COMPILE_SECONDS = 300
 ABANDONED = ".part"  # suffix of a directory while its owner works in it
 
 
 @dataclass(frozen=True)
-class Unavailable:
-    """Why compiled kernels are not available."""
+class Built:
+    """A shared library, and where it came from, as a phrase: carried by the package, from the cache, or compiled."""
 
-    reason: str
+    path: Path
+    origin: str
 
 
-def build(environment: Mapping[str, str] = os.environ) -> Path | Unavailable:
+def build(environment: Mapping[str, str] = os.environ) -> Built | Unavailable:
     """The shared library: the one in the package, else from the cache, else compiled into the cache now."""
-    if environment.get("FP8GEMM_NATIVE") == "0":
-        return Unavailable("FP8GEMM_NATIVE=0 turns the compiled kernels off")
-    if not hasattr(os, "getuid"):
-        return Unavailable(f"the compiled kernels need Linux or macOS, found {sys.platform}")
+    if (off := turned_off(environment)) is not None:
+        return off
     try:
         return _build(environment)
     except (OSError, RuntimeError, ValueError) as error:  # of file systems, missing home directories, or odd paths
         return Unavailable(f"the compiled kernels cannot be built: {error}; set FP8GEMM_CACHE to a folder of your own")
 
 
-def _build(environment: Mapping[str, str]) -> Path | Unavailable:
-    source = source_digest()
+def _build(environment: Mapping[str, str]) -> Built | Unavailable:
+    source = source_digest(SOURCE)
     carried = SOURCE.with_name(carried_name(source))
     if carried.exists():
-        return carried
-    found = _compiler(environment)
-    if isinstance(found, Unavailable):
-        return found
-    command, version = found
-    flags = FLAGS + FLOAT_FLAGS + (DARWIN_FLAGS if sys.platform == "darwin" else ())
+        return Built(carried, "carried by the installed package")
+    compiler = find_compiler(environment)
+    if isinstance(compiler, Unavailable):
+        return compiler
+    command = (*compiler.command, *flags())
     # With the C library's version: a home may be shared, and a library built for a newer one does not load on an older.
     system = " ".join((platform.machine(), *platform.libc_ver()))
-    key = _digest(
+    key = digest(
         source.encode(),
-        version.encode(),
-        " ".join((*command, *flags)).encode("utf-8", "surrogateescape"),
+        compiler.version.encode(),
+        " ".join(command).encode("utf-8", "surrogateescape"),
         system.encode(),
     )
     directory = cache_directory(environment)
@@ -82,21 +79,11 @@ def _build(environment: Mapping[str, str]) -> Path | Unavailable:
             if (refused := _refusal(library)) is not None:
                 return refused
             if library.name == _library_name(key, library.read_bytes()):
-                return library
+                return Built(library, f"from the cache, compiled by {compiler}")
             library.unlink()  # truncated or overwritten: loading it would crash the process
     announce(f"fp8gemm is compiling its CPU kernels into {directory}; this happens once and takes some seconds")
-    return compile_to(directory, key, (*command, *flags))
-
-
-def source_digest() -> str:
-    """A digest of the source and of its headers, with their names."""
-    files = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
-    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
-
-
-def carried_name(source: str) -> str:
-    """The name of the library in a wheel, made from the source beside it, whose ``source_digest`` is ``source``."""
-    return f"fp8gemm-{platform.machine()}-{source}.so"
+    compiled = compile_to(directory, key, command)
+    return compiled if isinstance(compiled, Unavailable) else Built(compiled, f"compiled now by {compiler}")
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
@@ -115,15 +102,8 @@ def compile_to(directory: Path, key: str, command: tuple[str, ...]) -> Path | Un
     """Compiles in a directory of this process, then moves the complete library, flushed to disk, to its name."""
     with _workplace(directory) as workplace:
         made = workplace / "fp8gemm.so"
-        try:
-            result = _run([*command, f"-I{SOURCE.parent}", "-o", str(made), str(SOURCE)])
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return Unavailable(f"{shlex.join(command)} did not run: {error}")
-        if result.returncode != 0:
-            last = "\n".join(result.stderr.strip().splitlines()[-5:])
-            return Unavailable(f"{shlex.join(command)} failed with status {result.returncode}: {last}")
-        if not made.exists():
-            return Unavailable(f"{shlex.join(command)} succeeded and wrote nothing")
+        if (failed := compile_source(command, SOURCE, made)) is not None:
+            return failed
         made.chmod(0o700)
         library = directory / _library_name(key, made.read_bytes())
         _flush(made)
@@ -133,7 +113,7 @@ def compile_to(directory: Path, key: str, command: tuple[str, ...]) -> Path | Un
 
 
 def _library_name(key: str, content: bytes) -> str:
-    return f"fp8gemm-{key}-{_digest(content)}.so"
+    return f"fp8gemm-{key}-{digest(content)}.so"
 
 
 @contextmanager
@@ -181,31 +161,6 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A compiler's output, which may be in any encoding."""
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
-
-
-def _compiler(environment: Mapping[str, str]) -> tuple[tuple[str, ...], str] | Unavailable:
-    """The command of a C++ compiler and its version; or why there is none."""
-    named = environment.get("CXX")
-    names = (named,) if named else COMPILERS
-    for name in names:
-        try:
-            command = tuple(shlex.split(name))
-            path = shutil.which(command[0], path=environment.get("PATH")) if command else None
-            if path is None:
-                continue
-            command = (path, *command[1:])
-            result = _run([*command, "--version"])
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return Unavailable(f"{name!r} is not a working compiler: {error}; install one, or set CXX")
-        if result.returncode == 0:
-            return command, result.stdout
-    origin = "CXX" if named else "PATH"
-    return Unavailable(f"no C++ compiler: looked for {', '.join(names)} ({origin}); install one, or set CXX")
-
-
 def _make_directory(directory: Path) -> Unavailable | None:
     """Makes a directory and its missing parents, for this user alone; returns why that is impossible, or None."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -233,10 +188,3 @@ def _refusal(path: Path) -> Unavailable | None:
 
 def _unusable(directory: Path, why: object) -> Unavailable:
     return Unavailable(f"the cache directory {directory} cannot be used: {why}; set FP8GEMM_CACHE to another")
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:20]

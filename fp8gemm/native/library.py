@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .build import Unavailable
+from .build import Built
+from .compiler import Unavailable
 from .memory import plain
 
 # In the order of the levels in levels.h: each includes those before it.
@@ -62,20 +63,20 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def open_library(path: Path) -> Library | Unavailable:
-    """Loads the library at ``path`` for this CPU's instruction set, or for a lower level given by ``FP8GEMM_ISA``."""
+def open_library(built: Built) -> Library | Unavailable:
+    """Loads a library for this CPU's instruction set, or for a lower level given by ``FP8GEMM_ISA``."""
     wanted = os.environ.get("FP8GEMM_ISA") or LEVELS[-1]
     if wanted not in LEVELS:
         return Unavailable(f"FP8GEMM_ISA must be one of {', '.join(LEVELS)}, found {wanted!r}")
     try:
-        functions = ctypes.CDLL(str(path))
+        functions = ctypes.CDLL(str(built.path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return Unavailable(f"{path} cannot be loaded: {error}")
+        return Unavailable(f"{built.path} cannot be loaded: {error}")
     level = min(functions.fp8gemm_level(), LEVELS.index(wanted))
-    return Library(path, LEVELS[level], bool(functions.fp8gemm_has_threads()), functions)
+    return Library(built.path, built.origin, LEVELS[level], bool(functions.fp8gemm_has_threads()), functions)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Library:
     """The kernels for one instruction level; ``threads`` is False if torch's OpenMP runtime is not available."""
 
     path: Path
+    origin: str
     instructions: Instructions
     threads: bool
     functions: ctypes.CDLL

@@ -14,12 +14,20 @@ import pytest
 from test_native import CHILD, run_in_process
 
 from fp8gemm import native
-from fp8gemm.native.build import COMPILE_SECONDS, SOURCE, build, cache_directory, carried_name, source_digest
+from fp8gemm.native.build import SOURCE, Built, build, cache_directory
+from fp8gemm.native.compiler import COMPILE_SECONDS, Compiler, carried_name, source_digest
 
 FOUND = native.find()
 compiled = pytest.mark.skipif(
     isinstance(FOUND, native.Unavailable), reason=getattr(FOUND, "reason", "the native library was found")
 )
+
+
+def library_of(environment: dict[str, str]) -> Path:
+    """The path of the library that `build` finds or makes."""
+    built = build(environment)
+    assert isinstance(built, Built), built
+    return built.path
 
 
 @compiled
@@ -53,9 +61,8 @@ def test_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
 
 def test_a_library_that_others_may_write_is_refused(tmp_path):
     environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
-    library = build(environment)
-    assert isinstance(library, Path), library
-    assert build(environment) == library
+    library = library_of(environment)
+    assert library_of(environment) == library
     library.chmod(0o722)
     refused = build(environment)
     assert isinstance(refused, native.Unavailable)
@@ -218,20 +225,35 @@ def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
         (own.parent / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(sys.modules[build.__module__], "SOURCE", own)
     environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
-    first = build(environment)
-    assert isinstance(first, Path), first
-    assert build(environment) == first
+    first = library_of(environment)
+    assert library_of(environment) == first
     header = own.with_name("numbers.h")
     header.write_text(header.read_text() + "// changed\n")
-    second = build(environment)
+    second = library_of(environment)
     header.rename(own.with_name("renamed.h"))
-    third = build(environment)
+    third = library_of(environment)
     assert len({first, second, third}) == 3
-    carried = own.with_name(carried_name(source_digest()))
+    carried = own.with_name(carried_name(source_digest(own)))
     carried.touch()
-    assert build(environment) == carried
+    assert library_of(environment) == carried
     own.with_name("added.h").touch()
-    assert build(environment) not in {first, second, third, carried}
+    assert library_of(environment) not in {first, second, third, carried}
+
+
+def test_where_a_library_came_from(tmp_path, monkeypatch):
+    """Carried, compiled or cached; and with which compiler, by the first line of its version."""
+    own = tmp_path / "native" / SOURCE.name
+    own.parent.mkdir()
+    own.touch()
+    monkeypatch.setattr(sys.modules[build.__module__], "SOURCE", own)
+    compiler = Path(fake_compiler(tmp_path, "touch"))
+    compiler.write_text(compiler.read_text().replace("exit 0", "echo g++ 14.2.0 && echo Copyright && exit 0"))
+    environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
+    assert build(environment).origin == "compiled now by g++ 14.2.0"
+    assert build(environment).origin == "from the cache, compiled by g++ 14.2.0"
+    own.with_name(carried_name(source_digest(own))).touch()
+    assert build(environment).origin == "carried by the installed package"
+    assert str(Compiler(("/usr/bin/c++", "-O1"), "\n")) == "/usr/bin/c++ -O1"  # one that says nothing
 
 
 def test_the_package_carries_the_source_and_its_headers():
@@ -256,7 +278,7 @@ def test_new_folders_are_the_users_alone(tmp_path):
     try:
         cache = tmp_path / "new" / "parents" / "cache"
         environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "CXX": fake_compiler(tmp_path, "touch")}
-        assert isinstance(build(environment), Path)
+        library_of(environment)
     finally:
         os.umask(before)
     for folder in (cache, cache.parent, cache.parent.parent):
@@ -284,8 +306,7 @@ def test_what_killed_builds_left_goes(tmp_path):
     old = time.time() - 2 * COMPILE_SECONDS
     os.utime(cache / "elsewhere.77.0000.part", (old, old))
     (cache / "elsewhere.78.0000.part").mkdir()  # in use on another host
-    library = build({**environment, "CXX": fake_compiler(tmp_path, "touch")})
-    assert isinstance(library, Path)
+    library = library_of({**environment, "CXX": fake_compiler(tmp_path, "touch")})
     time.sleep(2.5)  # until the remaining compiler has finished
     assert sorted(path.name for path in cache.iterdir()) == ["elsewhere.78.0000.part", library.name]
 
@@ -307,7 +328,7 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "replace", renamed)
     environment = {**os.environ, "FP8GEMM_CACHE": str(tmp_path / "cache"), "CXX": fake_compiler(tmp_path, "touch")}
-    assert isinstance(build(environment), Path)
+    library_of(environment)
     assert events == ["fsync .so", "rename", "fsync folder"]
 
 

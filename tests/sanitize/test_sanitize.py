@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8gemm.native.build import FLAGS, FLOAT_FLAGS
+from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
 
 DRIVER = Path(__file__).with_name("native_driver.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""

@@ -118,12 +118,13 @@ class BuildPackage(build_py):
     library: Path | None = None
 
     def run(self) -> None:
+        if self.editable_mode:
+            super().run()
+            return
         package = Path(self.build_lib) / "fp8gemm"
-        if not self.editable_mode:
+        if package.resolve() != COMPILER.parents[1].resolve():  # as with --build-lib=.
             shutil.rmtree(package, ignore_errors=True)
         super().run()
-        if self.editable_mode:
-            return
         compiled = compile_carried(package.absolute() / "native" / "fp8gemm.cpp")
         if isinstance(compiled, str):
             self.warn(f"the wheel carries no compiled library: {compiled}")

@@ -52,7 +52,8 @@ MI350 = Machine(device="rocm", name="MI350X", features=frozenset({"gfx950"}))
 XPU = Machine(device="xpu", name="B580")
 LAPTOP = cpu(vllm=False)
 SERVER_VLLM = cpu("amx_bf16", "avx512_bf16", vllm=True)
-OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
+BF16_VLLM, BF16_NATIVE_VLLM = cpu("avx512_bf16", vllm=True), cpu("avx512_bf16", "native", vllm=True)
+OLD_SERVER_VLLM = cpu(vllm=True)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,10 @@ OLD_SERVER_VLLM = cpu("avx512_bf16", vllm=True)
         (SERVER_VLLM, "row", torch.bfloat16, "vllm"),
         (SERVER_VLLM, "row", torch.float32, "cpu"),
         (SERVER_VLLM, "row", torch.float16, "cpu"),
+        (BF16_VLLM, "row", torch.bfloat16, "vllm"),
+        (BF16_VLLM, "row", torch.float32, "cpu"),
+        (BF16_NATIVE_VLLM, "row", torch.bfloat16, "cpu"),
+        (BF16_NATIVE_VLLM, "block", torch.bfloat16, "cpu"),
         (OLD_SERVER_VLLM, "row", torch.bfloat16, "cpu"),
     ],
 )

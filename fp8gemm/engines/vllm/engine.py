@@ -49,7 +49,7 @@ class _Ops(Protocol):
 
 
 class VllmEngine(Engine):
-    """CUTLASS products on CUDA (tensor, row, block), AMX products on a CPU (weight-only: tensor, row, block)."""
+    """CUTLASS products on CUDA (tensor, row, block), AVX512-BF16 or AMX on a CPU (weight-only: tensor, row, block)."""
 
     name = "vllm"
     tolerance = 8e-3
@@ -112,6 +112,8 @@ def find(device: str) -> Vllm | None:
     problems = [problem for name in names if (problem := _load(folder / name))]
     wanted = cpu.OPS if device == "cpu" else cuda.OPS
     ops = {name: count for name in wanted if (count := _arguments(name, device.upper())) is not None}
+    if ops and device == "cpu" and (reason := cpu.held_down()):
+        return Vllm(version, note=f"vLLM {version} has no FP8 ops for cpu here: {reason}")
     if ops:
         return Vllm(version, ops)
     found = "; ".join(problems) or f"{folder} registers none of {', '.join(wanted)}"

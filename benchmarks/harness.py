@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -88,6 +89,51 @@ def save(name: str, rows: list[dict[str, Any]], *, directory: Path | None = None
     path = directory / f"{name}.json"
     path.write_text(json.dumps({**asdict(host()), **more, "rows": rows}, indent=1) + "\n")
     return path
+
+
+def add_run(name: str, run: dict[str, Any], *, directory: Path | None = None) -> Path:
+    """Adds a run to NAME.json, by default in benchmarks/results: a file of runs, each with its machine and its rows."""
+    directory = RESULTS if directory is None else directory
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    runs = load_runs(path) if path.exists() else []
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+    return path
+
+
+def load_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file that ``add_run`` wrote, oldest first.
+
+    Raises:
+        SystemExit: it is another kind of file.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content.get("runs"), list):
+        raise SystemExit(f"{path} has no runs: it was not written by benchmarks/linear.py --save")
+    runs: list[dict[str, Any]] = content["runs"]
+    return runs
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other processes keep busy meanwhile; None if the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, wait, *rest = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+        return sum((user, nice, system, *rest)), idle + wait
+
+    (busy, idle), _ = ticks(), time.sleep(seconds)
+    later, idle_later = ticks()
+    total = later - busy + idle_later - idle
+    return (later - busy) / total * (os.cpu_count() or 1) if total else None
+
+
+def last_level_cache() -> int:
+    """Bytes of this processor's largest cache; 0 if the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(text[:-1]) * 1024 for size in sizes if (text := size.read_text().strip()).endswith("K")), default=0)
 
 
 def listed(allowed: Collection[str]) -> Callable[[str], list[str]]:

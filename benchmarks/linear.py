@@ -1,29 +1,40 @@
-"""One Linear: ``F.linear`` in the model's dtype compared with every engine that runs here, paired; medians.
+"""One Linear on a CPU: ``F.linear`` in the model's dtype, our engines and other libraries, paired; medians.
 
-    python benchmarks/linear.py [--shapes 4096x4096,...] [--tokens 1,16,...] [--dtype bfloat16] [--cold MB] ...
+    python benchmarks/linear.py [--shapes 4096x4096,...] [--tokens 1,16,...] [--dtypes bfloat16,float32]
+        [--schemes row,block] [--threads 1,2] [--isa avx512,avx2] [--peers [NAME,...]] [--save NAME]
 
-Everything is checked before it is timed, as by ``fp8gemm bench``. ``--cold MB`` rotates through a stack of layers whose
-dense weights take that much memory, as in a real model; without it, a single layer stays in the cache.
+Everything is checked before it is timed. Weights come from memory, as in a real model: each call multiplies the next of
+many copies of the layer. ``--cold 0`` has one layer, which stays in the caches. ``--isa`` measures each instruction set
+in a process of its own, with torch, oneDNN, MKL and FBGEMM held down together with fp8gemm. ``--save`` adds the run to
+those of the file; ``benchmarks/goals.py`` and ``benchmarks/plot.py`` read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import isa
 import torch
-import torch.nn.functional as F
-from harness import host, save, table
+from harness import add_run, busy_cores, host, last_level_cache, listed, paired_seconds, table
+from peers import PEERS, Absent, Peer, make, quiet, versions
 
-from fp8gemm import ENGINES, SCHEMES, ScaledTensor, Scheme, probe
+from fp8gemm import ENGINES, GROUP_128, MX, SCHEMES, ScaledTensor, Scheme, native, probe, quantize
 from fp8gemm.bench.contest import (
-    BF16_TOLERANCE,
+    Calls,
     Entrant,
     Expectation,
+    Result,
     Weights,
     contest,
     dense_entrant,
@@ -31,94 +42,245 @@ from fp8gemm.bench.contest import (
     watch_processor,
 )
 from fp8gemm.bench.engines import pack
+from fp8gemm.engines import PackedWeight
 
 CPU = torch.device("cpu")
+# MiniLM's and BERT's layers, a square one, Llama's.
+SHAPES = "384x384,1536x384,384x1536,1024x1024,4096x4096,11008x4096,4096x14336"
+TOKENS = "1,2,4,8,16,32,64,128,256,512,1024"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GRANULARITIES = {
+    **SCHEMES,
+    "group": Scheme(weight=GROUP_128, activation=None),
+    "mx": Scheme(weight=MX, activation=None, scale_format="ue8m0"),
+}
+QUIET = 0.1  # cores that others keep busy, above which figures cannot be relied on
+SAMPLE = 1e-3  # seconds: shorter calls are timed several at once
+Row = dict[str, Any]
 
 
-def main() -> None:
-    arguments = parse()
-    print(host())
-    rows = []
-    for shape, scheme in itertools.product(arguments.shapes.split(","), arguments.schemes.split(",")):
-        n, k = map(int, shape.split("x"))
-        layers = Layers(n, k, SCHEMES[scheme], arguments)
-        for m in map(int, arguments.tokens.split(",")):
-            row = {"n": n, "k": k, "m": m, "scheme": scheme, **layers.measure(m, arguments.seconds)}
-            rows.append(row)
-            print(table([row], list(row)), flush=True)
-    print(table(rows, list(rows[0])))
-    if arguments.save:
-        print(save(arguments.save, rows, dtype=arguments.dtype, cold_megabytes=arguments.cold))
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    runs = [in_own_process(argv, level) for level in arguments.isa] or [measured(arguments)]
+    if arguments.into:
+        Path(arguments.into).write_text(json.dumps(runs[0]))
+    elif arguments.save:
+        for run in runs:
+            print(add_run(arguments.save, run))
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096,11008x4096", help="N x K")
-    parser.add_argument("--tokens", default="1,16,128,1024")
-    parser.add_argument("--schemes", default="row")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engines", default="vllm,cpu", help="those that reject the problem are left out")
-    parser.add_argument("--cold", type=int, default=0, help="MB of dense weights to rotate through")
-    parser.add_argument("--peers", action="store_true", help="also what others do, at 1 and 16 tokens, one warm layer")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table")
-    parser.add_argument("--save", help="write benchmarks/results/SAVE.json")
-    return parser.parse_args()
+    parser.add_argument("--shapes", type=shapes, default=SHAPES, help="N x K")
+    parser.add_argument("--tokens", type=counts, default=TOKENS)
+    parser.add_argument("--dtypes", type=listed(DTYPES), default="bfloat16,float32")
+    parser.add_argument("--schemes", type=listed(GRANULARITIES), default="row,block")
+    parser.add_argument("--threads", type=counts, default=str(torch.get_num_threads()))
+    parser.add_argument("--engines", type=listed(ENGINES), default="cpu")
+    parser.add_argument(
+        "--peers", type=listed(PEERS), nargs="?", default=[], const=list(PEERS), help=f"of {', '.join(PEERS)}; or all"
+    )
+    parser.add_argument("--isa", type=levels, default="", help="held down to each of amx, avx512_bf16, avx512, avx2")
+    parser.add_argument("--cold", type=int, help="MB of FP8 weights to rotate through; twice the cache, at least 100")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each shape, M, dtype, scheme and thread count")
+    parser.add_argument("--longest", type=float, default=0.5, help="seconds of one call above which it is left out")
+    parser.add_argument("--quantizer", action="store_true", help="also time the quantization of each weight")
+    parser.add_argument("--save", help="add the run to benchmarks/results/SAVE.json")
+    parser.add_argument("--into", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.cold is None:
+        arguments.cold = max(100, 2 * last_level_cache() // 10**6)
+    return arguments
+
+
+def counts(text: str) -> list[int]:
+    """An argument type: ascending positive numbers."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError(f"numbers of at least 1 such as 1,16, found {text}")
+    return found
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """An argument type: shapes (N, K)."""
+    parts = [part.split("x") for part in text.split(",")]
+    if not all(len(part) == 2 and all(side.isdigit() and int(side) for side in part) for part in parts):
+        raise argparse.ArgumentTypeError(f"shapes N x K such as 384x384,4096x4096, found {text}")
+    return [(int(n), int(k)) for n, k in parts]
+
+
+def levels(text: str) -> list[str]:
+    """An argument type: instruction sets that this processor has."""
+    asked, here = [part for part in text.split(",") if part], isa.available()
+    if wrong := [name for name in asked if name not in here]:
+        raise argparse.ArgumentTypeError(f"this processor has {', '.join(here) or 'none'}, not {', '.join(wrong)}")
+    return asked
+
+
+def in_own_process(argv: list[str], level: str) -> Row:
+    """The run of these arguments in a new process, held down to ``level``."""
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "run.json"
+        # Inductor's cache does not know for which instruction set its code was made.
+        environment = isa.held_down(level) | {"TORCHINDUCTOR_CACHE_DIR": folder}
+        command = [sys.executable, __file__, *argv, "--isa", "", "--into", str(into)]
+        subprocess.run(command, env=environment, check=True)
+        run: Row = json.loads(into.read_text())
+    if run["isa"] != level:
+        raise SystemExit(f"held down to {level}, but fp8gemm's kernels used {run['isa']}")
+    return run
+
+
+@torch.no_grad()
+def measured(arguments: argparse.Namespace) -> Row:
+    """A run: the machine, the settings, and a row for each product and what multiplies it."""
+    about = {name: value for name, value in asdict(host()).items() if name != "threads"}
+    run = {**about, "isa": isa.in_effect(), "held_down": isa.limits(), "peers": versions()}
+    run |= {"cold_megabytes": arguments.cold, "seconds": arguments.seconds, "longest": arguments.longest}
+    run["busy_cores"] = busy_cores()
+    print(f"{host()}; {run['isa']}, {arguments.cold} MB of cold weights", flush=True)
+    if run["busy_cores"] and run["busy_cores"] > QUIET:
+        print(f"other processes keep {run['busy_cores']:.2f} cores busy: not a quiet machine", flush=True)
+    rows: list[Row] = []
+    quantizing: list[Row] = []
+    for dtype, (n, k), scheme in itertools.product(arguments.dtypes, arguments.shapes, arguments.schemes):
+        # Peers do not depend on the scheme: they take part once.
+        peers = arguments.peers if scheme == arguments.schemes[0] else []
+        layers = Layers(n, k, scheme, dtype, engines=arguments.engines, peers=peers, cold=arguments.cold)
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            block = list(layers.rows(arguments.tokens, threads, arguments.seconds, arguments.longest))
+            print(report(block), flush=True)
+            rows += block
+            if arguments.quantizer:
+                quantizing.append({**layers.about, "threads": threads, **layers.quantizer(arguments.seconds)})
+    if quantizing:
+        print("quantizer, milliseconds:", table(quantizing, list(quantizing[0])), sep="\n", flush=True)
+    return run | {"rows": rows, "quantizer": quantizing}
+
+
+class OverBudget(Exception):
+    """A call takes longer than the budget."""
+
+
+def watch(calls: Calls, *, longest: float) -> Callable[[], float]:
+    """As ``watch_processor``; raises if one call, which is not the first, takes longer than ``longest`` seconds."""
+    start = time.perf_counter()
+    calls[-1]()
+    if (took := time.perf_counter() - start) > longest:
+        raise OverBudget(f"one call takes {took:.2f} s, more than {longest} s")
+    return watch_processor(calls, least=SAMPLE)
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """Both quantizers of a weight ``w``: torch's operations, and the compiled kernel if there is one."""
+
+    w: torch.Tensor
+    scheme: Scheme
+
+    def torch(self) -> ScaledTensor:
+        return quantize(self.w, self.scheme.weight, scale_format=self.scheme.scale_format)
+
+    def native(self, library: native.Library) -> None:
+        granularity, shape = self.scheme.weight, self.w.shape
+        data, scale = torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(granularity.scale_shape(shape))
+        library.quantize(self.w, *granularity.block(shape), data, scale, ue8m0=self.scheme.scale_format == "ue8m0")
 
 
 class Layers:
-    """Many copies of the same layer: dense weights, and the same weights packed by each engine."""
+    """Copies of one layer: dense, packed by each engine, and made by each peer; why the others do not take part."""
 
-    def __init__(self, n: int, k: int, scheme: Scheme, arguments: argparse.Namespace) -> None:
-        dtype: torch.dtype = getattr(torch, arguments.dtype)
-        count = max(1, -(-arguments.cold * 10**6 // (n * k * dtype.itemsize)))
-        self.weights = Weights(n, k, scheme, CPU, dtype=dtype, count=count)
+    def __init__(
+        self, n: int, k: int, scheme: str, dtype: str, *, engines: Iterable[str], peers: Iterable[str], cold: int
+    ) -> None:
+        self.about = {"dtype": dtype, "scheme": scheme, "n": n, "k": k}
+        torch.set_num_threads(1)  # many small operations, in which threads would only wait for each other
+        count = max(1, -(-cold * 10**6 // (n * k)))
+        self.weights = Weights(n, k, GRANULARITIES[scheme], CPU, dtype=DTYPES[dtype], count=count)
         self.dense = self.weights.dense()
-        self.packed, refused = pack(self.weights, arguments.engines.split(","), probe("cpu"))
-        for name, result in refused.items():
-            print(f"{name}: {result.note}")
-        self.peers = peers(self.dense[0], self.weights.scaled) if arguments.peers else {}
+        self.packed, refused = pack(self.weights, engines, probe("cpu"))
+        self.absent = {name: result.note for name, result in refused.items()}
+        self.peers: dict[str, Peer] = {}
+        for name in peers:
+            try:
+                self.peers[name] = make(name, self.dense)
+            except Absent as reason:
+                self.absent[name] = str(reason)
 
-    @torch.no_grad()
-    def measure(self, m: int, seconds: float) -> dict[str, Any]:
-        """Milliseconds of the dense product and of each other one, with its speedup: above 1 is faster than dense."""
+    def rows(self, tokens: list[int], threads: int, seconds: float, longest: float) -> Iterator[Row]:
+        """A row for each M and what multiplies: ``dense`` first, with milliseconds, or ``absent`` with the reason."""
+        absent = dict(self.absent)
+        for m in tokens:
+            entrants = {name: entrant for name, entrant in self.entrants(m).items() if name not in absent}
+            with quiet():
+                found = contest(entrants, partial(watch, longest=longest), seconds=seconds)
+            base = found["dense"].seconds if "dense" in found else None
+            for name, result in {**found, **{name: Result(note=note) for name, note in absent.items()}}.items():
+                row = {**self.about, "threads": threads, "m": m, "name": name}
+                if result.seconds is None:
+                    yield {**row, "absent": result.note}
+                else:
+                    times = {} if base is None else {"x dense": base / result.seconds}
+                    checked = {"error": result.error, "tolerance": entrants[name].tolerance}
+                    yield {**row, "ms": result.seconds * 1e3, **times, **checked, **self.kernel(name, m)}
+            # More tokens take longer still.
+            absent |= {name: result.note for name, result in found.items() if result.note.startswith("OverBudget")}
+
+    def entrants(self, m: int) -> dict[str, Entrant]:
         expectation = Expectation(self.weights.tokens(m), self.weights)
         entrants = {"dense": dense_entrant(self.dense, expectation)}
-        entrants |= {name: entrant_of(ENGINES[name], copies, expectation) for name, copies in self.packed.items()}
-        if m <= 16:
-            entrants |= {name: peer.entrant(expectation.x) for name, peer in self.peers.items()}
-        found = contest(entrants, watch_processor, seconds=seconds)
-        if wrong := [f"{name} at M = {m}: {result.note}" for name, result in found.items() if result.seconds is None]:
-            raise SystemExit("\n".join(wrong))
-        took = {name: result.seconds * 1e3 for name, result in found.items()}
-        row = {"dense ms": took.pop("dense")}
-        for name, milliseconds in took.items():
-            row |= {f"{name} ms": milliseconds, f"{name} x": row["dense ms"] / milliseconds}
-        return row
+        entrants |= {name: bound_entrant(name, copies, expectation) for name, copies in self.packed.items()}
+        for name, peer in self.peers.items():
+            calls = [partial(layer, expectation.x) for layer in peer.layers]
+            expected = expectation.x.float() @ peer.weight.t()
+            entrants[name] = Entrant(calls=calls, expected=expected, tolerance=peer.tolerance)
+        return entrants
+
+    def kernel(self, name: str, m: int) -> Row:
+        """The name of an engine's kernel."""
+        packed = self.packed.get(name)
+        return {} if packed is None else {"kernel": ENGINES[name].kernel(m, packed[0], self.weights.dtype)}
+
+    def quantizer(self, seconds: float) -> Row:
+        """Milliseconds in which torch's operations and the compiled kernel quantize the dense weight."""
+        both, library = _Quantizer(self.dense[0], self.weights.scheme), native.loaded()
+        calls: dict[str, Callable[[], object]] = {"torch": both.torch}
+        if library is not None:
+            calls["native"] = partial(both.native, library)
+        return {name: took * 1e3 for name, took in paired_seconds(calls, seconds=seconds).items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """The function and weight with which another library multiplies."""
-
-    call: Callable[[torch.Tensor], torch.Tensor]
-    weight: torch.Tensor
-
-    def entrant(self, x: torch.Tensor) -> Entrant:
-        expected = x.float() @ self.weight.float().t()
-        return Entrant(calls=[partial(self.call, x)], expected=expected, tolerance=BF16_TOLERANCE)
+def bound_entrant(name: str, copies: list[PackedWeight], expectation: Expectation) -> Entrant:
+    """An engine's product as ``FP8Linear`` calls it: with all decisions made, where the engine can make them before."""
+    entrant, x = entrant_of(ENGINES[name], copies, expectation), expectation.x
+    bound = [ENGINES[name].bind(x, copy, None, x.dtype) for copy in copies]
+    calls = [call if run is None else partial(run, x) for run, call in zip(bound, entrant.calls, strict=True)]
+    return Entrant(calls=calls, expected=entrant.expected, tolerance=entrant.tolerance)
 
 
-def peers(dense: torch.Tensor, scaled: ScaledTensor) -> dict[str, Peer]:
-    """The same layer as a plain FP8 model has it, and as quantized weight-only by torchao, if that is installed."""
-    found = {"cast then linear": Peer(call=lambda x: F.linear(x, scaled.data.to(x.dtype)), weight=scaled.data)}
-    try:
-        from torchao.quantization import Float8WeightOnlyConfig, quantize_
-    except ImportError:
-        return found
-    linear = torch.nn.Linear(dense.shape[1], dense.shape[0], bias=False, dtype=dense.dtype)
-    linear.weight = torch.nn.Parameter(dense, requires_grad=False)
-    quantize_(linear, Float8WeightOnlyConfig())
-    return {**found, "torchao": Peer(call=linear, weight=linear.weight.dequantize())}
+def report(rows: list[Row]) -> str:
+    """Rows of one layer as a table: milliseconds of the dense product, the speed of all others relative to it."""
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "dense"))
+    by_m: dict[int, Row] = {}
+    for row in rows:
+        shown = by_m.setdefault(row["m"], {"M": row["m"]})
+        shown |= {"dense ms": row.get("ms")} if row["name"] == "dense" else {row["name"]: row.get("x dense")}
+    first = rows[0]
+    lines = [f"{first['dtype']}, {first['n']} x {first['k']}, {first['scheme']}, {first['threads']} threads: x dense"]
+    lines.append(table(list(by_m.values()), ["M", "dense ms", *names]))
+    rounding = {row["name"]: row["tolerance"] for row in rows if row.get("tolerance", 0) > 2**-7}
+    lines += [f"{name} rounds activations: checked to {allowed:.1%}" for name, allowed in rounding.items()]
+    absent: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        if "absent" in row:
+            absent.setdefault((row["name"], row["absent"]), []).append(row["m"])
+    lines += [f"{name} absent at M = {', '.join(map(str, ms))}: {why}" for (name, why), ms in absent.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

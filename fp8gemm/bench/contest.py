@@ -6,6 +6,7 @@ Weights are rotated, so that they are not in the caches. A ``Watch`` prepares th
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,17 +95,21 @@ def medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def watch_processor(calls: Calls) -> Callable[[], float]:
-    """Seconds of the next call in turn."""
+def watch_processor(calls: Calls, *, least: float = 0.0) -> Callable[[], float]:
+    """Seconds of the next call in turn, or of a call among so many that together they take ``least`` seconds."""
     turn = itertools.cycle(calls)
     next(turn)()
+    count = 1
 
     def measure() -> float:
-        call = next(turn)
+        several = list(itertools.islice(turn, count))
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for call in several:
+            call()
+        return (time.perf_counter() - start) / count
 
+    if least:
+        count = max(1, math.ceil(least / measure()))
     return measure
 
 

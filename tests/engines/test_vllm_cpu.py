@@ -108,7 +108,8 @@ def test_the_process_survives_a_lowered_onednn(level: str) -> None:
         "import torch, fp8gemm\n"
         "layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)\n"
         "fp8gemm.enable_fp8_gemm(layer)\n"
-        "print(layer(torch.ones(5, 64, dtype=torch.bfloat16)).isfinite().all().item(), fp8gemm.report(layer).rows[0].engine)\n"
+        "y = layer(torch.ones(5, 64, dtype=torch.bfloat16))\n"
+        "print(y.isfinite().all().item(), fp8gemm.report(layer).rows[0].engine)\n"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": level, "FP8GEMM_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -1,8 +1,7 @@
 """vLLM's raw CPU op ``fp8_scaled_mm_cpu``: weight-only, in bfloat16, with the weight in a packed layout.
 
-Up to 4 tokens it multiplies with AVX512-BF16 instructions of its own. For more, it decodes the weight and calls oneDNN's
-brgemm, which uses AMX where there is AMX, and AVX512-BF16 elsewhere. Only the wheel's library for processors with
-AVX512-BF16 has the op.
+Up to 4 tokens it multiplies with AVX512-BF16 instructions. For more, it decodes the weight and calls oneDNN's brgemm,
+which uses AMX if there is AMX, else AVX512-BF16. Only the wheel's library for processors with AVX512-BF16 has the op.
 """
 
 from __future__ import annotations

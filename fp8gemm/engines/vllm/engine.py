@@ -116,7 +116,7 @@ def find(device: str) -> Vllm | None:
         return Vllm(version, note=f"vLLM {version} has no FP8 ops for cpu here: {reason}")
     if ops:
         return Vllm(version, ops)
-    found = "; ".join(problems) or f"{folder} registers none of {', '.join(wanted)}"
+    found = "; ".join(problems) or f"{' and '.join(names)} registers none of {', '.join(wanted)}"
     return Vllm(version, note=f"vLLM {version} has no FP8 ops for {device} here: {found}")
 
 

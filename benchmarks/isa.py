@@ -62,9 +62,12 @@ def held_down(level: str, environment: Mapping[str, str] = os.environ) -> dict[s
 
 
 def in_effect() -> str:
-    """The level that fp8gemm's kernels use in this process; without kernels, the best that the processor has."""
+    """The level that fp8gemm's kernels use in this process; without kernels, that to which it is held down, else the
+    best that the processor has."""
     library = native.loaded()
-    return library.instructions if library is not None else (available() or ["portable"])[0]
+    if library is not None:
+        return library.instructions
+    return os.environ.get("FP8GEMM_ISA") or (available() or ["portable"])[0]
 
 
 def limits() -> dict[str, str]:

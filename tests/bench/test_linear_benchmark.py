@@ -125,7 +125,8 @@ def test_a_run(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_process_of_its_own_is_held_down(results: Path) -> None:
     """At the lowest level that this processor has."""
     if not isa.available():
-        assert isa.in_effect() == "portable"
+        with pytest.raises(SystemExit):
+            linear.parse(["--isa", "avx2"])
         return
     level = isa.available()[-1]
     linear.main([*SMALL, "--dtypes", "float32", "--schemes", "row", "--isa", level, "--save", "held"])
@@ -166,6 +167,13 @@ def test_wrong_and_slow_peers_are_absent_with_the_reason() -> None:
     assert calls.count(8) == 2  # the check, and the call that was timed
     assert 9 not in calls
     assert "slow absent at M = 8, 9: OverBudget: one call takes" in linear.report(list(rows.values()))
+
+
+def test_the_budget_is_for_peers() -> None:
+    found = linear.Layers(64, 96, "row", "bfloat16", engines=["cpu"], peers=["cast"], cold=0)
+    rows = {row["name"]: row for row in found.rows([1], 1, 0.001, 0.0)}
+    assert {name for name, row in rows.items() if "ms" in row} == {"dense", "cpu"}
+    assert rows["cast"]["absent"].startswith("OverBudget")
 
 
 def test_short_calls_are_timed_together() -> None:

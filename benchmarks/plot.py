@@ -152,7 +152,8 @@ def _draw_panel(axes: Any, shown: Panel, marks: Sequence[float]) -> None:
         )
     tokens = sorted({m for line in shown.lines.values() for m in line})
     axes.set(xscale="log", yscale="log", title=shown.title, xlabel="tokens (M)", ylim=(marks[0], marks[-1]))
-    axes.set_xticks(tokens, [str(m) for m in tokens], fontsize=9)
+    labelled = tokens if len(tokens) < 8 else tokens[::2]
+    axes.set_xticks(labelled, [str(m) for m in labelled], fontsize=9)
     axes.set_yticks(marks, [f"{mark:g}" if mark >= 1 else f"1/{1 / mark:g}" for mark in marks])
     axes.minorticks_off()
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)

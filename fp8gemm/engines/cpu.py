@@ -41,7 +41,10 @@ class CpuEngine(WeightOnlyEngine):
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         contiguous = ScaledTensor(weight.data.contiguous(), weight.scale.contiguous(), weight.granularity)
         packed = super().prepare(contiguous, scheme, input_scale=input_scale)
-        if _library(weight.data.dtype, torch.bfloat16) is not None:
+        library = _library(weight.data.dtype, torch.bfloat16)
+        if library is not None:
+            if native.plain(packed.data):
+                _has_nans(library, packed.data)  # now rather than in the first product
             return packed
         return replace(packed, extra={"column_scale": _column_scale(weight, scheme)})
 
@@ -67,7 +70,7 @@ class CpuEngine(WeightOnlyEngine):
             y = x.new_empty(x.shape[0], weight.n)
             rows, cols = weight.scheme.weight.block((weight.n, weight.k))
             own = None if bias is None else bias.to(x.dtype)
-            library.linear(x, weight.data, weight.scale, rows, cols, own, y)
+            library.linear(x, weight.data, weight.scale, rows, cols, own, y, nans=_has_nans(library, weight.data))
             return y.to(out_dtype)
         wide = x.to(torch.float32) if x.dtype == torch.float16 else x
         y = torch.cat([_multiply(wide, panel) for panel in _panels(weight, wide.dtype)], dim=1)
@@ -86,11 +89,17 @@ class CpuEngine(WeightOnlyEngine):
         flat = x.reshape(-1, weight.k)
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))
         out = x.new_empty(flat.shape[0], weight.n)
-        run = library.bind(flat, weight.data, weight.scale, rows, cols, bias, out)
+        data = weight.data
+        run, careful = (
+            library.bind(flat, data, weight.scale, rows, cols, bias, out, nans=nans) for nans in (False, True)
+        )
+        # Compiled graphs may write to the bytes, which counts their version up.
+        without_nans = None if _has_nans(library, data) else data._version
 
         def bound(x: torch.Tensor) -> torch.Tensor:
             y = torch.empty(shape, dtype=out_dtype, device="cpu")
-            run(x.data_ptr(), y.data_ptr())
+            fast = without_nans is not None and data._version == without_nans
+            (run if fast else careful)(x.data_ptr(), y.data_ptr())
             return y
 
         return bound
@@ -110,7 +119,8 @@ class CpuEngine(WeightOnlyEngine):
         here = int(ends[-1])
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))
         own = None if bias is None else bias.to(x.dtype)
-        library.grouped(x[:here], weight.data, weight.scale, rows, cols, ends, own, y[:here])
+        nans = _has_nans(library, weight.data)
+        library.grouped(x[:here], weight.data, weight.scale, rows, cols, ends, own, y[:here], nans=nans)
         y[here:] = 0
         return y.to(out_dtype)
 
@@ -127,6 +137,17 @@ def _library(stored: torch.dtype, dtype: torch.dtype, *operands: torch.Tensor | 
     if stored != torch.float8_e4m3fn or dtype == torch.float64 or not native.plain(*operands):
         return None
     return native.loaded()
+
+
+def _has_nans(library: native.Library, data: torch.Tensor) -> bool:
+    """Whether a code of ``data`` may be NaN, looked for once per version of it; True where versions are not counted."""
+    if data.is_inference():
+        return True
+    version = data._version
+    known = data.__dict__.get("_fp8gemm_nans")
+    if known is None or known[0] != version:
+        known = data.__dict__["_fp8gemm_nans"] = version, library.has_nans(data)
+    return bool(known[1])
 
 
 def _column_scale(weight: ScaledTensor, scheme: Scheme) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 from .build import Built, build, cache_directory
+from .checks import TYPES
 from .compiler import Unavailable
-from .library import TYPES, Instructions, Library, open_library
+from .library import Instructions, Library, open_library
 from .memory import plain
 
 __all__ = [

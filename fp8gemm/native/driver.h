@@ -40,38 +40,115 @@ const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem&
     return CHOOSE(portable);
 }
 
-// Blocks of tokens are packed and multiplied one after the other; several at once where that gives all threads work.
-bool multiply(const Problem& p, const Kernel& kernel, int threads) {
-    if (p.m == 0 || p.n == 0) return true;
-    // Waking a thread takes some microseconds, which some tens of thousands of weights are worth.
-    threads = int(smaller<int64_t>(larger(threads, 1), 1 + p.n * p.k * (p.m + 16) / (1 << 20)));
-    int64_t blocks = ceil_div(p.m, kernel.block_tokens(p)), unit = kernel.plan(p, 1, threads).pack_unit;
-    int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
-    Plan most = kernel.plan(p, block, threads);
-    int64_t panels = ceil_div(p.n, most.panel_rows), together = smaller(ceil_div(2 * threads, panels), blocks);
-    int64_t packed_bytes = round_up(most.packed_bytes, 64), scratch_bytes = round_up(most.scratch_bytes, 64);
-    uint8_t* memory = workspace.reserve(together * packed_bytes + threads * scratch_bytes);
-    if (!memory) return false;
-    for (int64_t start = 0; start < p.m; start += together * block) {
-        auto tokens = [&](int64_t i) {
-            int64_t first = start + i * block;
-            return Tokens{first, smaller(block, p.m - first), memory + i * packed_bytes};
-        };
-        int64_t end = smaller(p.m, start + together * block), units = ceil_div(block, unit);
-        int64_t here = ceil_div(end - start, block);
-        parallel((end - start) * p.k < (1 << 18) ? 1 : threads, here * units, [&](int64_t i, int64_t, int64_t) {
-            Tokens some = tokens(i / units);
-            if (i % units * unit < some.count) kernel.pack(p, some, i % units, i % units + 1);
-        });
-        parallel(threads, here * panels, [&](int64_t i, int64_t following, int64_t thread) {
-            int64_t row = i % panels * most.panel_rows;
-            const uint8_t* next = following < 0 ? nullptr : p.data_row(following % panels * most.panel_rows);
-            kernel.panel(p, tokens(i / panels), {row, smaller(most.panel_rows, p.n - row), next},
-                         memory + together * packed_bytes + thread * scratch_bytes);
-        });
+// A block of tokens of one product: its share of a round.
+struct Job {
+    Problem p;
+    const Kernel* kernel;
+    Plan plan;
+    Tokens tokens;
+    int64_t first_unit, first_panel;
+};
+
+// Products, or blocks of tokens of one, that are packed together and then multiplied together, so that all threads have
+// work: all panels are distributed at once.
+class Round {
+    static constexpr int64_t JOBS = 64, PACKED = int64_t(8) << 20, PANELS = 64;  // a round has enough with one of these
+    Job jobs[JOBS];
+    int64_t count = 0, units = 0, panels = 0, packed_bytes = 0, scratch_bytes = 0;
+    const int threads;
+
+    // The job of a unit or of a panel, by the first of each job.
+    const Job& job_of(int64_t Job::*first, int64_t index) const {
+        int64_t low = 0;
+        for (int64_t high = count; high - low > 1;) {
+            int64_t middle = (low + high) / 2;
+            (jobs[middle].*first <= index ? low : high) = middle;
+        }
+        return jobs[low];
     }
+    uint8_t* panel_codes(int64_t panel) const {
+        const Job& job = job_of(&Job::first_panel, panel);
+        return const_cast<uint8_t*>(job.p.data_row((panel - job.first_panel) * job.plan.panel_rows));
+    }
+
+  public:
+    explicit Round(int threads) : threads(threads) {}
+
+    // Adds all tokens of a product, block by block. False if memory is missing.
+    bool add(const Problem& p, const Kernel& kernel) {
+        if (p.m == 0 || p.n == 0) return true;
+        int64_t blocks = ceil_div(p.m, kernel.block_tokens(p)), unit = kernel.plan(p, 1, threads).pack_unit;
+        int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
+        for (int64_t start = 0; start < p.m; start += block) {
+            int64_t tokens = smaller(block, p.m - start);
+            Plan plan = kernel.plan(p, tokens, threads);
+            jobs[count++] = {p, &kernel, plan, {start, tokens, nullptr}, units, panels};
+            units += ceil_div(tokens, plan.pack_unit), panels += ceil_div(p.n, plan.panel_rows);
+            packed_bytes += round_up(plan.packed_bytes, 64);
+            scratch_bytes = larger(scratch_bytes, round_up(plan.scratch_bytes, 64));
+            if ((count == JOBS || packed_bytes >= PACKED || panels >= PANELS * threads) && !run()) return false;
+        }
+        return true;
+    }
+
+    // Multiplies what was added. False if memory is missing.
+    bool run() {
+        if (count == 0) return true;
+        uint8_t* memory = workspace.reserve(packed_bytes + threads * scratch_bytes);
+        if (!memory) return false;
+        uint8_t* packed = memory + threads * scratch_bytes;
+        for (int64_t i = 0; i < count; packed += round_up(jobs[i++].plan.packed_bytes, 64)) jobs[i].tokens.packed = packed;
+        parallel(packed_bytes < (1 << 19) ? 1 : threads, units, [&](int64_t i, int64_t, int64_t) {
+            const Job& job = job_of(&Job::first_unit, i);
+            job.kernel->pack(job.p, job.tokens, i - job.first_unit, i - job.first_unit + 1);
+        });
+        parallel(threads, panels, [&](int64_t i, int64_t following, int64_t thread) {
+            const Job& job = job_of(&Job::first_panel, i);
+            int64_t row = (i - job.first_panel) * job.plan.panel_rows;
+            Rows rows = {row, smaller(job.plan.panel_rows, job.p.n - row), following < 0 ? nullptr : panel_codes(following)};
+            job.kernel->panel(job.p, job.tokens, rows, memory + thread * scratch_bytes);
+        });
+        count = units = panels = packed_bytes = scratch_bytes = 0;
+        return true;
+    }
+};
+
+// Waking a thread takes some microseconds, which some tens of thousands of weights are worth.
+int useful_threads(int threads, const Problem& p) {
+    return int(smaller<int64_t>(larger(threads, 1), 1 + p.n * p.k * (p.m + 16) / (1 << 20)));
+}
+
+// The product; or those of `experts`, whose data, scale and bias follow each other, and whose tokens end before ends[e].
+bool multiply(const Problem& p, int level, int threads, int64_t experts = 1, int64_t expert_stride = 0,
+              const int32_t* ends = nullptr) {
+    Round round(useful_threads(threads, p));
+    Problem expert = p;
+    bool enough = true;
+    for (int64_t e = 0, start = 0; e < experts && enough; ++e) {
+        int64_t end = ends ? ends[e] : p.m;
+        expert.x = p.x_row(start), expert.out = p.out_row(start), expert.m = end - start, start = end;
+        enough = round.add(expert, *choose(level, expert));
+        expert.data += expert_stride;
+        expert.scale += ceil_div(p.n, p.rows) * p.blocks;
+        if (p.bias) expert.bias += p.n * size_of(p.bias_type);
+    }
+    enough = enough && round.run();
     workspace.trim();
-    return true;
+    return enough;
+}
+
+bool has_nans(const uint8_t* data, int64_t stride, int64_t n, int64_t k, int threads) {
+    constexpr int64_t SHARE = 1 << 18;  // codes: some tens of microseconds
+    int64_t rows = larger<int64_t>(1, SHARE / k);
+    std::atomic<bool> found{false};
+    parallel(threads, ceil_div(n, rows), [&](int64_t task, int64_t, int64_t) {
+        for (int64_t row = task * rows; row < smaller(n, (task + 1) * rows) && !found; ++row) {
+            uint8_t nan = 0;
+            for (int64_t i = 0; i < k; ++i) nan |= uint8_t((data[row * stride + i] & 0x7F) == 0x7F);
+            if (nan) found = true;
+        }
+    });
+    return found;
 }
 
 const Quantizer& choose_quantizer([[maybe_unused]] int level) {

@@ -41,8 +41,8 @@ int fp8gemm_has_threads() { return GOMP_parallel && omp_get_thread_num; }
 const char* fp8gemm_kernel(int level, const Problem* p) { return choose(smaller(level, fp8gemm_level()), *p)->name; }
 
 int fp8gemm_linear(int level, int threads, const Problem* p) {
-    if (p->m && p->n && (!p->out || !p->scale || (p->k && (!p->x || !p->data)))) return -3;
-    return multiply(*p, *choose(smaller(level, fp8gemm_level()), *p), threads) ? 0 : -1;
+    if (p->lacks_operands()) return -3;
+    return multiply(*p, smaller(level, fp8gemm_level()), threads) ? 0 : -1;
 }
 
 // data, scale and bias of each expert follow those of the previous one; tokens of expert e end before ends[e].
@@ -53,16 +53,13 @@ int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_str
     for (int64_t e = 0; e < experts; start = ends[e++])
         if (ends[e] < start) return -2;
     if (start != p->m) return -2;
-    Problem expert = *p;
-    start = 0;
-    for (int64_t e = 0; e < experts; start = ends[e++]) {
-        expert.x = p->x_row(start), expert.out = p->out_row(start), expert.m = ends[e] - start;
-        if (int status = fp8gemm_linear(level, threads, &expert)) return status;
-        expert.data += expert_stride;
-        expert.scale += ceil_div(p->n, p->rows) * p->blocks;
-        if (p->bias) expert.bias += p->n * size_of(p->bias_type);
-    }
-    return 0;
+    if (p->lacks_operands()) return -3;
+    return multiply(*p, smaller(level, fp8gemm_level()), threads, experts, expert_stride, ends) ? 0 : -1;
+}
+
+// Whether a code of data [n, k] is NaN; 0 where there is nothing to read.
+int fp8gemm_has_nans(int threads, const uint8_t* data, int64_t data_stride, int64_t n, int64_t k) {
+    return n && k && data && has_nans(data, data_stride, n, k, threads);
 }
 
 int fp8gemm_quantize(int level, int threads, const Quantization* q) {

@@ -13,13 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from .build import Built
+from .checks import TYPES, away, describe, mistakes, quantize_mistakes
 from .compiler import Unavailable
-from .memory import plain
 
 # In the order of the levels in levels.h: each includes those before it.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Instructions, ...] = get_args(Instructions)
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCALE_FLOOR = 2.0**-126
 NULL, INDEX = -3, -4  # status codes: a null pointer to elements; an index out of range
 
@@ -58,6 +57,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_kernel": (c_char_p, (c_int, POINTER(_Problem))),
     "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
     "fp8gemm_grouped": (c_int, (c_int, c_int, POINTER(_Problem), c_int64, c_void_p, c_int64)),
+    "fp8gemm_has_nans": (c_int, (c_int, c_void_p, c_int64, c_int64, c_int64)),
     "fp8gemm_quantize": (c_int, (c_int, c_int, POINTER(_Quantization))),
     "fp8gemm_lookup": (c_int, (c_int, c_int, POINTER(_Lookup))),
 }
@@ -118,17 +118,20 @@ class Library:
         cols: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
+        *,
+        nans: bool = True,
     ) -> None:
         """``out [M, N] = x [M, K] @ (data [N, K] * scale).T + bias [N]``, accumulated in float32 and rounded once.
 
         ``scale`` is float32 ``[ceil(N / rows), ceil(K / cols)]``. ``x`` is bfloat16, float16 or float32; ``bias`` and
-        ``out`` have the same dtype, or float32. The last dimension of each has unit stride.
+        ``out`` have the same dtype, or float32. The last dimension of each has unit stride. ``nans`` may be False if
+        ``has_nans(data)`` is: decoding is faster then.
 
         Raises:
             ValueError: a shape, dtype, stride or device does not match.
             MemoryError: there is not enough memory for a workspace.
         """
-        self.bind(x, data, scale, rows, cols, bias, out)(x.data_ptr(), out.data_ptr())
+        self.bind(x, data, scale, rows, cols, bias, out, nans=nans)(x.data_ptr(), out.data_ptr())
 
     def bind(
         self,
@@ -139,6 +142,8 @@ class Library:
         cols: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
+        *,
+        nans: bool = True,
     ) -> Callable[[int, int], None]:
         """``linear`` for operands like these, which are checked once; the result takes the addresses of ``x`` and
         ``out``.
@@ -147,10 +152,10 @@ class Library:
             ValueError: as for ``linear``. The returned function raises MemoryError if there is no memory for a
             workspace.
         """
-        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
+        wrong = mistakes(x, data, scale, rows, cols, bias, out)
         if wrong:
             raise ValueError(f"native linear: {'; '.join(wrong)}")
-        template = bytes(_problem(x, data, scale, rows, cols, bias, out))
+        template = bytes(_problem(x, data, scale, rows, cols, bias, out, nans))
         function, level, copied = self.functions.fp8gemm_linear, self.level, _Problem.from_buffer_copy
 
         def run(x_address: int, out_address: int) -> None:
@@ -170,6 +175,8 @@ class Library:
         ends: torch.Tensor,
         bias: torch.Tensor | None,
         out: torch.Tensor,
+        *,
+        nans: bool = True,
     ) -> None:
         """``linear`` for each expert ``e``'s tokens, with ``data [E, N, K]``, ``scale [E, ...]`` and ``bias [E, N]``.
 
@@ -179,18 +186,25 @@ class Library:
             ValueError: as for ``linear``, or ``ends`` does not ascend to M.
             MemoryError: there is not enough memory for a workspace.
         """
-        wrong = _mistakes(x, data, scale, rows, cols, bias, out)
-        if ends.dtype != torch.int32 or tuple(ends.shape) != data.shape[:1] or not ends.is_contiguous() or _away(ends):
-            wrong.append(f"ends must be contiguous int32 {list(data.shape[:1])} on cpu, found {_describe(ends)}")
+        wrong = mistakes(x, data, scale, rows, cols, bias, out)
+        if ends.dtype != torch.int32 or tuple(ends.shape) != data.shape[:1] or not ends.is_contiguous() or away(ends):
+            wrong.append(f"ends must be contiguous int32 {list(data.shape[:1])} on cpu, found {describe(ends)}")
         if wrong:
             raise ValueError(f"native grouped: {'; '.join(wrong)}")
-        problem = _problem(x, data, scale, rows, cols, bias, out)
+        problem = _problem(x, data, scale, rows, cols, bias, out, nans)
         status = self.functions.fp8gemm_grouped(
             self.level, torch.get_num_threads(), byref(problem), data.stride(0), ends.data_ptr(), data.shape[0]
         )
         if status == -2:
             raise ValueError(f"native grouped: ends must ascend to M = {x.shape[0]}, found {ends.tolist()}")
         _check(status)
+
+    def has_nans(self, data: torch.Tensor) -> bool:
+        """Whether a code of float8_e4m3fn ``data [..., N, K]``, with unit stride along K on the CPU, is NaN."""
+        n, k = data.shape[-2:]
+        parts = data.unbind() if data.dim() == 3 else [data]
+        threads = torch.get_num_threads()
+        return any(self.functions.fp8gemm_has_nans(threads, p.data_ptr(), p.stride(0), n, k) for p in parts)
 
     def quantize(
         self,
@@ -208,7 +222,7 @@ class Library:
             ValueError: a shape, dtype, stride or device does not match.
             MemoryError: there is not enough memory for a workspace.
         """
-        wrong = _quantize_mistakes(x, rows, cols, data_out, scale_out)
+        wrong = quantize_mistakes(x, rows, cols, data_out, scale_out)
         if wrong:
             raise ValueError(f"native quantize: {'; '.join(wrong)}")
         if x.numel() == 0:
@@ -265,84 +279,21 @@ def _problem(
     cols: int,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    nans: bool,
 ) -> _Problem:
     return _Problem(
         *(x.data_ptr(), data.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
         *(TYPES[x.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype]),
-        *(x.stride(0), data.stride(-2), out.stride(0), x.shape[0], data.shape[-2], x.shape[1], rows, cols, scale.shape[-1], True),
+        *(
+            x.stride(0),
+            data.stride(-2),
+            out.stride(0),
+            x.shape[0],
+            data.shape[-2],
+            x.shape[1],
+            rows,
+            cols,
+            scale.shape[-1],
+            nans,
+        ),
     )
-
-
-def _grid(n: int, k: int, rows: int, cols: int) -> tuple[int, int]:
-    return -(-max(n, 1) // rows), -(-max(k, 1) // cols)
-
-
-def _mistakes(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    rows: int,
-    cols: int,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> list[str]:
-    """All mismatches between the operands of ``linear``, or of ``grouped`` if ``data`` has three dimensions."""
-    if rows < 1 or cols < 1:
-        return [f"rows and cols must be at least 1, found {rows} and {cols}"]
-    if x.dim() != 2 or data.dim() not in (2, 3):
-        return [f"x must be [M, K] and data [N, K] or [E, N, K], found {_describe(x)} and {_describe(data)}"]
-    (m, k), (*experts, n) = x.shape, data.shape[:-1]
-    grid = (*experts, *_grid(n, k, rows, cols))
-    wrong = []
-    if x.dtype not in TYPES or not _rows_are_dense(x) or _away(x):
-        wrong.append(f"x must be bfloat16, float16 or float32 with unit stride along K on cpu, found {_describe(x)}")
-    if data.dtype != torch.float8_e4m3fn or data.shape[-1] != k or not _rows_are_dense(data) or _away(data):
-        wrong.append(f"data must be float8_e4m3fn [..., {k}] with unit stride along K on cpu, found {_describe(data)}")
-    if scale.dtype != torch.float32 or tuple(scale.shape) != grid or not scale.is_contiguous() or _away(scale):
-        wrong.append(f"scale must be contiguous float32 {list(grid)} on cpu, found {_describe(scale)}")
-    kinds = (x.dtype, torch.float32)
-    if bias is not None and (
-        bias.dtype not in kinds or tuple(bias.shape) != (*experts, n) or not bias.is_contiguous() or _away(bias)
-    ):
-        wrong.append(f"bias must be contiguous {x.dtype} or float32 {[*experts, n]} on cpu, found {_describe(bias)}")
-    dense = _rows_are_dense(out) and (m <= 1 or out.stride(0) >= n)
-    if out.dtype not in kinds or tuple(out.shape) != (m, n) or not dense or _away(out):
-        wrong.append(
-            f"out must be {x.dtype} or float32 {[m, n]} with unit stride along N on cpu, found {_describe(out)}"
-        )
-    return wrong
-
-
-def _quantize_mistakes(
-    x: torch.Tensor, rows: int, cols: int, data_out: torch.Tensor, scale_out: torch.Tensor
-) -> list[str]:
-    if rows < 1 or cols < 1:
-        return [f"rows and cols must be at least 1, found {rows} and {cols}"]
-    if x.dim() != 2 or x.dtype not in TYPES or not _rows_are_dense(x) or _away(x):
-        return [f"x must be bfloat16, float16 or float32 [N, K] with unit stride along K on cpu, found {_describe(x)}"]
-    n, k = x.shape
-    grid = _grid(n, k, rows, cols)
-    wrong = []
-    kinds = (torch.float8_e4m3fn, torch.uint8)
-    dense = _rows_are_dense(data_out) and (n <= 1 or data_out.stride(0) >= k)
-    if data_out.dtype not in kinds or data_out.shape != x.shape or not dense or _away(data_out):
-        wrong.append(f"data_out must be float8_e4m3fn or uint8 {[n, k]} on cpu, found {_describe(data_out)}")
-    fits = scale_out.dtype == torch.float32 and tuple(scale_out.shape) == grid and scale_out.is_contiguous()
-    if not fits or _away(scale_out):
-        wrong.append(f"scale_out must be contiguous float32 {list(grid)} on cpu, found {_describe(scale_out)}")
-    return wrong
-
-
-def _rows_are_dense(tensor: torch.Tensor) -> bool:
-    """Whether rows have the strides that the kernels need; an empty tensor always does, as nothing is read."""
-    return tensor.numel() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-
-
-def _away(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is not in this process's memory: it is on another device, or has no memory of its own."""
-    return tensor.device.type != "cpu" or not plain(tensor)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    kind = "" if type(tensor) in (torch.Tensor, torch.nn.Parameter) else f"{type(tensor).__name__}, "
-    return f"{kind}{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -16,7 +16,7 @@
 // contiguously. While a chunk is multiplied, the codes of the next one are fetched.
 
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 2;      // strips of a panel
+constexpr int64_t STRIPS = 2;     // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
 // No power of two, at which all tokens would share few sets of the caches.
 constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));

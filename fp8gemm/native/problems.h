@@ -17,6 +17,7 @@ struct Problem {
     int64_t blocks;  // along k; not divided anew for each row
     int64_t nans;    // whether some code may be NaN: where this is 0, decoding is faster
 
+    bool lacks_operands() const { return m && n && (!out || !scale || (k && (!x || !data))); }
     bool scales_vary_along_k() const { return cols < k; }
     const float* scale_row(int64_t row) const { return scale + (rows == 1 ? row : row / rows) * blocks; }
     float bias_at(int64_t row) const { return bias ? load_number(bias, row, bias_type) : 0.0f; }

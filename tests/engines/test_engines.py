@@ -9,7 +9,7 @@ import conformance
 import pytest
 import torch
 
-from fp8gemm import ENGINES, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, dequantize, probe
+from fp8gemm import ENGINES, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, dequantize, native, probe, quantize
 from fp8gemm.engines import torch_mm
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.torch_mm import TorchEngine
@@ -196,6 +196,27 @@ def test_static_activation_scale() -> None:
             continue
         y = ENGINES[name].linear(x, ENGINES[name].prepare(weight, scheme, input_scale=scale), None, torch.float32)
         assert y[0, :2].tolist() == [1.0, -896.0], name
+
+
+@pytest.mark.skipif(native.loaded() is None, reason="plain torch looks for NaN codes whenever it prepares a weight")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_nan_that_is_written_after_the_first_product_is_seen(dtype: torch.dtype) -> None:
+    """The CPU engine looks for NaN codes when it prepares a weight; a compiled graph may write some later."""
+    engine = ENGINES["cpu"]
+    weight = quantize(torch.randn(40, 96), conformance.ROW)
+    for m in (1, 12):
+        packed = engine.prepare(weight, Scheme(weight=conformance.ROW, activation=None))
+        x = torch.randn(m, 96).to(dtype)
+        bound = engine.bind(x, packed, None, dtype)
+        before = engine.linear(x, packed, None, dtype)
+        assert bound is not None
+        assert bound(x).equal(before)
+        code = packed.data.view(torch.uint8)[7, 50].item()
+        packed.data.view(torch.uint8)[7, 50] = 0x7F
+        for y in (engine.linear(x, packed, None, dtype), bound(x)):
+            assert y[:, 7].isnan().all()
+            assert y.isnan().sum() == m
+        packed.data.view(torch.uint8)[7, 50] = code
 
 
 def test_packed_weights_name_their_engine() -> None:

@@ -56,7 +56,7 @@ def exact_weight(n: int, k: int, granularity: Granularity, factor: float = 1.0) 
 
 def linear(library, x, data, scale, granularity, bias=None, out_dtype=None):
     out = torch.full((x.shape[0], data.shape[0]), torch.nan, dtype=out_dtype or x.dtype)
-    library.linear(x, data, scale, *granularity.block(data.shape), bias, out)
+    library.linear(x, data, scale, *granularity.block(data.shape), bias, out, nans=library.has_nans(data))
     return out
 
 
@@ -103,6 +103,19 @@ def test_every_tail(library, dtype):
             assert linear(library, x, data, scale, ROW).equal(product(x, data, scale, ROW).to(dtype)), f"{m} {n} {k}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [ROW, BLOCK_128, MX, Granularity(40, 300), Granularity(1, 27)], ids=str)
+def test_k_of_several_chunks(library, dtype, granularity):
+    torch.manual_seed(10)
+    for k in (1023, 1024, 1025, 2048, 2600):
+        data, scale = exact_weight(70, k, granularity)
+        x = torch.randint(-2, 3, (300, k)).to(dtype)
+        expected = product(x, data, scale, granularity)
+        for m in (1, 7, 9, 13, 257, 300):
+            y = linear(library, x[:m], data, scale, granularity, out_dtype=torch.float32)
+            assert y.double().equal(expected[:m]), f"M={m}, K={k}"
+
+
 def test_no_elements_along_k_leave_the_bias(library):
     data, scale = torch.empty(5, 0, dtype=torch.float8_e4m3fn), torch.ones(5, 1)
     x, bias = torch.empty(3, 0, dtype=torch.bfloat16), torch.arange(5.0)
@@ -126,6 +139,33 @@ def test_all_256_codes_are_decoded_exactly(library, dtype, m, granularity):
         y = linear(library, x.to(dtype), data, scale, granularity, out_dtype=torch.float32)
         assert y[:, finite].double().equal(product(x, clean, scale, granularity)[:, finite])
         assert y[:, ~finite].isnan().all()
+
+
+def test_nans_are_found_wherever_they_are(library):
+    data = torch.zeros(2, 9, 70, dtype=torch.uint8)[:, :, 1:66]
+    data[:] = 0x7E
+    assert not library.has_nans(data.view(torch.float8_e4m3fn))
+    for expert, row, column in itertools.product((0, 1), (0, 8), (0, 31, 64)):
+        for code in (0x7F, 0xFF):
+            data[expert, row, column] = code
+            assert library.has_nans(data.view(torch.float8_e4m3fn))
+            assert library.has_nans(data[expert].view(torch.float8_e4m3fn))
+            assert not library.has_nans(data[1 - expert].view(torch.float8_e4m3fn))
+            data[expert, row, column] = 0xFE
+    assert not library.has_nans(torch.empty(0, 8, dtype=torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [ROW, MX, BLOCK_128], ids=str)
+def test_looking_for_nans_changes_no_bit(library, dtype, granularity):
+    torch.manual_seed(9)
+    weight = quantize(torch.randn(70, 1300), granularity)
+    for m in (1, 4, 8, 9, 40):
+        x, outs = torch.randn(m, 1300).to(dtype), (torch.empty(m, 70), torch.empty(m, 70))
+        for nans, out in zip((False, True), outs, strict=True):
+            block = granularity.block(weight.shape)
+            library.linear(x, weight.data, weight.scale, *block, None, out, nans=nans)
+        assert outs[0].equal(outs[1])
 
 
 def test_scales_too_far_out_to_be_folded(library):
@@ -399,7 +439,7 @@ def overrun() -> None:
     assert isinstance(FOUND, native.Library)
     data, _memory = guarded_copy(torch.zeros(64, 64).to(torch.float8_e4m3fn))
     operands = torch.ones(1, 64), data, torch.ones(65, 1)
-    problem = _problem(*operands, 1, 64, None, torch.empty(1, 65))
+    problem = _problem(*operands, 1, 64, None, torch.empty(1, 65), True)
     problem.n = 65
     FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(problem))
 

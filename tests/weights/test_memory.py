@@ -177,11 +177,12 @@ def test_c_refuses_null() -> None:
     assert isinstance(FOUND, native.Library)
     x, data, scale, out = torch.ones(2, 8), torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(4, 1), torch.ones(2, 4)
     for name in ("x", "data", "scale", "out"):
-        problem = _problem(x, data, scale, 1, 8, None, out)
+        problem = _problem(x, data, scale, 1, 8, None, out, True)
         setattr(problem, name, None)
         assert FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(problem)) == -3
         assert FOUND.functions.fp8gemm_grouped(FOUND.level, 1, ctypes.byref(problem), 32, None, 1) == -3
-    assert FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(_problem(x, data, scale, 1, 8, None, out))) == 0
+    problem = _problem(x, data, scale, 1, 8, None, out, True)
+    assert FOUND.functions.fp8gemm_linear(FOUND.level, 1, ctypes.byref(problem)) == 0
 
 
 @compiled

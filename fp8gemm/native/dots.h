@@ -9,7 +9,7 @@
 //   sum            adds the lanes of a vector
 
 constexpr int PARTS = CODES / (LANES * GRAIN);
-constexpr int64_t FETCHED = 4096;  // bytes ahead in each of the rows
+constexpr int64_t FETCHED = 512;  // bytes ahead in each stream
 
 // Chains of sums that do not wait for each other: with few of them, multiplications would.
 constexpr int chains(int count) { return together(count) * count < 8 ? 2 : 1; }
@@ -34,11 +34,9 @@ INLINE void add_codes(Vec (*sums)[COUNT][CHAINS], const uint8_t* const* codes, i
         }
 }
 
-// sums [COUNT][PANEL] of rows [row, row + TOGETHER); those from `end` on are like the last. Blocks along k are
-// multiples of CODES.
+// out [TOGETHER] -> [COUNT], MOST_ROWS apart: the sums of each of `rows`. Blocks along k are multiples of CODES.
 template <int COUNT, bool NANS, int TOGETHER>
-INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t end, int64_t ahead,
-                     float* out) {
+INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, float* const* out) {
     constexpr int CHAINS = chains(COUNT);
     const uint8_t* codes[TOGETHER];
     uint8_t last[TOGETHER][CODES];
@@ -47,7 +45,7 @@ INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t en
     bool vary = p.scales_vary_along_k();
     int64_t whole = p.k / CODES * CODES;
     for (int r = 0; r < TOGETHER; ++r) {
-        codes[r] = p.data_row(smaller(row + r, end - 1));
+        codes[r] = p.data_row(rows[r]);
         for (int t = 0; t < COUNT; ++t) total[r][t] = Vec{};
     }
     for (int64_t k = 0, block = 0; k < p.k; ++block) {
@@ -57,7 +55,7 @@ INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t en
                 for (int i = 0; i < CHAINS; ++i) sums[r][t][i] = Vec{};
         int64_t stop = vary ? smaller(p.k, k + p.cols) : p.k;
         for (; k < smaller(stop, whole); k += CODES)
-            add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, codes, k, ahead, x + k * COUNT);
+            add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, codes, k, FETCHED, x + k * COUNT);
         if (k < stop) {
             memset(last, 0, sizeof last);
             for (int r = 0; r < TOGETHER; ++r) memcpy(last[r], codes[r] + k, size_t(stop - k)), lasts[r] = last[r];
@@ -65,7 +63,7 @@ INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t en
             k = stop;
         }
         for (int r = 0; r < TOGETHER; ++r) {
-            float scale = vary ? p.scale_row(smaller(row + r, end - 1))[block] : 1.0f;
+            float scale = vary ? p.scale_row(rows[r])[block] : 1.0f;
             for (int t = 0; t < COUNT; ++t) {
                 if constexpr (CHAINS == 2) sums[r][t][0] += sums[r][t][1];
                 total[r][t] += vary ? sums[r][t][0] * FACTOR * scale : sums[r][t][0];
@@ -73,14 +71,23 @@ INLINE void dot_rows(const Problem& p, const Element* x, int64_t row, int64_t en
         }
     }
     for (int r = 0; r < TOGETHER; ++r)
-        for (int t = 0; t < COUNT; ++t) out[t * PANEL + r] = sum(total[r][t]);
+        for (int t = 0; t < COUNT; ++t) out[r][t * MOST_ROWS] = sum(total[r][t]);
 }
 
+// sums [COUNT][MOST_ROWS]. Rows that are multiplied together are far from each other: each is part of a stream of its own,
+// which the processor recognizes and fetches ahead; neighbours within one page of memory it does not.
 template <int COUNT, bool NANS> NOINLINE void dot_panel(const Problem& p, const Element* x, Rows rows, float* sums) {
     constexpr int TOGETHER = together(COUNT);
-    int64_t ahead = TOGETHER * ceil_div(FETCHED, larger<int64_t>(p.data_stride, 1)) * p.data_stride;
-    for (int64_t row = 0; row < rows.count; row += TOGETHER)
-        dot_rows<COUNT, NANS, TOGETHER>(p, x, rows.start + row, rows.start + rows.count, ahead, sums + row);
+    int64_t stream = ceil_div(rows.count, TOGETHER);
+    for (int64_t i = 0; i < stream; ++i) {
+        int64_t row[TOGETHER];
+        float* out[TOGETHER];
+        for (int r = 0; r < TOGETHER; ++r) {
+            int64_t index = smaller(r * stream + i, rows.count - 1);
+            row[r] = rows.start + index, out[r] = sums + index;
+        }
+        dot_rows<COUNT, NANS, TOGETHER>(p, x, row, out);
+    }
 }
 
 template <int COUNT> INLINE void dot_panel_of(const Problem& p, Tokens tokens, Rows rows, float* sums) {
@@ -94,9 +101,9 @@ template <int COUNT> INLINE void dot_panel_of(const Problem& p, Tokens tokens, R
 int64_t dots_tokens(const Problem&) { return FEW; }
 
 Plan dots_plan(const Problem& p, int64_t tokens, int threads) {
-    constexpr int64_t TASK = 1 << 16;  // bytes of the weight that are worth a task
+    constexpr int64_t TASK = 1 << 20;  // bytes of a task: its streams start without having been fetched
     int64_t rows = smaller(ceil_div(TASK, larger<int64_t>(p.k, 1)), ceil_div(p.n, 4 * threads));
-    return {1, smaller(round_up(rows, 4), PANEL), tokens * round_up(p.k, CODES) * int64_t(sizeof(Element)), 0};
+    return {1, smaller(round_up(rows, 4), MOST_ROWS), tokens * round_up(p.k, CODES) * int64_t(sizeof(Element)), 0};
 }
 
 // Packed: [groups of CODES][tokens][CODES].
@@ -111,10 +118,10 @@ void dots_pack(const Problem& p, Tokens tokens, int64_t first, int64_t end) {
 }
 
 void dots_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t*) {
-    float sums[FEW * PANEL];
+    float sums[FEW * MOST_ROWS];
     dot_panel_of<FEW>(p, tokens, rows, sums);
     uint8_t* out = p.out_row(tokens.start) + rows.start * size_of(p.out_type);
-    finish(p, Ending(p, rows.start, rows.count), sums, tokens.count, rows.count, out);
+    finish(p, Ending(p, rows.start, rows.count), sums, MOST_ROWS, tokens.count, rows.count, out);
 }
 
 const Kernel dots = {NAME, dots_tokens, dots_plan, dots_pack, dots_panel};

@@ -18,6 +18,7 @@
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
 constexpr int64_t STRIPS = 2;     // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
+constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 // No power of two, at which all tokens would share few sets of the caches.
 constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
 
@@ -93,7 +94,7 @@ template <int COUNT, class... Arguments> INLINE void multiply_tile_of(int64_t co
 
 // What the sums of each row become: times factor and scale, plus bias.
 struct Ending {
-    float factor, scale[PANEL], bias[PANEL];
+    float factor, scale[MOST_ROWS], bias[MOST_ROWS];
 
     Ending(const Problem& p, int64_t row, int64_t rows) : factor(p.scales_vary_along_k() ? 1.0f : FACTOR) {
         const float* scales = p.scale_row(row);
@@ -103,10 +104,10 @@ struct Ending {
     }
 };
 
-// out [tokens][rows] from sums [tokens][PANEL], rounded; `out` is the first token's first row.
-NOINLINE void finish(const Problem& p, const Ending& ending, const float* sums, int64_t tokens, int64_t rows,
-                     uint8_t* out) {
-    for (; tokens > 0; --tokens, sums += PANEL, out += p.out_stride * size_of(p.out_type))
+// out [tokens][rows] from sums [tokens][stride], rounded; `out` is the first token's first row.
+NOINLINE void finish(const Problem& p, const Ending& ending, const float* sums, int64_t stride, int64_t tokens,
+                     int64_t rows, uint8_t* out) {
+    for (; tokens > 0; --tokens, sums += stride, out += p.out_stride * size_of(p.out_type))
         for (int64_t r = 0; r < rows; r += LANES) {
             Vec y = floats(sums + r) * ending.factor * floats(ending.scale + r);
             if (p.bias) y += floats(ending.bias + r);
@@ -195,7 +196,7 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
                                          vary ? factors + s * ROWS : nullptr, chunk == 0,
                                          sums + token * PANEL + s * ROWS, ahead);
             uint8_t* out = p.out_row(tokens.start + token) + rows.start * size_of(p.out_type);
-            if (!more) finish(p, ending, sums + token * PANEL, end - token, rows.count, out);
+            if (!more) finish(p, ending, sums + token * PANEL, PANEL, end - token, rows.count, out);
             token = end;
         }
     }

@@ -9,6 +9,7 @@
 //   sum            adds the lanes of a vector
 
 constexpr int PARTS = CODES / (LANES * GRAIN);
+constexpr int64_t SPAN = 128 * LANES * GRAIN;  // elements along k after which sums start again, as in panels
 constexpr int64_t FETCHED = 512;  // bytes ahead in each stream
 
 // Chains of sums that do not wait for each other: with few of them, multiplications would.
@@ -48,12 +49,12 @@ INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, fl
         codes[r] = p.data_row(rows[r]);
         for (int t = 0; t < COUNT; ++t) total[r][t] = Vec{};
     }
-    for (int64_t k = 0, block = 0; k < p.k; ++block) {
+    for (int64_t k = 0; k < p.k;) {
         Vec sums[TOGETHER][COUNT][CHAINS];
         for (int r = 0; r < TOGETHER; ++r)
             for (int t = 0; t < COUNT; ++t)
                 for (int i = 0; i < CHAINS; ++i) sums[r][t][i] = Vec{};
-        int64_t stop = vary ? smaller(p.k, k + p.cols) : p.k;
+        int64_t block = vary ? k / p.cols : 0, stop = smaller(smaller(p.k, k + SPAN), (block + 1) * p.cols);
         for (; k < smaller(stop, whole); k += CODES)
             add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, codes, k, FETCHED, x + k * COUNT);
         if (k < stop) {

@@ -122,7 +122,7 @@ void dots_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t*) {
     float sums[FEW * MOST_ROWS];
     dot_panel_of<FEW>(p, tokens, rows, sums);
     uint8_t* out = p.out_row(tokens.start) + rows.start * size_of(p.out_type);
-    finish(p, Ending(p, rows.start, rows.count), sums, MOST_ROWS, tokens.count, rows.count, out);
+    finish(p, Ending(p, rows.start, rows.count), 0, sums, MOST_ROWS, tokens.count, rows.count, out);
 }
 
 const Kernel dots = {NAME, dots_tokens, dots_plan, dots_pack, dots_panel};

@@ -11,12 +11,13 @@
 //   store                rounds sums to the type of out
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
 //
-// A panel of the weight is decoded strip by strip, CHUNK codes of each row at a time, to the order in which it is
+// A panel of the weight is decoded strip by strip, CHUNK codes of ROWS rows at a time, to the order in which they are
 // multiplied. Tiles of TOKENS x ROWS sums then stay in registers: they are never added across lanes, and are stored
-// contiguously. While a chunk is multiplied, the codes of the next one are fetched.
+// contiguously. While a strip is multiplied, the codes of the next one are fetched.
 
+constexpr int64_t CHUNK = 512;    // codes of a row that are decoded before they are multiplied
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 2;     // strips of a panel
+constexpr int64_t STRIPS = 2;      // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 // No power of two, at which all tokens would share few sets of the caches.
@@ -25,7 +26,7 @@ constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
 // Lines of the codes that come next, of which `burst` are fetched at a time.
 struct Ahead {
     const uint8_t* row;
-    int64_t stride, width, left, burst, column;
+    int64_t stride, width, left = 0, burst = 0, column = 0;
 
     INLINE void fetch() {
         for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
@@ -104,13 +105,13 @@ struct Ending {
     }
 };
 
-// out [tokens][rows] from sums [tokens][stride], rounded; `out` is the first token's first row.
-NOINLINE void finish(const Problem& p, const Ending& ending, const float* sums, int64_t stride, int64_t tokens,
-                     int64_t rows, uint8_t* out) {
+// out [tokens][rows] from sums [tokens][stride], rounded; `first` is the row's place in `ending`.
+NOINLINE void finish(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t stride,
+                     int64_t tokens, int64_t rows, uint8_t* out) {
     for (; tokens > 0; --tokens, sums += stride, out += p.out_stride * size_of(p.out_type))
         for (int64_t r = 0; r < rows; r += LANES) {
-            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + r);
-            if (p.bias) y += floats(ending.bias + r);
+            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + first + r);
+            if (p.bias) y += floats(ending.bias + first + r);
             if (rows - r >= LANES) {
                 store(out + r * size_of(p.out_type), p.out_type, y);
                 continue;
@@ -129,7 +130,7 @@ INLINE int64_t chunks(const Problem& p) { return larger<int64_t>(1, ceil_div(p.k
 Plan plan(const Problem& p, int64_t tokens, int threads) {
     int64_t rows = smaller(PANEL, round_up(ceil_div(p.n, 4 * threads), ROWS));
     int64_t factors = p.scales_vary_along_k() ? PANEL * (CHUNK / smaller(p.cols, CHUNK) + 2) : 0;
-    int64_t scratch = (rows * CHUNK + 64 * ROWS) * int64_t(sizeof(Element)) + (tokens * PANEL + factors) * 4;
+    int64_t scratch = CHUNK * ROWS * int64_t(sizeof(Element)) + (tokens * PANEL + factors) * 4;
     return {1, rows, tokens * chunks(p) * X_STRIDE * int64_t(sizeof(Element)), scratch};
 }
 
@@ -160,44 +161,62 @@ INLINE void decode(const uint8_t* codes, int64_t stride, int64_t rows, int64_t c
     }
 }
 
+// The segments of `count` elements from `chunk` on; returns their end. There is one if there are no elements.
+INLINE Segment* cut(const Problem& p, int64_t chunk, int64_t count, Segment* segment) {
+    int64_t first = chunk / p.cols, block = first, k = 0;
+    do {
+        int64_t stop = smaller(count, k / RESTART * RESTART + RESTART);
+        int32_t factor = int32_t(block - first);
+        if (p.scales_vary_along_k() && (block + 1) * p.cols - chunk <= stop) stop = ++block * p.cols - chunk;
+        *segment++ = {int32_t(ceil_div(stop - k, GRAIN)), factor};
+        k = stop;
+    } while (k < count);
+    return segment;
+}
+
+// Multiplies a strip of one chunk, decoded at `w`, by all tokens.
+INLINE void multiply_strip(Tokens tokens, const Element* w, const Segment* segments, const Segment* end,
+                           int64_t chunk, const float* factors, float* sums, Ahead ahead) {
+    int64_t tiles = ceil_div(tokens.count, TOKENS), bursts = 0;
+    for (const Segment* segment = segments; segment < end; ++segment) bursts += tiles * ceil_div(segment->units, 16);
+    ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
+    const Element* x = reinterpret_cast<const Element*>(tokens.packed) + chunk / CHUNK * tokens.count * X_STRIDE;
+    for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
+        stop = tokens.count * (tile + 1) / tiles;
+        multiply_tile_of<TOKENS>(stop - token, x + token * X_STRIDE, w, segments, end, factors, chunk == 0,
+                                 sums + token * PANEL, ahead);
+    }
+}
+
+// Scratch: a decoded strip, sums [tokens][PANEL], factors [blocks of a chunk][PANEL].
 void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
     Element* w = reinterpret_cast<Element*>(scratch);
-    float* sums = reinterpret_cast<float*>(w + round_up(rows.count, ROWS) * CHUNK + 64 * ROWS);
-    float* factors = sums + tokens.count * PANEL;
+    float *sums = reinterpret_cast<float*>(w + CHUNK * ROWS), *factors = sums + tokens.count * PANEL;
     const Ending ending(p, rows.start, rows.count);
     bool vary = p.scales_vary_along_k();
-    int64_t tiles = ceil_div(tokens.count, TOKENS), strips = ceil_div(rows.count, ROWS);
-    for (int64_t chunk = 0, more = true; more; chunk += CHUNK) {
-        int64_t count = smaller(CHUNK, p.k - chunk), block = vary ? chunk / p.cols : 0;
-        more = chunk + count < p.k;
-        for (int64_t s = 0; s < strips; ++s)
-            decode(p.data_row(rows.start + s * ROWS) + chunk, p.data_stride, rows.count - s * ROWS, count, p.nans,
-                   w + s * ROWS * CHUNK);
+    Segment segments[CHUNK / GRAIN + CHUNK / RESTART];
+    for (int64_t chunk = 0, following; chunk < larger<int64_t>(p.k, 1); chunk = following) {
+        int64_t count = smaller(CHUNK, p.k - chunk), block = chunk / p.cols;
+        following = chunk + CHUNK;
+        const Segment* end = cut(p, chunk, count, segments);
         for (int64_t b = block; vary && b * p.cols < chunk + count; ++b)
             for (int64_t r = 0; r < rows.count; ++r) factors[(b - block) * PANEL + r] = p.scale_row(rows.start + r)[b];
-        Segment segments[CHUNK / GRAIN + CHUNK / RESTART], *last = segments;
-        int64_t bursts = 0;
-        for (int64_t k = 0, b = 0, stop; k < count || last == segments; k = stop, ++last) {
-            stop = smaller(count, k / RESTART * RESTART + RESTART);
-            *last = {0, int32_t(b)};
-            if (vary && (block + b + 1) * p.cols - chunk <= stop) stop = (block + ++b) * p.cols - chunk;
-            last->units = int32_t(ceil_div(stop - k, GRAIN));
-            bursts += tiles * strips * ceil_div(last->units, 16);
-        }
-        const uint8_t* next = more ? p.data_row(rows.start) + chunk + count : rows.next;
-        int64_t width = smaller(CHUNK, more ? p.k - chunk - count : p.k), lines = ceil_div(width, 64) * rows.count;
-        Ahead ahead = {next, p.data_stride, width, next ? lines : 0, ceil_div(lines, larger<int64_t>(bursts, 1)), 0};
-        for (int64_t tile = 0, token = 0; tile < tiles; ++tile) {
-            int64_t end = tokens.count * (tile + 1) / tiles;
-            const Element* x = reinterpret_cast<Element*>(tokens.packed) +
-                               (chunk / CHUNK * tokens.count + token) * X_STRIDE;
-            for (int64_t s = 0; s < strips; ++s)
-                multiply_tile_of<TOKENS>(end - token, x, w + s * ROWS * CHUNK, segments, last,
-                                         vary ? factors + s * ROWS : nullptr, chunk == 0,
-                                         sums + token * PANEL + s * ROWS, ahead);
-            uint8_t* out = p.out_row(tokens.start + token) + rows.start * size_of(p.out_type);
-            if (!more) finish(p, ending, sums + token * PANEL, PANEL, end - token, rows.count, out);
-            token = end;
+        for (int64_t row = 0; row < rows.count; row += ROWS) {
+            const uint8_t* codes = p.data_row(rows.start + row) + chunk;
+            int64_t here = smaller<int64_t>(rows.count - row, ROWS);
+            decode(codes, p.data_stride, here, count, p.nans, w);
+            // Meanwhile, the next strip is fetched: of this chunk, of the next one, or of another panel.
+            Ahead ahead = {codes + ROWS * p.data_stride, p.data_stride, count};
+            if (row + ROWS >= rows.count) {
+                bool more = following < p.k;
+                ahead.row = more ? p.data_row(rows.start) + following : rows.next;
+                ahead.width = smaller(CHUNK, more ? p.k - following : p.k);
+            }
+            if (ahead.row) ahead.left = ceil_div(ahead.width, 64) * ROWS;
+            multiply_strip(tokens, w, segments, end, chunk, vary ? factors + row : nullptr, sums + row, ahead);
+            if (following < p.k) continue;
+            uint8_t* out = p.out_row(tokens.start) + (rows.start + row) * size_of(p.out_type);
+            finish(p, ending, row, sums + row, PANEL, tokens.count, here, out);
         }
     }
 }

@@ -126,7 +126,9 @@ def test_doctor_says_which_compiled_kernels_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their path, instruction level and origin, or why there are none."""
-    library = native.Library(Path("/p/fp8gemm.so"), "from the cache, compiled by g++ 14.2.0", "avx2", True, object())
+    library = native.Library(
+        Path("/p/fp8gemm.so"), "from the cache, compiled by g++ 14.2.0", ("avx2",), "avx2", True, object()
+    )
     for found, said in (
         (library, "/p/fp8gemm.so, avx2, from the cache, compiled by g++ 14.2.0"),
         (native.Unavailable("no C++ compiler"), "no C++ compiler"),

@@ -7,13 +7,12 @@ import functools
 from .build import Built, build, cache_directory
 from .checks import TYPES
 from .compiler import Unavailable
-from .library import Instructions, Library, open_library
+from .library import Library, open_library
 from .memory import plain
 
 __all__ = [
     "TYPES",
     "Built",
-    "Instructions",
     "Library",
     "Unavailable",
     "build",

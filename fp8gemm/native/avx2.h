@@ -14,6 +14,7 @@ constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, GRAIN 
 using Vec = __m256;
 using Element = float;
 using Operand = Vec;
+using Weights = Operand;
 
 INLINE Operand load(const Element* address) { return _mm256_loadu_ps(address); }
 INLINE Operand broadcast(const Element* address) { return _mm256_set1_ps(*address); }

@@ -14,6 +14,7 @@ constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, GRAI
 using Vec = __m512;
 using Element = float;
 using Operand = Vec;
+using Weights = Operand;
 
 INLINE Operand load(const Element* address) { return _mm512_loadu_ps(address); }
 INLINE Operand broadcast(const Element* address) { return _mm512_set1_ps(*address); }

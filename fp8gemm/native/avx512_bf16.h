@@ -13,6 +13,7 @@ constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, GRAI
 using Vec = __m512;
 using Element = uint16_t;
 using Operand = __m512bh;
+using Weights = Operand;
 
 INLINE Operand load(const Element* address) { return (__m512bh)_mm512_loadu_si512(address); }
 INLINE Operand broadcast(const Element* address) {

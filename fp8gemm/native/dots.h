@@ -6,11 +6,12 @@
 //   place          which of these elements a code becomes; x is packed in the same order
 //   FEW            the most tokens for which this is faster than panels
 //   together       how many rows are multiplied at a time, for a number of tokens
+//   multiply_add   also of two operands, element by element
 //   sum            adds the lanes of a vector
 
-constexpr int PARTS = CODES / (LANES * GRAIN);
-constexpr int64_t SPAN = 128 * LANES * GRAIN;  // elements along k after which sums start again, as in panels
-constexpr int64_t FETCHED = 512;  // bytes ahead in each stream
+constexpr int PARTS = CODES / WIDTH;
+constexpr int64_t SPAN = 128 * WIDTH;  // elements along k after which sums start again, as in panels
+constexpr int64_t FETCHED = 512;       // bytes ahead in each stream
 
 // Chains of sums that do not wait for each other: with few of them, multiplications would.
 constexpr int chains(int count) { return together(count) * count < 8 ? 2 : 1; }
@@ -28,7 +29,7 @@ INLINE void add_codes(Vec (*sums)[COUNT][CHAINS], const uint8_t* const* codes, i
     for (int t = 0; t < COUNT; ++t)
 #pragma GCC unroll 4
         for (int i = 0; i < PARTS; ++i) {
-            Operand token = load(x + t * CODES + i * LANES * GRAIN);
+            Operand token = load(x + t * CODES + i * WIDTH);
 #pragma GCC unroll 8
             for (int r = 0; r < TOGETHER; ++r)
                 sums[r][t][i % CHAINS] = multiply_add(sums[r][t][i % CHAINS], w[r][i], token);

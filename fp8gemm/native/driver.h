@@ -13,6 +13,9 @@
 #if FP8GEMM_HAS_AMX
 #include "amx.h"
 #endif
+#if defined(__aarch64__)
+#include "neon.h"
+#endif
 
 #include "levels.h"
 #include "parallel.h"
@@ -36,6 +39,9 @@ const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem&
 #if defined(__x86_64__)
     if (level >= AVX512) return CHOOSE(avx512);
     if (level >= AVX2) return CHOOSE(avx2);
+#endif
+#if defined(__aarch64__)
+    if (level >= NEON && whole(neon::GRAIN)) return CHOOSE(neon);
 #endif
     return CHOOSE(portable);
 }
@@ -155,6 +161,9 @@ const Quantizer& choose_quantizer([[maybe_unused]] int level) {
 #if defined(__x86_64__)
     if (level >= AVX512) return avx512::quantizer;
     if (level >= AVX2) return avx2::quantizer;
+#endif
+#if defined(__aarch64__)
+    if (level >= NEON) return neon::quantizer;
 #endif
     return portable::quantizer;
 }

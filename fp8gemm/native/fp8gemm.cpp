@@ -4,7 +4,7 @@
 //   numbers.h      formats, decoding and rounding, and a table of all 128 magnitudes of e4m3
 //   problems.h     the arguments of a product, a quantization and a lookup; what each instruction set implements
 //   levels.h       the instruction sets, and which of them this CPU has
-//   portable.h, avx2.h, avx512.h, avx512_bf16.h
+//   portable.h, avx2.h, avx512.h, avx512_bf16.h, neon.h
 //                  the vectors of one instruction set each, and how it decodes; for each of them
 //                    panels.h           products of many tokens: panels of the weight are decoded to memory
 //                    dots.h             products of few tokens: codes are decoded in registers
@@ -35,6 +35,9 @@ int fp8gemm_level() {
     }();
     return level;
 }
+
+// The name of a level of this processor's family, the lowest first; null after the last.
+const char* fp8gemm_level_name(int level) { return level >= 0 && level < LEVELS ? NAMES[level] : nullptr; }
 
 int fp8gemm_has_threads() { return GOMP_parallel && omp_get_thread_num; }
 

@@ -13,6 +13,10 @@
 #endif
 #endif
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 // gcc 11 and clang 12 introduced the intrinsics for AMX, gcc 10 and clang 9 those for bf16.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define FP8GEMM_HAS_AMX 1
@@ -36,8 +40,15 @@
 
 namespace {
 
+// Each includes those before it.
+#if defined(__aarch64__)
+enum Level : int { PORTABLE = 0, NEON = 1 };
+constexpr const char* NAMES[] = {"portable", "neon"};
+#else
 enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+#endif
+constexpr int LEVELS = sizeof NAMES / sizeof *NAMES;
 
 // The level of this CPU and operating system. Linux allows a process to use the AMX tiles, 8 KB of context per thread,
 // only after a request; that the tiles multiply bf16 is bit 22 of CPUID 7's EDX (Intel's SDM, volume 2).
@@ -60,6 +71,8 @@ int detect() {
 #else
     return AVX512;
 #endif
+#elif defined(__aarch64__)
+    return NEON;
 #else
     return PORTABLE;
 #endif

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -16,9 +17,6 @@ from .build import Built
 from .checks import TYPES, away, describe, mistakes, quantize_mistakes
 from .compiler import Unavailable
 
-# In the order of the levels in levels.h: each includes those before it.
-Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-LEVELS: tuple[Instructions, ...] = get_args(Instructions)
 SCALE_FLOOR = 2.0**-126
 NULL, INDEX = -3, -4  # status codes: a null pointer to elements; an index out of range
 
@@ -53,6 +51,7 @@ class _Lookup(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_level": (c_int, ()),
+    "fp8gemm_level_name": (c_char_p, (c_int,)),
     "fp8gemm_has_threads": (c_int, ()),
     "fp8gemm_kernel": (c_char_p, (c_int, POINTER(_Problem))),
     "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
@@ -65,9 +64,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def open_library(built: Built) -> Library | Unavailable:
     """Loads a library for this CPU's instruction set, or for a lower level given by ``FP8GEMM_ISA``."""
-    wanted = os.environ.get("FP8GEMM_ISA") or LEVELS[-1]
-    if wanted not in LEVELS:
-        return Unavailable(f"FP8GEMM_ISA must be one of {', '.join(LEVELS)}, found {wanted!r}")
     try:
         functions = ctypes.CDLL(str(built.path))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -75,32 +71,38 @@ def open_library(built: Built) -> Library | Unavailable:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return Unavailable(f"{built.path} cannot be loaded: {error}")
-    level = min(functions.fp8gemm_level(), LEVELS.index(wanted))
-    return Library(built.path, built.origin, LEVELS[level], bool(functions.fp8gemm_has_threads()), functions)
+    levels = tuple(name.decode() for name in takewhile(bool, map(functions.fp8gemm_level_name, count())))
+    wanted = os.environ.get("FP8GEMM_ISA") or levels[-1]
+    if wanted not in levels:
+        return Unavailable(f"FP8GEMM_ISA must be one of {', '.join(levels)}, found {wanted!r}")
+    level = min(functions.fp8gemm_level(), levels.index(wanted))
+    return Library(built.path, built.origin, levels, levels[level], bool(functions.fp8gemm_has_threads()), functions)
 
 
 @dataclass(frozen=True)
 class Library:
-    """The kernels for one instruction level; ``threads`` is False if torch's OpenMP runtime is not available."""
+    """The kernels for one instruction level of this processor's family, whose ``levels`` each include those before it;
+    ``threads`` is False if torch's OpenMP runtime is not available."""
 
     path: Path
     origin: str
-    instructions: Instructions
+    levels: tuple[str, ...]
+    instructions: str
     threads: bool
     functions: ctypes.CDLL
 
     @property
     def level(self) -> int:
-        return LEVELS.index(self.instructions)
+        return self.levels.index(self.instructions)
 
     @property
     def features(self) -> frozenset[str]:
         """The available levels, and ``"threads"``."""
-        return frozenset(LEVELS[: self.level + 1]) | ({"threads"} if self.threads else frozenset())
+        return frozenset(self.levels[: self.level + 1]) | ({"threads"} if self.threads else frozenset())
 
-    def lowered(self, instructions: Instructions) -> Library:
-        """The same kernels limited to ``instructions``, as on an older CPU."""
-        return replace(self, instructions=LEVELS[min(self.level, LEVELS.index(instructions))])
+    def lowered(self, instructions: str) -> Library:
+        """The same kernels limited to ``instructions``, one of ``levels``, as on an older CPU."""
+        return replace(self, instructions=self.levels[min(self.level, self.levels.index(instructions))])
 
     def path_for(self, m: int, dtype: torch.dtype, *, k: int = 4096, cols: int | None = None) -> str:
         """The name of the kernel for ``m`` tokens in ``dtype``, with scales that cover ``cols`` of a row's ``k``

@@ -3,11 +3,12 @@
 //
 //   Vec, LANES           a vector of fp32 sums: of one token with LANES rows of the weight
 //   Element, GRAIN       an element of x and of a decoded weight; each lane multiplies GRAIN of them at a time
-//   Operand              LANES x GRAIN elements
-//   load, broadcast      an operand from memory; one whose lanes all hold the same GRAIN elements
-//   multiply_add         sums plus the products of two operands
+//   Operand              a vector of elements
+//   Weights              LANES x GRAIN elements of a decoded weight: an operand, or several `parts`
+//   load, broadcast      an operand from memory; one that stands for GRAIN elements of a token
+//   multiply_add         sums plus the products of weights and such an operand
 //   FACTOR               decoded weights times this are the weight's values
-//   decode_strip         64 codes of ROWS rows -> [64 / GRAIN][ROWS][GRAIN]
+//   decode_strip         64 codes of ROWS rows -> Weights [64 / GRAIN][VECTORS]
 //   store                rounds sums to the type of out
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
 //
@@ -20,6 +21,7 @@ constexpr int64_t RESTART = 256;  // elements along k after which sums start aga
 constexpr int64_t STRIPS = 2;      // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
+constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
 // No power of two, at which all tokens would share few sets of the caches.
 constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
 
@@ -43,6 +45,15 @@ INLINE Vec floats(const float* address) {
     return vector;
 }
 
+template <class Several> INLINE Several load_all(const Element* address) {
+    if constexpr (sizeof(Several) == sizeof(Operand)) return load(address);
+    else {
+        Several all;
+        for (int i = 0; i < int(sizeof(Several) / sizeof(Operand)); ++i) all.parts[i] = load(address + i * WIDTH);
+        return all;
+    }
+}
+
 // `count` elements of x: bf16 as they are; those of any type as fp32.
 INLINE void copy(const uint8_t* x, int64_t, uint16_t* out, int64_t count) { memcpy(out, x, size_t(count) * 2); }
 INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
@@ -54,7 +65,7 @@ INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
 // Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
 struct Segment { int32_t units, factor; };
 
-// Adds w [units][ROWS] times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null, multiply what
+// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null, multiply what
 // each adds. The first segment's sums replace what is in memory if `first`.
 template <int COUNT>
 NOINLINE void multiply_tile(const Element* x, const Element* w, const Segment* segment, const Segment* end,
@@ -66,8 +77,8 @@ NOINLINE void multiply_tile(const Element* x, const Element* w, const Segment* s
         for (int64_t unit = 0; unit < segment->units;) {
             ahead.fetch();
             for (int64_t stop = smaller<int64_t>(segment->units, unit + 16); unit < stop; ++unit) {
-                Operand rows[VECTORS];
-                for (int j = 0; j < VECTORS; ++j) rows[j] = load(w + j * LANES * GRAIN);
+                Weights rows[VECTORS];
+                for (int j = 0; j < VECTORS; ++j) rows[j] = load_all<Weights>(w + j * LANES * GRAIN);
 #pragma GCC unroll 16
                 for (int t = 0; t < COUNT; ++t) {
                     Operand token = broadcast(x + t * X_STRIDE);

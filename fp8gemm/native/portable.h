@@ -13,6 +13,7 @@ constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 4, GRAIN 
 using Vec = float __attribute__((vector_size(LANES * 4)));
 using Element = float;
 using Operand = Vec;
+using Weights = Operand;
 
 INLINE Operand load(const Element* address) {
     Operand operand;
@@ -39,7 +40,8 @@ constexpr int CODES = 2 * LANES, FEW = 2, IN_ORDER = LANES;
 constexpr int together(int) { return 1; }
 constexpr int place(int code) { return code; }
 INLINE void decode_in_order(const uint8_t* codes, Vec* out) {
-    for (int i = 0; i < IN_ORDER; ++i) out[0][i] = tables.fp32[codes[i]];
+    const float* values = tables.fp32;
+    *out = Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
 }
 template <bool> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     for (int i = 0; i < CODES / LANES; ++i) decode_in_order(codes + i * LANES, out + i);

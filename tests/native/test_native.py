@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, TENSOR, Granularity, dequantize, native, quantize
-from fp8gemm.native.library import LEVELS, _problem
+from fp8gemm.native.library import _problem
 from fp8gemm.numerics import expand_scale
 
 FOUND = native.find()
 pytestmark = pytest.mark.skipif(
     isinstance(FOUND, native.Unavailable), reason=getattr(FOUND, "reason", "the native library was found")
 )
-PATHS = [] if isinstance(FOUND, native.Unavailable) else list(LEVELS[: FOUND.level + 1])
+PATHS = [] if isinstance(FOUND, native.Unavailable) else list(FOUND.levels[: FOUND.level + 1])
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Two that do not match the tiles, and one that is neither a divisor of 32 nor divisible into whole blocks.
 GRANULARITIES = [TENSOR, ROW, GROUP_128, BLOCK_128, MX, Granularity(3, 50), Granularity(7, 96)]

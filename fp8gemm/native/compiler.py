@@ -24,7 +24,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
 FLOAT_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 DARWIN_FLAGS = ("-undefined", "dynamic_lookup")
 # What a wheel adds, by machine, since it is for every CPU: a compiler may be set to assume more than the oldest has.
-WHEEL_FLAGS = {"x86_64": ("-march=x86-64",)}
+WHEEL_FLAGS = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
 COMPILE_SECONDS = 300
 
 

@@ -104,7 +104,7 @@ template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out
 }
 
 constexpr int CODES = 32, FEW = 8;
-constexpr int together(int tokens) { return tokens <= 2 ? 4 : tokens == 3 ? 3 : 2; }
+constexpr int together(int tokens, bool) { return tokens <= 2 ? 4 : tokens == 3 ? 3 : 2; }
 constexpr int place(int code) { return code % 2 * 16 + code / 2; }
 template <bool NANS> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     __m256i words = codes_at(codes), first = first_codes<NANS>(words), second = second_codes<NANS>(words);

@@ -104,7 +104,7 @@ template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out
 }
 
 constexpr int CODES = 64, FEW = 8;
-constexpr int together(int tokens) { return tokens <= 5 ? 4 : 2; }
+constexpr int together(int tokens, bool vary) { return tokens <= (vary ? 3 : 5) ? 4 : 2; }
 constexpr int place(int code) { return code % 2 * 32 + code / 2; }
 template <bool NANS> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     __m512i words = _mm512_loadu_si512(codes), first = first_codes<NANS>(words), second = second_codes<NANS>(words);

@@ -69,7 +69,10 @@ template <bool> INLINE void decode_strip(const uint8_t* group, Element* out) {
 }
 
 constexpr int CODES = 64, FEW = 9;
-constexpr int together(int tokens) { return tokens <= 6 ? 4 : tokens <= 8 ? 3 : 2; }
+constexpr int together(int tokens, bool vary) {
+    if (vary) return tokens <= 4 ? 4 : 2;  // totals need as many registers as sums do
+    return tokens <= 6 ? 4 : tokens <= 8 ? 3 : 2;
+}
 constexpr int place(int code) { return code / 8 % 2 * 32 + code / 16 * 8 + code % 8; }
 template <bool> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     decode_register(_mm512_loadu_si512(codes), out);

@@ -5,7 +5,7 @@
 //   decode_codes   CODES codes -> PARTS operands, in the order that is the fastest
 //   place          which of these elements a code becomes; x is packed in the same order
 //   FEW            the most tokens for which this is faster than panels
-//   together       how many rows are multiplied at a time, for a number of tokens
+//   together       how many rows are multiplied at a time, for a number of tokens and whether scales vary along k
 //   multiply_add   also of two operands, element by element
 //   sum            adds the lanes of a vector
 
@@ -14,7 +14,7 @@ constexpr int64_t SPAN = 128 * WIDTH;  // elements along k after which sums star
 constexpr int64_t FETCHED = 512;       // bytes ahead in each stream
 
 // Chains of sums that do not wait for each other: with few of them, multiplications would.
-constexpr int chains(int count) { return together(count) * count < 8 ? 2 : 1; }
+constexpr int chains(int rows, int count) { return rows * count < 8 ? 2 : 1; }
 
 template <int COUNT, bool NANS, int TOGETHER, int CHAINS>
 INLINE void add_codes(Vec (*sums)[COUNT][CHAINS], const uint8_t* const* codes, int64_t k, int64_t ahead,
@@ -39,23 +39,24 @@ INLINE void add_codes(Vec (*sums)[COUNT][CHAINS], const uint8_t* const* codes, i
 // out [TOGETHER] -> [COUNT], MOST_ROWS apart: the sums of each of `rows`. Blocks along k are multiples of CODES.
 template <int COUNT, bool NANS, int TOGETHER>
 INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, float* const* out) {
-    constexpr int CHAINS = chains(COUNT);
+    constexpr int CHAINS = chains(TOGETHER, COUNT);
     const uint8_t* codes[TOGETHER];
     uint8_t last[TOGETHER][CODES];
     const uint8_t* lasts[TOGETHER];
+    const float* scales[TOGETHER];
     Vec total[TOGETHER][COUNT];
     bool vary = p.scales_vary_along_k();
     int64_t whole = p.k / CODES * CODES;
     for (int r = 0; r < TOGETHER; ++r) {
-        codes[r] = p.data_row(rows[r]);
+        codes[r] = p.data_row(rows[r]), scales[r] = p.scale_row(rows[r]);
         for (int t = 0; t < COUNT; ++t) total[r][t] = Vec{};
     }
-    for (int64_t k = 0; k < p.k;) {
+    for (int64_t k = 0, block = 0, block_end = p.cols; k < p.k;) {
         Vec sums[TOGETHER][COUNT][CHAINS];
         for (int r = 0; r < TOGETHER; ++r)
             for (int t = 0; t < COUNT; ++t)
                 for (int i = 0; i < CHAINS; ++i) sums[r][t][i] = Vec{};
-        int64_t block = vary ? k / p.cols : 0, stop = smaller(smaller(p.k, k + SPAN), (block + 1) * p.cols);
+        int64_t stop = smaller(smaller(p.k, k + SPAN), block_end);
         for (; k < smaller(stop, whole); k += CODES)
             add_codes<COUNT, NANS, TOGETHER, CHAINS>(sums, codes, k, FETCHED, x + k * COUNT);
         if (k < stop) {
@@ -65,12 +66,13 @@ INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, fl
             k = stop;
         }
         for (int r = 0; r < TOGETHER; ++r) {
-            float scale = vary ? p.scale_row(rows[r])[block] : 1.0f;
+            float scale = vary ? scales[r][block] : 1.0f;
             for (int t = 0; t < COUNT; ++t) {
                 if constexpr (CHAINS == 2) sums[r][t][0] += sums[r][t][1];
                 total[r][t] += vary ? sums[r][t][0] * FACTOR * scale : sums[r][t][0];
             }
         }
+        if (k == block_end) ++block, block_end += p.cols;
     }
     for (int r = 0; r < TOGETHER; ++r)
         for (int t = 0; t < COUNT; ++t) out[r][t * MOST_ROWS] = sum(total[r][t]);
@@ -78,8 +80,8 @@ INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, fl
 
 // sums [COUNT][MOST_ROWS]. Rows that are multiplied together are far from each other: each is part of a stream of its own,
 // which the processor recognizes and fetches ahead; neighbours within one page of memory it does not.
-template <int COUNT, bool NANS> NOINLINE void dot_panel(const Problem& p, const Element* x, Rows rows, float* sums) {
-    constexpr int TOGETHER = together(COUNT);
+template <int COUNT, bool NANS, int TOGETHER>
+NOINLINE void dot_panel(const Problem& p, const Element* x, Rows rows, float* sums) {
     int64_t stream = ceil_div(rows.count, TOGETHER);
     for (int64_t i = 0; i < stream; ++i) {
         int64_t row[TOGETHER];
@@ -96,8 +98,11 @@ template <int COUNT> INLINE void dot_panel_of(const Problem& p, Tokens tokens, R
     if constexpr (COUNT > 1)
         if (tokens.count < COUNT) return dot_panel_of<COUNT - 1>(p, tokens, rows, sums);
     const Element* x = reinterpret_cast<const Element*>(tokens.packed);
-    bool masked = p.nans && !DECODES_NANS;
-    (masked ? dot_panel<COUNT, !DECODES_NANS> : dot_panel<COUNT, false>)(p, x, rows, sums);
+    constexpr int UNIFORM = together(COUNT, false), VARYING = together(COUNT, true);
+    bool vary = p.scales_vary_along_k();
+    if (p.nans && !DECODES_NANS)
+        (vary ? dot_panel<COUNT, !DECODES_NANS, VARYING> : dot_panel<COUNT, !DECODES_NANS, UNIFORM>)(p, x, rows, sums);
+    else (vary ? dot_panel<COUNT, false, VARYING> : dot_panel<COUNT, false, UNIFORM>)(p, x, rows, sums);
 }
 
 int64_t dots_tokens(const Problem&) { return FEW; }

@@ -48,6 +48,13 @@ int fp8gemm_linear(int level, int threads, const Problem* p) {
     return multiply(*p, smaller(level, fp8gemm_level()), threads) ? 0 : -1;
 }
 
+// The same product of another x, to another out: `p` may be shared by threads.
+int fp8gemm_linear_to(int level, int threads, const Problem* p, const uint8_t* x, uint8_t* out) {
+    Problem other = *p;
+    other.x = x, other.out = out;
+    return fp8gemm_linear(level, threads, &other);
+}
+
 // data, scale and bias of each expert follow those of the previous one; tokens of expert e end before ends[e].
 int fp8gemm_grouped(int level, int threads, const Problem* p, int64_t expert_stride, const int32_t* ends,
                     int64_t experts) {

@@ -55,6 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_has_threads": (c_int, ()),
     "fp8gemm_kernel": (c_char_p, (c_int, POINTER(_Problem))),
     "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
+    "fp8gemm_linear_to": (c_int, (c_int, c_int, POINTER(_Problem), c_void_p, c_void_p)),
     "fp8gemm_grouped": (c_int, (c_int, c_int, POINTER(_Problem), c_int64, c_void_p, c_int64)),
     "fp8gemm_has_nans": (c_int, (c_int, c_void_p, c_int64, c_int64, c_int64)),
     "fp8gemm_quantize": (c_int, (c_int, c_int, POINTER(_Quantization))),
@@ -157,13 +158,14 @@ class Library:
         wrong = mistakes(x, data, scale, rows, cols, bias, out)
         if wrong:
             raise ValueError(f"native linear: {'; '.join(wrong)}")
-        template = bytes(_problem(x, data, scale, rows, cols, bias, out, nans))
-        function, level, copied = self.functions.fp8gemm_linear, self.level, _Problem.from_buffer_copy
+        problem = byref(
+            _problem(x, data, scale, rows, cols, bias, out, nans)
+        )  # only read, so that threads may share it
+        function, level = self.functions.fp8gemm_linear_to, self.level
 
         def run(x_address: int, out_address: int) -> None:
-            problem = copied(template)  # one per call, as several threads may call at once
-            problem.x, problem.out = x_address, out_address
-            _check(function(level, torch.get_num_threads(), byref(problem)))
+            if status := function(level, torch.get_num_threads(), problem, x_address, out_address):
+                _check(status)
 
         return run
 

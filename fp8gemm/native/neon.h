@@ -98,7 +98,7 @@ template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out
 }
 
 constexpr int CODES = 16, FEW = 7;
-constexpr int together(int tokens) { return tokens <= 3 ? 4 : 2; }
+constexpr int together(int tokens, bool) { return tokens <= 3 ? 4 : 2; }
 constexpr int place(int code) { return code; }
 template <bool NANS> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     int8x16_t all = codes_at(codes);

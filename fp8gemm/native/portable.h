@@ -37,7 +37,7 @@ template <bool> INLINE void decode_strip(const uint8_t* group, Element* out) {
 }
 
 constexpr int CODES = 2 * LANES, FEW = 2, IN_ORDER = LANES;
-constexpr int together(int) { return 1; }
+constexpr int together(int, bool) { return 1; }
 constexpr int place(int code) { return code; }
 INLINE void decode_in_order(const uint8_t* codes, Vec* out) {
     const float* values = tables.fp32;

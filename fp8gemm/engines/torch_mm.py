@@ -16,6 +16,7 @@ ALIGNMENT = 16  # multiple of N and K for every operand on CUDA (torch's ScaledB
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
 _FNUZ = torch.float8_e4m3fnuz
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # Row scales on a CPU: torch 2.10 fails an internal assertion, and 2.13 supports them; 2.11 and 2.12 were not tested.
 CPU_ROWS = (2, 13)
 
@@ -160,15 +161,15 @@ class TorchEngine(Engine):
             data, x_scale = to_fnuz(data), 2 * x_scale
         card = x.device.type != "cpu"
         hip = w.dtype == _FNUZ or (torch.version.hip is not None and card)
-        # With row scales torch 2.11's CUTLASS kernels return 16-bit floats only, and hipBLASLt bfloat16 only
-        # (ScaledBlas.cpp); the additional rounding to bfloat16 is smaller than FP8's error.
-        narrow = w_scale.numel() > 1 and (hip or (out_dtype == torch.float32 and card))
+        # With row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp).
+        by_row = w_scale.numel() > 1
+        narrow = torch.bfloat16 if by_row and hip else rows_dtype(out_dtype) if by_row and card else out_dtype
         y = torch._scaled_mm(
             data,
             w,
             scale_a=x_scale,
             scale_b=w_scale,
-            out_dtype=torch.bfloat16 if narrow else out_dtype,
+            out_dtype=narrow,
             use_fast_accum=card and weight.fast,
         )
         return y.to(out_dtype)
@@ -181,6 +182,31 @@ class TorchEngine(Engine):
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
+
+
+def rows_dtype(out_dtype: torch.dtype, *, bias: bool = False) -> torch.dtype:
+    """The dtype to ask CUDA's row-wise products for; the additional rounding to bfloat16 is smaller than FP8's error.
+
+    torch's CUTLASS kernels return 16-bit floats only, and before torch 2.14 write bfloat16's bits where float16 is
+    asked for without a bias (RowwiseScaledMM.cu, pytorch#187569).
+    """
+    wrong = out_dtype == torch.float16 and not bias and TORCH < (2, 14)
+    return torch.bfloat16 if wrong or out_dtype == torch.float32 else out_dtype
+
+
+def multiply_rows(
+    xq: torch.Tensor,
+    w: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    """CUDA's row-wise product of e4m3 tokens and ``w [K, N]``, with scales ``[M, 1]`` and ``[1, N]``."""
+    asked = rows_dtype(out_dtype, bias=bias is not None)
+    y = torch._scaled_mm(xq, w, x_scale, w_scale, bias=bias, out_dtype=asked, use_fast_accum=fast)
+    return y.to(out_dtype)
 
 
 def multiply_blocks(xq: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
@@ -292,10 +318,15 @@ def _rejects_machine(machine: Machine) -> list[str]:
 
 
 def _rejects_grouped(spec: MatmulSpec, machine: Machine) -> list[str]:
-    """``scaled_grouped_mm`` of torch 2.11: row-wise CUTLASS kernels with bfloat16 output (torch's GroupedBlas.cpp)."""
+    """``scaled_grouped_mm`` of torch 2.11: row-wise CUTLASS kernels with bfloat16 output (torch's GroupedBlas.cpp).
+
+    They are made for Hopper: elsewhere torch refuses them or they trap, after which the process has no GPU
+    (pytorch#187095, pytorch#194227).
+    """
     reasons = []
-    if machine.device != "cuda" or (machine.capability or (0, 0)) < (9, 0):
-        reasons.append(f"grouped products need compute capability 9.0 or newer, found {machine.device} {machine.name}")
+    if machine.device != "cuda" or machine.capability != (9, 0):
+        found = f"{machine.device} {machine.name}".strip()
+        reasons.append(f"grouped products need compute capability 9.0, found {found} {_cuda(machine)}")
     if not spec.scheme.weight.by_row or spec.scheme.activation != ROW:
         reasons.append(f"grouped products need row scales for weights and tokens, found {spec.scheme}")
     return reasons

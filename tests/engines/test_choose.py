@@ -65,7 +65,8 @@ OLD_SERVER_VLLM = cpu(vllm=True)
         (H100_VLLM, "row", torch.float32, "vllm"),
         (H100, "row", torch.bfloat16, "torch"),
         (H100, "block", torch.bfloat16, "torch"),
-        (H100_VLLM_TRITON, "row", torch.bfloat16, "vllm"),
+        (H100_VLLM_TRITON, "row", torch.bfloat16, "triton"),
+        (H100_VLLM_TRITON, "block", torch.bfloat16, "triton"),
         (H100_TRITON, "row", torch.bfloat16, "triton"),
         (H100_TRITON, "weight_only", torch.float16, "triton"),
         (RTX4090_TRITON, "block", torch.bfloat16, "triton"),
@@ -119,10 +120,25 @@ def test_rejected_engines_are_remembered() -> None:
 
 
 def test_sums_as_precise_as_asked() -> None:
-    """vLLM's row products cannot accumulate in float32, so the next engine is chosen."""
-    spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, accumulate="precise")
-    assert choose(spec, H100_VLLM_TRITON).winner == "triton"
-    assert choose(replace(spec, accumulate="fast"), H100_VLLM_TRITON).winner == "vllm"
+    """vLLM's row products cannot accumulate in float32, so the next engine is chosen where sums have to be precise."""
+    short = MatmulSpec(scheme=SCHEMES["row"], n=256, k=8192)
+    for spec, winner in (
+        (short, "vllm"),
+        (replace(short, accumulate="precise"), "torch"),
+        (replace(short, k=14336), "torch"),
+        (replace(short, k=14336, accumulate="fast"), "vllm"),
+        (replace(short, k=14336, scheme=SCHEMES["block"]), "vllm"),
+    ):
+        assert choose(spec, H100_VLLM).winner == winner, spec
+
+
+def test_torchs_grouped_products_are_hoppers() -> None:
+    """On other GPUs they are refused or trap, and the process has no GPU any more."""
+    spec = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=2048, experts=8)
+    assert ENGINES["torch"].rejects(spec, H100) == []
+    for name, capability in (("B200", (10, 0)), ("B300", (10, 3)), ("RTX 5090", (12, 0)), ("RTX 4090", (8, 9))):
+        found = ENGINES["torch"].rejects(spec, gpu(name, capability, vllm=False))
+        assert any("grouped products need compute capability 9.0" in reason for reason in found), name
 
 
 def test_asked_means_asked() -> None:

@@ -1,4 +1,4 @@
-"""The torch engine rejects a CPU on which torch's own FP8 product fails."""
+"""What the torch engine asks of torch's FP8 products, and the CPUs on which it rejects them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp8gemm.engines import ENGINES, MatmulSpec, probe
+from fp8gemm.engines import ENGINES, MatmulSpec, probe, torch_mm
 from fp8gemm.engines.torch_mm import TorchCpu
 from fp8gemm.scaled import SCHEMES
 
+BF16, F16 = torch.bfloat16, torch.float16
 SPEC = MatmulSpec(scheme=SCHEMES["tensor"], n=64, k=64)
 
 
@@ -52,3 +53,25 @@ def test_it_is_found_whatever_the_defaults() -> None:
             assert ENGINES["torch"].probe(torch.device("cpu"), machine) == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "bias", "asked"), [((2, 13), False, BF16), ((2, 13), True, F16), ((2, 14), False, F16)]
+)
+def test_float16_is_asked_for_where_it_is_written(monkeypatch, version, bias, asked) -> None:
+    """Before torch 2.14, CUDA's row-wise products without a bias write bfloat16's bits into a float16 tensor."""
+    monkeypatch.setattr(torch_mm, "TORCH", version)
+    calls = []
+
+    def scaled_mm(xq, w, *scales, bias, out_dtype, use_fast_accum):
+        calls.append(out_dtype)
+        return torch.ones(xq.shape[0], w.shape[1], dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    codes, ones = torch.zeros(4, 32).to(torch.float8_e4m3fn), torch.ones(4, 1)
+    added = torch.zeros(16, dtype=F16) if bias else None
+    y = torch_mm.multiply_rows(codes, codes.new_zeros(32, 16), ones, torch.ones(1, 16), added, F16, True)
+    assert calls == [asked]
+    assert y.dtype == F16
+    assert torch_mm.rows_dtype(torch.float32) == BF16
+    assert torch_mm.rows_dtype(BF16) == BF16

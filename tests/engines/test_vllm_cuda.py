@@ -156,7 +156,8 @@ def _dense(weight: ScaledTensor) -> torch.Tensor:
 def test_precise_sums_are_what_it_does_not_have() -> None:
     spec = MatmulSpec(scheme=SCHEMES["row"], n=256, k=256, accumulate="precise")
     assert OnCard().rejects(spec, H100) == [
-        "its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator"
+        "its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator, found K = 256 and "
+        "accumulate='precise'"
     ]
     assert OnCard().rejects(MatmulSpec(scheme=SCHEMES["block"], n=256, k=256, accumulate="precise"), H100) == []
 

@@ -22,8 +22,7 @@ def multiply_rows(
     if x_scale.numel() != xq.shape[0]:
         x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
     fused = bias if bias is not None and bias.dtype == out_dtype else None
-    options = {"bias": fused, "out_dtype": out_dtype, "use_fast_accum": weight.fast}
-    y: torch.Tensor = replay.call(torch._scaled_mm, xq, w, x_scale, w_scale, **options)
+    y: torch.Tensor = replay.call(torch_mm.multiply_rows, xq, w, x_scale, w_scale, fused, out_dtype, weight.fast)
     return y if bias is None or fused is not None else y + bias.to(out_dtype)
 
 

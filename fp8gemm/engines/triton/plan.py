@@ -264,10 +264,12 @@ def grouped_plan(
 ) -> GroupedPlan:
     """Chosen by the mean number of tokens per expert; up to 16, activations are not quantized, as in ``formula``.
 
-    Beyond 64, torch's CUTLASS kernels run row scales: published, Triton's are slower from about there on (vllm#13932).
+    Beyond 64, torch's CUTLASS kernels run row scales on Hopper, the only architecture that they are for: published,
+    Triton's are slower from about there on (vllm#13932).
     """
     mean = bucket(max(1, tokens // max(experts, 1)))
-    if kind == "row" and mean > 64 and not wide and in_library(where, kind, n, k):
+    hopper = where.arch == "sm90"
+    if hopper and kind == "row" and mean > 64 and not wide and in_library(where, kind, n, k):
         return GroupedPlan(mode="library", quantize_first=True)
     unaligned = k % 16 != 0  # loaded byte by byte, in small tiles
     # The tiles are those of ``_blocks`` and ``_tokens``.

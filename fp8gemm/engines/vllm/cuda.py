@@ -44,8 +44,11 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
         if found.ops.get(op) not in OPS[op]:
             counts = " or ".join(map(str, OPS[op]))
             reasons.append(f"vLLM {found.version} has no op {op} with {counts} arguments")
-    if spec.accumulate == "precise" and not block:
-        reasons.append("its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator")
+    if not block and not spec.fast:
+        reasons.append(
+            "its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator, found "
+            f"K = {spec.k} and accumulate='{spec.accumulate}'"
+        )
     if spec.experts:
         reasons.append("its grouped kernels on CUDA are available only through vLLM's model classes")
     if spec.compute_dtype == torch.float64:

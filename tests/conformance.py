@@ -86,18 +86,24 @@ def accurate_products(engine: Engine, spec: MatmulSpec, device: torch.device) ->
 
 
 def wide_accumulation(engine: Engine, spec: MatmulSpec, device: torch.device) -> None:
-    """Partial sums that need 13 bits and cancel: an accumulator in bfloat16 or float16 loses the remainder."""
+    """Partial sums that need 13 bits and cancel: an accumulator in bfloat16 or float16 loses the remainder, while the
+    tensor cores' 14 bits keep it."""
     k = 4096
     half = torch.ones(1, k // 2, device=device)
     odd = torch.cat([3 * half, -3 * half], dim=1)
     odd[:, k // 2 - 1] = 1
+    # Activations are 256, a power of two, because a 448 in each group makes their scale 1: as 448 = 7 * 64, it has a
+    # multiple of four for its weight, and costs no further bits.
+    odd[:, : k // 2 : 128], odd[:, k // 2 :: 128] = 4, -4
     scheme = spec.scheme
     weight = ScaledTensor(
         odd.expand(16, k).to(torch.float8_e4m3fn).contiguous(),
         torch.ones(scheme.weight.scale_shape((16, k)), device=device),
         scheme.weight,
     )
-    x = torch.full((3, k), 448.0, device=device) if scheme.activation else torch.ones(3, k, device=device)
+    x = torch.full((3, k), 256.0 if scheme.activation else 1.0, device=device)
+    if scheme.activation:
+        x[:, ::128] = 448.0
     y = engine.linear(x.to(spec.compute_dtype), engine.prepare(weight, scheme), None, spec.compute_dtype)
     expected = x.double() @ _dense(weight).t()
     assert y.double().equal(expected), f"{spec}: partial sums were rounded, {y[0, 0]} for {expected[0, 0]}"

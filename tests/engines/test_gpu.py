@@ -214,6 +214,9 @@ def test_bound_calls(scheme: str, m: int) -> None:
         assert y.equal(right)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The CUDA Graph is empty"
+)  # as an error, it would leave the capture's stream current
 def test_quantizing_inside_a_capture_raises() -> None:
     layer = _layer(materialize_fp8_on_wrap=False)
     x = torch.randn(4, 4096, device=CUDA, dtype=BF16)

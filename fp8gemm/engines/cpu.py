@@ -90,16 +90,13 @@ class CpuEngine(WeightOnlyEngine):
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))
         out = x.new_empty(flat.shape[0], weight.n)
         data = weight.data
-        run, careful = (
-            library.bind(flat, data, weight.scale, rows, cols, bias, out, nans=nans) for nans in (False, True)
-        )
+        run = library.bind(flat, data, weight.scale, rows, cols, bias, out)
         # Compiled graphs may write to the bytes, which counts their version up.
         without_nans = None if _has_nans(library, data) else data._version
 
         def bound(x: torch.Tensor) -> torch.Tensor:
             y = torch.empty(shape, dtype=out_dtype, device="cpu")
-            fast = without_nans is not None and data._version == without_nans
-            (run if fast else careful)(x.data_ptr(), y.data_ptr())
+            run(x.data_ptr(), y.data_ptr(), without_nans is None or data._version != without_nans)
             return y
 
         return bound

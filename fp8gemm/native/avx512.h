@@ -27,7 +27,8 @@ INLINE void store(uint8_t* out, int64_t type, Vec y) {
     __m256i half;
     if (type == FP16) half = _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     else {  // to nearest, ties to even; NaN stays NaN
-        __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i bits = _mm512_castps_si512(y);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
         __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
         rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));

@@ -23,7 +23,7 @@ INLINE Operand broadcast(const Element* address) {
 }
 INLINE Vec multiply_add(Vec sums, Operand a, Operand b) { return _mm512_dpbf16_ps(sums, a, b); }
 
-INLINE float sum(Vec vector) { return _mm512_reduce_add_ps(vector); }
+using avx512::sum;
 
 INLINE void store(uint8_t* out, int64_t type, Vec y) {
     if (type == BF16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(y));

@@ -78,8 +78,8 @@ INLINE void dot_rows(const Problem& p, const Element* x, const int64_t* rows, fl
         for (int t = 0; t < COUNT; ++t) out[r][t * MOST_ROWS] = sum(total[r][t]);
 }
 
-// sums [COUNT][MOST_ROWS]. Rows that are multiplied together are far from each other: each is part of a stream of its own,
-// which the processor recognizes and fetches ahead; neighbours within one page of memory it does not.
+// sums [COUNT][MOST_ROWS]. Rows that are multiplied together are far from each other: each is part of a stream of its
+// own, which the processor recognizes and fetches ahead; neighbours within one page of memory it does not.
 template <int COUNT, bool NANS, int TOGETHER>
 NOINLINE void dot_panel(const Problem& p, const Element* x, Rows rows, float* sums) {
     int64_t stream = ceil_div(rows.count, TOGETHER);

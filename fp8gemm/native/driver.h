@@ -24,10 +24,10 @@
 namespace {
 
 // Few tokens are multiplied by dot products, unless blocks along k are not made of the codes decoded at a time.
-#define CHOOSE(set) (p.m <= set::FEW && (p.cols >= p.k || p.cols % set::CODES == 0) ? &set::dots : &set::panels)
+#define CHOOSE(set) (p.m <= set::FEW && whole(set::CODES) ? &set::dots : &set::panels)
 
 const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem& p) {
-    [[maybe_unused]] auto whole = [&](int64_t codes) { return p.cols >= p.k || p.cols % codes == 0; };
+    auto whole = [&](int64_t codes) { return p.cols >= p.k || p.cols % codes == 0; };
 #if FP8GEMM_HAS_AMX
     bool small_blocks = p.cols < smaller<int64_t>(p.k, 64);
     bool worthwhile = p.k >= 32 && (p.m * parts(p.x_type) >= 2 || small_blocks);
@@ -72,9 +72,9 @@ class Round {
         }
         return jobs[low];
     }
-    uint8_t* panel_codes(int64_t panel) const {
+    const uint8_t* panel_codes(int64_t panel) const {
         const Job& job = job_of(&Job::first_panel, panel);
-        return const_cast<uint8_t*>(job.p.data_row((panel - job.first_panel) * job.plan.panel_rows));
+        return job.p.data_row((panel - job.first_panel) * job.plan.panel_rows);
     }
 
   public:
@@ -103,7 +103,8 @@ class Round {
         uint8_t* memory = workspace.reserve(packed_bytes + threads * scratch_bytes);
         if (!memory) return false;
         uint8_t* packed = memory + threads * scratch_bytes;
-        for (int64_t i = 0; i < count; packed += round_up(jobs[i++].plan.packed_bytes, 64)) jobs[i].tokens.packed = packed;
+        for (int64_t i = 0; i < count; packed += round_up(jobs[i++].plan.packed_bytes, 64))
+            jobs[i].tokens.packed = packed;
         parallel(packed_bytes < (1 << 16) ? 1 : threads, units, [&](int64_t i, int64_t, int64_t) {
             const Job& job = job_of(&Job::first_unit, i);
             job.kernel->pack(job.p, job.tokens, i - job.first_unit, i - job.first_unit + 1);
@@ -111,8 +112,9 @@ class Round {
         parallel(threads, panels, [&](int64_t i, int64_t following, int64_t thread) {
             const Job& job = job_of(&Job::first_panel, i);
             int64_t row = (i - job.first_panel) * job.plan.panel_rows;
-            Rows rows = {row, smaller(job.plan.panel_rows, job.p.n - row), following < 0 ? nullptr : panel_codes(following)};
-            job.kernel->panel(job.p, job.tokens, rows, memory + thread * scratch_bytes);
+            const uint8_t* next = following < 0 ? nullptr : panel_codes(following);
+            job.kernel->panel(job.p, job.tokens, {row, smaller(job.plan.panel_rows, job.p.n - row), next},
+                              memory + thread * scratch_bytes);
         });
         count = units = panels = packed_bytes = scratch_bytes = 0;
         return true;
@@ -124,7 +126,8 @@ int useful_threads(int threads, const Problem& p) {
     return int(smaller<int64_t>(larger(threads, 1), 1 + p.n * p.k * (p.m + 16) / (1 << 20)));
 }
 
-// The product; or those of `experts`, whose data, scale and bias follow each other, and whose tokens end before ends[e].
+// The product; or those of `experts`, whose data, scale and bias follow each other, and whose tokens end before
+// ends[e].
 bool multiply(const Problem& p, int level, int threads, int64_t experts = 1, int64_t expert_stride = 0,
               const int32_t* ends = nullptr) {
     Round round(useful_threads(threads, p));

@@ -16,9 +16,9 @@
 //   driver.h       chooses a kernel, and distributes panels of the weight's rows over threads
 //
 // Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is
-// exact; only out is ever rounded to bf16. Each output is summed over k in an order that depends neither on the number of
-// threads nor on timing. It does depend on whether M is at most FEW, above which panels take over from dots, or on AMX on
-// whether M is 1; so a token's result may then differ in its last bits.
+// exact; only out is ever rounded to bf16. Each output is summed over k in an order that depends neither on the number
+// of threads nor on timing. It does depend on whether M is at most FEW, above which panels take over from dots, or on
+// AMX on whether M is 1; so a token's result may then differ in its last bits.
 
 #include "driver.h"
 
@@ -48,10 +48,10 @@ int fp8gemm_linear(int level, int threads, const Problem* p) {
     return multiply(*p, smaller(level, fp8gemm_level()), threads) ? 0 : -1;
 }
 
-// The same product of another x, to another out: `p` may be shared by threads.
-int fp8gemm_linear_to(int level, int threads, const Problem* p, const uint8_t* x, uint8_t* out) {
+// The same product of another x, to another out, and with other knowledge of NaN codes: `p` may be shared by threads.
+int fp8gemm_linear_to(int level, int threads, const Problem* p, const uint8_t* x, uint8_t* out, int nans) {
     Problem other = *p;
-    other.x = x, other.out = out;
+    other.x = x, other.out = out, other.nans = nans;
     return fp8gemm_linear(level, threads, &other);
 }
 

@@ -55,7 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp8gemm_has_threads": (c_int, ()),
     "fp8gemm_kernel": (c_char_p, (c_int, POINTER(_Problem))),
     "fp8gemm_linear": (c_int, (c_int, c_int, POINTER(_Problem))),
-    "fp8gemm_linear_to": (c_int, (c_int, c_int, POINTER(_Problem), c_void_p, c_void_p)),
+    "fp8gemm_linear_to": (c_int, (c_int, c_int, POINTER(_Problem), c_void_p, c_void_p, c_int)),
     "fp8gemm_grouped": (c_int, (c_int, c_int, POINTER(_Problem), c_int64, c_void_p, c_int64)),
     "fp8gemm_has_nans": (c_int, (c_int, c_void_p, c_int64, c_int64, c_int64)),
     "fp8gemm_quantize": (c_int, (c_int, c_int, POINTER(_Quantization))),
@@ -134,7 +134,7 @@ class Library:
             ValueError: a shape, dtype, stride or device does not match.
             MemoryError: there is not enough memory for a workspace.
         """
-        self.bind(x, data, scale, rows, cols, bias, out, nans=nans)(x.data_ptr(), out.data_ptr())
+        self.bind(x, data, scale, rows, cols, bias, out)(x.data_ptr(), out.data_ptr(), nans)
 
     def bind(
         self,
@@ -145,11 +145,9 @@ class Library:
         cols: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
-        *,
-        nans: bool = True,
-    ) -> Callable[[int, int], None]:
+    ) -> Callable[[int, int, bool], None]:
         """``linear`` for operands like these, which are checked once; the result takes the addresses of ``x`` and
-        ``out``.
+        ``out``, and ``nans``.
 
         Raises:
             ValueError: as for ``linear``. The returned function raises MemoryError if there is no memory for a
@@ -158,13 +156,12 @@ class Library:
         wrong = mistakes(x, data, scale, rows, cols, bias, out)
         if wrong:
             raise ValueError(f"native linear: {'; '.join(wrong)}")
-        problem = byref(
-            _problem(x, data, scale, rows, cols, bias, out, nans)
-        )  # only read, so that threads may share it
+        # Only read, so that threads may share it.
+        problem = byref(_problem(x, data, scale, rows, cols, bias, out, True))
         function, level = self.functions.fp8gemm_linear_to, self.level
 
-        def run(x_address: int, out_address: int) -> None:
-            if status := function(level, torch.get_num_threads(), problem, x_address, out_address):
+        def run(x_address: int, out_address: int, nans: bool) -> None:
+            if status := function(level, torch.get_num_threads(), problem, x_address, out_address, nans):
                 _check(status)
 
         return run
@@ -288,16 +285,6 @@ def _problem(
     return _Problem(
         *(x.data_ptr(), data.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
         *(TYPES[x.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype]),
-        *(
-            x.stride(0),
-            data.stride(-2),
-            out.stride(0),
-            x.shape[0],
-            data.shape[-2],
-            x.shape[1],
-            rows,
-            cols,
-            scale.shape[-1],
-            nans,
-        ),
+        *(x.stride(0), data.stride(-2), out.stride(0)),
+        *(x.shape[0], data.shape[-2], x.shape[1], rows, cols, scale.shape[-1], nans),
     )

@@ -78,8 +78,8 @@ INLINE void transpose_codes(int8x16_t a[8]) {
     }
 }
 
-// 16 codes of each row are transposed at a time, bytes as they are. In the strip, each unit of four along k has its four
-// vectors of the first four rows, and then those of the other rows.
+// 16 codes of each row are transposed at a time, bytes as they are. In the strip, each unit of four along k has its
+// four vectors of the first four rows, and then those of the other rows.
 template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out) {
     for (int quarter = 0; quarter < 4; ++quarter, out += 16 * ROWS) {
         int8x16_t codes[8];

@@ -18,7 +18,7 @@
 
 constexpr int64_t CHUNK = 512;    // codes of a row that are decoded before they are multiplied
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 2;      // strips of a panel
+constexpr int64_t STRIPS = 2;     // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
@@ -65,8 +65,8 @@ INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
 // Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
 struct Segment { int32_t units, factor; };
 
-// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null, multiply what
-// each adds. The first segment's sums replace what is in memory if `first`.
+// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null,
+// multiply what each adds. The first segment's sums replace what is in memory if `first`.
 template <int COUNT>
 NOINLINE void multiply_tile(const Element* x, const Element* w, const Segment* segment, const Segment* end,
                             const float* factors, bool first, float* sums, Ahead& ahead) {
@@ -168,7 +168,7 @@ INLINE void decode(const uint8_t* codes, int64_t stride, int64_t rows, int64_t c
             for (int64_t r = 0; r < smaller<int64_t>(rows, ROWS); ++r)
                 memcpy(group + r * 64, codes + r * stride + k, size_t(smaller<int64_t>(64, count - k)));
         }
-        nans ? decode_strip<true>(group, out) : decode_strip<false>(group, out);
+        nans && !DECODES_NANS ? decode_strip<!DECODES_NANS>(group, out) : decode_strip<false>(group, out);
     }
 }
 
@@ -210,8 +210,10 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
         int64_t count = smaller(CHUNK, p.k - chunk), block = chunk / p.cols;
         following = chunk + CHUNK;
         const Segment* end = cut(p, chunk, count, segments);
-        for (int64_t b = block; vary && b * p.cols < chunk + count; ++b)
-            for (int64_t r = 0; r < rows.count; ++r) factors[(b - block) * PANEL + r] = p.scale_row(rows.start + r)[b];
+        for (int64_t r = 0; vary && r < rows.count; ++r) {
+            const float* scales = p.scale_row(rows.start + r);
+            for (int64_t b = block; b * p.cols < chunk + count; ++b) factors[(b - block) * PANEL + r] = scales[b];
+        }
         for (int64_t row = 0; row < rows.count; row += ROWS) {
             const uint8_t* codes = p.data_row(rows.start + row) + chunk;
             int64_t here = smaller<int64_t>(rows.count - row, ROWS);

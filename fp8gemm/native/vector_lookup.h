@@ -1,5 +1,5 @@
-// Rows of a weight, decoded. This is included once per instruction set, inside its namespace, after panels.h, and needs decode_in_order: IN_ORDER codes -> vectors of their
-// values.
+// Rows of a weight, decoded. This is included once per instruction set, inside its namespace, after panels.h, and needs
+// decode_in_order: IN_ORDER codes -> vectors of their values.
 
 // IN_ORDER codes, of which `count` exist; the others are zeros.
 INLINE void decode_some(const uint8_t* codes, int64_t count, Vec* out) {

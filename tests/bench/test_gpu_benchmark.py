@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from scripts import BENCHMARKS, load
 
 from fp8gemm import ROW, dequantize, quantize
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Row = dict[str, Any]
-
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 gpu, card, harness = load("gpu"), load("card"), load("harness")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu_benchmark import BENCHMARKS, load
+from scripts import BENCHMARKS, load
 from torch import nn
 
 gpu_models, gpu_blocks = load("gpu_models"), load("gpu_blocks")

@@ -9,25 +9,16 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from scripts import BENCHMARKS, load
 
 from fp8gemm.bench import contest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 Row = dict[str, Any]
-
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 linear, isa, peers, goals, plot, harness = map(load, ("linear", "isa", "peers", "goals", "plot", "harness"))

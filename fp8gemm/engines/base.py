@@ -19,6 +19,17 @@ FAST_UP_TO_K = 8192
 Facts = TypeVar("Facts")
 
 
+def major_minor(version: str) -> tuple[int, int]:
+    """The first two numbers of a library's version.
+
+    Example:
+        >>> major_minor("2.13.0+cpu")
+        (2, 13)
+    """
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MatmulSpec:
     """A problem: ``y [M, n] = x [M, k] @ w [n, k].T`` under a scheme, for activations of ``compute_dtype``.

@@ -11,7 +11,7 @@ import torch
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
-from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight
+from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight, major_minor
 from .table import AUTO, ENGINES
 
 
@@ -136,8 +136,8 @@ def _device(device: torch.device) -> Machine:
         device=kind,
         name=name,
         capability=capability,
-        torch_version=_major_minor(torch.__version__) or (0, 0),
-        cuda_version=_major_minor(torch.version.cuda),
+        torch_version=major_minor(torch.__version__),
+        cuda_version=None if torch.version.cuda is None else major_minor(torch.version.cuda),
         features=features,
     )
 
@@ -149,10 +149,3 @@ def _cpu_features() -> frozenset[str]:
     if native.loaded() is not None:
         found.add("native")
     return frozenset(found)
-
-
-def _major_minor(version: str | None) -> tuple[int, int] | None:
-    if version is None:
-        return None
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int(minor)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from .base import Engine, Machine, MatmulSpec, PackedWeight
+from .base import Engine, Machine, MatmulSpec, PackedWeight, major_minor
 
 ALIGNMENT = 16  # multiple of N and K for every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
 _FNUZ = torch.float8_e4m3fnuz
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TORCH = major_minor(torch.__version__)
 # Row scales on a CPU: torch 2.10 fails an internal assertion, and 2.13 supports them; 2.11 and 2.12 were not tested.
 CPU_ROWS = (2, 13)
 
@@ -161,15 +161,17 @@ class TorchEngine(Engine):
             data, x_scale = to_fnuz(data), 2 * x_scale
         card = x.device.type != "cpu"
         hip = w.dtype == _FNUZ or (torch.version.hip is not None and card)
-        # With row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp).
-        by_row = w_scale.numel() > 1
-        narrow = torch.bfloat16 if by_row and hip else rows_dtype(out_dtype) if by_row and card else out_dtype
+        asked = out_dtype
+        if w_scale.numel() > 1 and hip:  # with row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp)
+            asked = torch.bfloat16
+        elif w_scale.numel() > 1 and card:
+            asked = rows_dtype(out_dtype)
         y = torch._scaled_mm(
             data,
             w,
             scale_a=x_scale,
             scale_b=w_scale,
-            out_dtype=narrow,
+            out_dtype=asked,
             use_fast_accum=card and weight.fast,
         )
         return y.to(out_dtype)

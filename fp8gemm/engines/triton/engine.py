@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -11,7 +12,7 @@ import torch
 
 from ...errors import UnsupportedError
 from ...scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
-from ..base import Engine, Machine, MatmulSpec, PackedWeight
+from ..base import Engine, Machine, MatmulSpec, PackedWeight, major_minor
 from ..torch_mm import multiply_grouped
 from . import library
 from . import table as tables
@@ -269,11 +270,8 @@ def _rounds_first(chosen: Plan, m: int) -> bool:
 def installed() -> Triton | None:
     """The installed Triton's version, without importing it; None if it is not installed under any of its names."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
-        try:
-            major, minor = metadata.version(name).split(".")[:2]
-        except metadata.PackageNotFoundError:
-            continue
-        return Triton((int(major), int(minor)))
+        with suppress(metadata.PackageNotFoundError):
+            return Triton(major_minor(metadata.version(name)))
     return None
 
 
@@ -309,10 +307,9 @@ def failure(device: torch.device) -> str:
 def place_of(device: torch.device) -> Place:
     """The properties of this device; queries the driver once."""
     properties = torch.cuda.get_device_properties(device)
-    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
     return place(
         (properties.major, properties.minor),
         card=properties.name,
         multiprocessors=properties.multi_processor_count,
-        cuda=(int(major), int(minor)),
+        cuda=major_minor(torch.version.cuda or "0.0"),
     )

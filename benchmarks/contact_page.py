@@ -34,6 +34,8 @@ def page(record: dict[str, Any]) -> str:
         "": header(record),
         "what went wrong": troubles(steps),
         "refused": refusals(steps),
+        "checks, and their seconds": checks(steps),
+        "tests": tests(steps),
         "probes": probed(steps),
         "not timed": untimed(measured + whole),
         "goals": [summary(goals(measured) + model_goals(whole))] if measured or whole else [],
@@ -97,21 +99,37 @@ def tests_in(rows: list[Row]) -> list[Row]:
 
 
 def refusals(steps: dict[str, Row]) -> list[str]:
-    """What engines do not take here, and why."""
-    rows = [row for row in steps.get("checks", {}).get("rows", ()) if row["status"] == REFUSED]
+    """What engines and torch do not take here, and why."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        by_reason[row["note"]].append(row["row"])
-    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    for row in (row for name in ("versions", "checks", "probes") for row in steps.get(name, {}).get("rows", ())):
+        if row["status"] == REFUSED:
+            by_reason[row["note"]].append(row["row"])
+    return [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+
+
+def checks(steps: dict[str, Row]) -> list[str]:
+    rows = [row for row in steps.get("checks", {}).get("rows", ()) if row["status"] == OK]
+    return [", ".join(f"{row['row']} {row['seconds']:.1f}" for row in rows)] if rows else []
+
+
+def tests(steps: dict[str, Row]) -> list[str]:
+    rows = [row for row in steps.get("tests", {}).get("rows", ()) if "counts" in row.get("found", {})]
+    return [f"{row['row']}: {', '.join(f'{n} {what}' for what, n in row['found']['counts'].items())}" for row in rows]
 
 
 def probed(steps: dict[str, Row]) -> list[str]:
-    lines = []
-    for row in steps.get("probes", {}).get("rows", ()):
-        if row["status"] in (OK, REFUSED) and row["row"] != "rates":
-            found = ", ".join(f"{name} {value}" for name, value in row.get("found", {}).items())
-            lines.append(f"{row['row']}: {found or 'not here: ' + row.get('note', '')[:120]}")
-    return lines
+    rows = [row for row in steps.get("probes", {}).get("rows", ()) if row["status"] == OK and row["row"] != "rates"]
+    return [
+        f"{row['row']}: {', '.join(f'{name} {short(value)}' for name, value in row['found'].items())}" for row in rows
+    ]
+
+
+def short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {short(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(short, value))
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def untimed(measured: list[Row]) -> list[str]:

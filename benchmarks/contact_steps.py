@@ -219,13 +219,12 @@ def grouped(work: Work) -> Rows:
 
 
 def measured(wanted: list[Case], work: Work) -> Rows:
-    """Rows of benchmarks/gpu.py. Without peers if the first died, as loading them is what may have killed it."""
-    names = [f"{case.kind} {case.layer} {case.n}x{case.k} M={case.m}" for case in wanted]
-    with_peers = not set(names[:1]) & set(work.died)
-    return {
-        name: lambda case=case: {"measured": gpu.measure(Operands(case), peers() if with_peers else None, 20, SKIPPED)}
-        for name, case in zip(names, wanted, strict=True)
-    }
+    """Rows of benchmarks/gpu.py: without peers once a row died, as one of them may kill or delay every product."""
+
+    def row(case: Case) -> Found:
+        return {"measured": gpu.measure(Operands(case), None if work.died else peers(), 20, SKIPPED)}
+
+    return {f"{case.kind} {case.layer} {case.n}x{case.k} M={case.m}": partial(row, case) for case in wanted}
 
 
 @cache

@@ -22,11 +22,11 @@ from xml.etree import ElementTree
 from contact_journal import Found, Refused, Rows, Work, Wrong
 from contact_runner import ROOT
 
-# Each with the options that leave out what needs no card.
-FILES: dict[str, tuple[str, ...]] = {
-    "tests/engines/test_gpu.py": (),
-    "tests/engines/test_engines.py": ("-k", "cuda"),
-    "tests/bench/test_tune.py": ("-k", "on_a_card"),
+# Each with its share of the time, and options that leave out what needs no card.
+FILES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tests/engines/test_gpu.py": (6, ()),
+    "tests/engines/test_engines.py": (3, ("-k", "cuda")),
+    "tests/bench/test_tune.py": (1, ("-k", "on_a_card")),
 }
 MOST_FAILURES = 20
 PASSED, FAILED, BROKE, KILLED, LATE = "passed", "failed", "broke the card", "killed pytest", "not finished"
@@ -37,10 +37,11 @@ STICKY = re.compile(
     "launch timed out|uncorrectable ECC"
 )
 _ENDED = re.compile(r"(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_TEST = re.compile(r"\S+\.py::.+")
 _OUTCOMES = {"PASSED": PASSED, "SKIPPED": "skipped", "XFAIL": "xfailed"}
 _STARTED = re.compile(r"(\S+\.py::.+?)(?= *$| Fatal Python error)")
 # The file's own limit of a test needs a plugin; without it, pytest's warning must not become an error.
-_OPTIONS = ("-v", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning")
+_OPTIONS = ("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,16 @@ class Result:
 
 def tests(work: Work) -> Rows:
     end = time.monotonic() + work.seconds - 5  # so that what has ended is written down before the step is killed
-    return {file: partial(outcomes, (file, *options), end) for file, options in FILES.items()}
+    return {file: partial(in_its_share, file, end) for file in FILES}
+
+
+def in_its_share(file: str, end: float) -> Found:
+    """``outcomes`` of one file, which leaves the files after it their share of the time until ``end``."""
+    names = list(FILES)
+    share, options = FILES[file]
+    waiting = sum(other for other, _ in (FILES[name] for name in names[names.index(file) :]))
+    now = time.monotonic()
+    return outcomes((file, *options), now + (end - now) * share / waiting)
 
 
 def outcomes(arguments: Sequence[str], end: float, *, root: Path = ROOT) -> Found:
@@ -62,49 +72,56 @@ def outcomes(arguments: Sequence[str], end: float, *, root: Path = ROOT) -> Foun
 
     Raises:
         Refused: pytest is not installed.
-        Wrong: some failed or did not end, with all of these; or nothing was run, with pytest's last lines.
+        Wrong: some failed or did not end, with all of these; or pytest found none, with what it said.
     """
     if find_spec("pytest") is None:
         raise Refused("pytest is not installed")
+    text = said([*arguments, "--collect-only", "-q", "--disable-warnings"], end, root)[0]
+    waiting = [line for line in text.splitlines() if _TEST.fullmatch(line)]
+    if not waiting:
+        raise Wrong("pytest finds no test", {"output": text[-1500:]})
     settled: list[Result] = []
-    while True:
-        fresh, output = run([*arguments, *(f"--deselect={one.test}" for one in settled)], end, root)
+    while waiting:
+        fresh = run(waiting, end, root)
         first = next((index for index, one in enumerate(fresh) if one.outcome in (BROKE, KILLED)), None)
         # What came after it in the same process says nothing.
         settled += fresh if first is None else fresh[: first + 1]
+        known = {one.test for one in settled}
+        waiting = [test for test in waiting if test not in known]
         bad = [one for one in settled if one.outcome not in GOOD]
         if first is None or len(bad) >= MOST_FAILURES or time.monotonic() >= end:
             break
-    if not settled:
-        raise Wrong("no test was run", {"output": output[-1500:]})
-    counts = dict(Counter(one.outcome for one in settled))
-    if bad:
+    counts = dict(Counter(one.outcome for one in settled)) | ({"not run": len(waiting)} if waiting else {})
+    if bad or waiting:
         text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         raise Wrong(text, {"counts": counts, "tests": [vars(one) for one in bad]})
     return {"counts": counts}
 
 
-def run(arguments: Sequence[str], end: float, root: Path) -> tuple[list[Result], str]:
-    """The results of one pytest, in order, and its output."""
+def run(tests: Sequence[str], end: float, root: Path) -> list[Result]:
+    """The results of one pytest, in order."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        options = [*_OPTIONS, f"--maxfail={MOST_FAILURES}", f"--junitxml={report}"]
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *arguments],
-                cwd=root,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                timeout=max(1.0, end - time.monotonic()),
-                check=False,
-            )
-            output, left = done.stdout, KILLED
-        except subprocess.TimeoutExpired as late:
-            output, left = late.stdout or b"", LATE
-        reasons = reasons_in(report)
-    text = output.decode(errors="replace")
-    return results_in(text, reasons, left), text
+        options = ["-v", "--tb=short", f"--maxfail={MOST_FAILURES}", f"--junitxml={report}"]
+        text, in_time = said([*options, *tests], end, root)
+        return results_in(text, reasons_in(report), KILLED if in_time else LATE)
+
+
+def said(arguments: Sequence[str], end: float, root: Path) -> tuple[str, bool]:
+    """What pytest printed, and whether it ended in time."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *_OPTIONS, *arguments],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=max(1.0, end - time.monotonic()),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        return (late.stdout or b"").decode(errors="replace"), False
+    return done.stdout.decode(errors="replace"), True
 
 
 def results_in(output: str, reasons: dict[str, str], left: str) -> list[Result]:

@@ -39,9 +39,9 @@ STEPS = (
     Step(
         name="probes", what="rates, accumulators, special values, torch's products, graphs", share=2.0, row_seconds=90
     ),
-    Step(name="table", what="Llama-8B's products beside bfloat16 and peers", share=5.0, row_seconds=60),
+    Step(name="table", what="Llama-8B's products beside bfloat16 and peers", share=5.0, row_seconds=120),
     Step(name="variants", what="paths, splits and tiles; host time", share=3.0, row_seconds=90),
-    Step(name="grouped", what="products of experts beside bfloat16 and peers", share=1.5, row_seconds=90),
+    Step(name="grouped", what="products of experts beside bfloat16 and peers", share=1.5, row_seconds=120),
     Step(name="models", what="whole models, eager and in CUDA graphs", share=1.5, row_seconds=120),
     Step(name="tune", what="a short tuning into a table of its own", share=1.0, row_seconds=120),
 )

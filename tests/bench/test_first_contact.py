@@ -48,7 +48,9 @@ broken = []
 def raises(): raise RuntimeError("CUDA error: out of luck")
 def wrong(): raise Wrong("2 of 3", {{"tests": 3}})
 def refused(): raise Refused("not for this card")
-def hangs(): time.sleep(60)
+def hangs():
+    Path(__file__).with_name("pid").write_text(str(os.getpid()))
+    time.sleep(60)
 def killed(): os.kill(os.getpid(), signal.SIGKILL)
 def segfault(): os.kill(os.getpid(), signal.SIGSEGV)
 def leaves(): os._exit(0)
@@ -255,13 +257,16 @@ first_contact.command_of = lambda step: fake
 sys.exit(first_contact.main(["--results", {str(tmp_path)!r}, "--only", "checks,tune"]))
 """
     path = tmp_path / "first_contact.json"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     for _ in range(600):
-        if path.exists() and '"status": "ok"' in path.read_text():
+        if path.exists() and '"status": "running"' in path.read_text() and (tmp_path / "pid").exists():
             break
         time.sleep(0.05)
     process.send_signal(sent)
     said, _ = process.communicate(timeout=60)
+    if sent == signal.SIGKILL:  # which leaves the step running
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     record = json.loads(path.read_text())
     assert statuses(record["steps"]["checks"])["fine"] == "ok"
     assert "tune" not in record["steps"]

@@ -28,7 +28,7 @@ from fp8gemm import (
     quantize,
 )
 from fp8gemm.bench.place import device_of
-from fp8gemm.engines import AUTO, Engine, torch_mm
+from fp8gemm.engines import AUTO, Engine
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.torch_mm import TorchEngine
 from fp8gemm.engines.triton import TritonEngine
@@ -200,14 +200,21 @@ def torch_tensor(device: str) -> Found:
 
 def torch_blocks(device: str) -> Found:
     x = quantize(torch.randn(256, 512, device=device), GROUP_128)
-    w = quantize(torch.randn(512, 512, device=device), BLOCK_128)
-    return asked(
-        lambda: torch_mm.multiply_blocks(
-            x.data, w.data.t(), x.scale.t().contiguous().t(), torch_mm.block_scales(w.scale)
-        ),
-        x,
-        w,
-    )
+    w = quantize(torch.randn(512, 512, device=device), BLOCK_128)  # four blocks along K, which need no padding
+    kinds = F.ScalingType
+
+    def multiply() -> torch.Tensor:
+        return F.scaled_mm(
+            x.data,
+            w.data.t(),
+            scale_a=x.scale.t().contiguous().t(),
+            scale_recipe_a=kinds.BlockWise1x128,
+            scale_b=w.scale.t(),
+            scale_recipe_b=kinds.BlockWise128x128,
+            output_dtype=BF16,
+        )
+
+    return asked(multiply, x, w)
 
 
 def asked(multiply: Callable[[], torch.Tensor], x: ScaledTensor, w: ScaledTensor) -> Found:

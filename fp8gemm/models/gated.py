@@ -66,6 +66,13 @@ def split_gated(model: nn.Module) -> None:
             module.__class__ = plain
 
 
+def last_layer(module: nn.Module) -> FP8Linear | None:
+    """The layer to which a fused gated MLP passes gate and up; None for any other module."""
+    names = getattr(type(module), "_fp8gemm_names", None)
+    last = None if names is None else module._modules[names[2]]
+    return last if isinstance(last, FP8Linear) else None
+
+
 class _Tracer(fx.Tracer):
     """Traces into everything except FP8 layers."""
 
@@ -116,7 +123,9 @@ def gated_class(base: Any, names: Names) -> type[nn.Module]:
             return down.gated(gate(args[0]), up(args[0]))
         return base.forward(module, *args, **kwargs)
 
-    return renamed_subclass(base, {"forward": forward, "_fp8gemm_plain": base}, _rebuild, base, names)
+    return renamed_subclass(
+        base, {"forward": forward, "_fp8gemm_plain": base, "_fp8gemm_names": names}, _rebuild, base, names
+    )
 
 
 def renamed_subclass(base: Any, members: dict[str, Any], rebuild: Callable[..., Any], *key: Any) -> type[Any]:

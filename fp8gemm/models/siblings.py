@@ -122,6 +122,12 @@ class SiblingLinear(FP8Linear):
         # Not super(): the group may just have dissolved, and this object may be an FP8Linear again.
         return FP8Linear.forward(self, input) if y is None else y
 
+    @property
+    def group(self) -> Group | None:
+        """The layers that are fused with this one, once a pass has shown that they receive the same tensor."""
+        place = self.__dict__.get("_place")
+        return None if place is None else place[0]
+
     def revert(self) -> bool:
         self.leave()
         return FP8Linear.revert(self)  # not super(): leaving has changed the class

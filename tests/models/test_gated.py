@@ -13,6 +13,8 @@ from torch import nn
 from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm, fuse_gated, fuse_siblings
 from fp8gemm.engines import ENGINES
 from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.models import warmup as warmup_module
+from fp8gemm.models.warmup import warmup
 from fp8gemm.weights import linear
 
 WRONG = 7.0  # added by a kernel that must not run
@@ -236,3 +238,13 @@ def test_engines_that_do_not_round_run_the_models_own_code() -> None:
         fuse_gated(model)
         assert model(x).equal(expected)
     assert isinstance(model.down_proj, FP8Linear)
+
+
+def test_warmup_runs_the_fused_step(engine: Gating, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = enable_fp8_gemm(nn.Sequential(Mlp(), Mlp()), options=FP8GemmOptions(engine="reference"))
+    monkeypatch.setattr(warmup_module, "ENGINES", {**ENGINES, "reference": engine})
+    before = warmup(model, tokens=[1, 8])
+    fuse_gated(model)
+    assert engine.fused == 0
+    assert warmup(model, tokens=[1, 8]) == before + 1, "one token is not fused"
+    assert engine.fused == 1, "the MLPs are of one kind"

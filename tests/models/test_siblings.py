@@ -270,6 +270,21 @@ def test_warmup_runs_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warmup(model, tokens=[0])
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_warmup_runs_fused_products(monkeypatch: pytest.MonkeyPatch, called: bool) -> None:
+    """Also before the first pass has shown that the siblings receive the same tensor."""
+    block = nn.ModuleDict({name: nn.Linear(16, n) for name, n in (("q_proj", 32), ("k_proj", 8), ("v_proj", 8))})
+    fuse_siblings(enable_fp8_gemm(block))
+    if called:
+        x = torch.randn(2, 16)
+        for _ in range(2):
+            for layer in block.values():
+                layer(x)
+    seen = products(block, monkeypatch)
+    assert warmup(block, tokens=[4]) == 3
+    assert sorted(seen) == [8, 32, 48]
+
+
 def test_tied_weights_stay_tied() -> None:
     """A weight that is tied to another layer is not moved into a fused one."""
     model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj")}) for _ in range(2))

@@ -143,7 +143,7 @@ def test_a_row_serves_only_what_its_plan_can_run(folder: Path) -> None:
     """Other problems of the bucket: not if K or N is no multiple of 16, nor with more tiles than there are counters."""
     rows = {
         "row": Plan(path="rows", block_m=128, block_n=128, block_k=128, stages=3, tma=True),
-        "weight": Plan(path="tokens", block_m=64, block_n=16, block_k=128, splits=2),
+        "weight": Plan(path="tokens", block_m=64, block_n=64, block_k=128, splits=2),
         "block": Plan(path="blocks", block_m=64, block_n=128, block_k=128, stages=3),
     }
     header = {"source": "tuned", "card": H200.card, "versions": {}, "date": "2026-11-21"}

@@ -12,7 +12,6 @@ from stage import AMPERE, HOPPER, OnCard
 from fp8gemm import native
 from fp8gemm.bench import contest
 from fp8gemm.bench.plans import tune_engine
-from fp8gemm.engines.triton import replay
 from fp8gemm.engines.triton import table as tables
 from fp8gemm.engines.triton.tune import Cell, candidates
 
@@ -38,7 +37,3 @@ def test_candidates_are_right(kind: str, where, m: int, monkeypatch: pytest.Monk
     assert row.candidates == len(plans) > 1
     assert any(plan.splits > 1 for plan in plans)
     tables.forget()
-
-
-def test_split_products_have_a_counter_for_each_tile() -> None:
-    assert tables.MOST_SPLIT_TILES == replay.COUNTERS

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from .table import MOST_SPLIT_TILES
+from .counters import counters
 
 _local = threading.local()
 
@@ -37,6 +37,15 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     tape = recording()
     if tape is not None:
         tape.tensors.append(tensor)
+    return tensor
+
+
+def split_counters(count: int, device: torch.device) -> torch.Tensor:
+    """The counters of a split product of ``count`` tiles, noted by the tape that is being recorded."""
+    tensor = counters(count, device)
+    tape = recording()
+    if tape is not None:
+        tape.counters[_memory(tensor)] = count
     return tensor
 
 
@@ -81,7 +90,7 @@ class Step:
     args: list[Any] = field(default_factory=list)
     pointers: list[tuple[int, int, int]] = field(default_factory=list)  # (argument, tensor, offset in bytes)
     descriptors: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (argument, tensor, block)
-    counters: list[int] = field(default_factory=list)  # arguments
+    counters: list[tuple[int, int]] = field(default_factory=list)  # (argument, tiles)
 
 
 @dataclass(eq=False)
@@ -101,7 +110,7 @@ class Tape:
     def __init__(self, *, x: torch.Tensor, fixed: frozenset[int]) -> None:
         self.device, self.on_card, self.fixed = x.device, x.is_cuda, fixed
         self.tensors = [x]  # recorded: x, then the allocations
-        self.zeros: set[int] = set()  # memory of counters
+        self.counters: dict[int, int] = {}  # tiles, by the memory of the latest counters
         self.steps: list[Step | Call] = []
         self.made: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: the result of a call
         self.result, self.shape = 0, ()
@@ -145,8 +154,8 @@ class Tape:
         tensor = getattr(arg, "base", arg)
         if not isinstance(tensor, torch.Tensor):
             return arg
-        if _memory(tensor) in self.zeros:
-            step.counters.append(place)
+        if tensor.dtype == torch.int32 and (tiles := self.counters.get(_memory(tensor))) is not None:
+            step.counters.append((place, tiles))
             return None
         slot = self._slot(tensor)
         if slot is None:
@@ -196,39 +205,12 @@ class Tape:
                 args[place] = tensors[slot].data_ptr() + offset
             for place, slot, block in step.descriptors:
                 args[place] = descriptor(tensors[slot], block)
-            if step.counters:
-                zeros = counters(device)
-                for place in step.counters:
-                    args[place] = zeros.data_ptr()
+            own = [counters(tiles, device) for _, tiles in step.counters]
+            for (place, _), zeros in zip(step.counters, own, strict=True):
+                args[place] = zeros.data_ptr()
             step.run(*args, stream=stream)
         y = tensors[self.result]
         return y if y.shape == self.shape else y.view(self.shape)
-
-
-# Counters of split products by (device, stream). They are zero between launches: the last program of a tile resets its.
-_counters: dict[tuple[int | None, int], torch.Tensor] = {}
-COUNTERS = MOST_SPLIT_TILES
-
-
-def counters(device: torch.device) -> torch.Tensor:
-    """``COUNTERS`` int32 zeros that only the current stream uses.
-
-    Each CUDA graph gets its own, zeroed by a node of the graph: it may be replayed on any stream, beside other graphs.
-    """
-    zeros = _own_counters(device)
-    tape = recording()
-    if tape is not None:
-        tape.zeros.add(_memory(zeros))
-    return zeros
-
-
-def _own_counters(device: torch.device) -> torch.Tensor:
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    key = (device.index, driver.active.get_current_stream(device.index))
-    if key not in _counters:
-        _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
 
 
 def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:

@@ -23,7 +23,7 @@ from .plan import Kind, PathName, Place, Plan, bucket, formula, in_library
 
 SHIPPED = Path(__file__).with_name("table.json")
 USER_FILE = "triton_table.json"  # in the cache directory, beside the compiled CPU kernels
-MOST_SPLIT_TILES = 4096  # each tile has a counter; a product of more tiles needs no split
+MOST_SPLIT_TILES = 1024  # a product of more tiles fills any GPU without a split, and has no counters for one
 
 Key = tuple[str, str, int, int, int]  # arch, kind, and the buckets of N, K and M
 

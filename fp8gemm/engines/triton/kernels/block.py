@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ...base import PackedWeight
 from ..launch import divide_up, launch
-from ..replay import counters, empty
+from ..replay import empty, split_counters
 from .parts import is_last, sum_parts
 from .quantize import encode, finite, scale_of
 
@@ -43,7 +43,7 @@ def multiply_blocks(
     parts, arrived = y, y
     if splits > 1:
         parts = empty(splits, m, n, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device)
+        arrived = split_counters(tiles, x.device)
     constants = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

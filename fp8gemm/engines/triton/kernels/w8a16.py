@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...base import PackedWeight
 from ..launch import divide_up, launch
-from ..replay import counters, empty
+from ..replay import empty, split_counters
 from .parts import decode, format_of, is_last, sum_parts
 
 
@@ -38,7 +38,7 @@ def multiply_vectors(
     data, decoding = format_of(weight.data, native=native)
     tokens = triton.next_power_of_2(m)
     tiles = divide_up(n, block_n)
-    parts, arrived = _workspace(y, splits, tokens * n)
+    parts, arrived = _workspace(y, splits, tokens * n, tiles)
     constants = {
         "TOKENS": tokens,
         "BLOCK_N": block_n,
@@ -77,7 +77,7 @@ def multiply_tokens(
     y = empty(m, n, dtype=out_dtype, device=x.device)
     data, decoding = format_of(weight.data, native=native)
     tiles = divide_up(m, block_m) * divide_up(n, block_n)
-    parts, arrived = _workspace(y, splits, m * n)
+    parts, arrived = _workspace(y, splits, m * n, tiles)
     constants = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -115,11 +115,11 @@ def dense(weight: PackedWeight, dtype: torch.dtype, *, native: bool) -> torch.Te
     return w
 
 
-def _workspace(y: torch.Tensor, splits: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _workspace(y: torch.Tensor, splits: int, size: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The workspace and counters of a split product; placeholders if there is no split."""
     if splits == 1:
         return y, y
-    return empty(splits * size, dtype=torch.float32, device=y.device), counters(y.device)
+    return empty(splits * size, dtype=torch.float32, device=y.device), split_counters(tiles, y.device)
 
 
 @triton.jit

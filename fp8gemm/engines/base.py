@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
@@ -67,7 +68,9 @@ class Machine:
 
     ``capability`` is CUDA's (major, minor) compute capability. ``features`` names what else the device supports:
     ``"amx_bf16"`` and ``"avx512_bf16"`` for a CPU, ``"native"`` where fp8gemm's compiled kernels are available, and
-    ``"gfx942"`` and the like for AMD GPUs. ``found`` has the result of each engine's ``probe``, by the engine's name.
+    ``"gfx942"`` and the like for AMD GPUs. ``system`` is Python's ``sys.platform``. ``found`` has the result of each
+    engine's ``probe``, by the engine's name.
+
     Example:
         >>> Machine(device="cuda", name="NVIDIA H100", capability=(9, 0)).capability
         (9, 0)
@@ -79,6 +82,7 @@ class Machine:
     torch_version: tuple[int, int] = (2, 10)
     cuda_version: tuple[int, int] | None = None
     features: frozenset[str] = frozenset()
+    system: str = field(default_factory=lambda: sys.platform)
     found: Mapping[str, object] = field(default_factory=dict)
 
     def facts(self, engine: str, kind: type[Facts]) -> Facts | None:
@@ -143,6 +147,15 @@ class PackedWeight:
             for expert in range(self.experts)
         )
         return replace(self, parts=tuple(parts))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A product by one kernel: its name, M, and ``run(x [M, K], bias [N]) -> y [M, N]``."""
+
+    kernel: str
+    m: int
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Engine(ABC):
@@ -220,6 +233,12 @@ class Engine(ABC):
     def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         """Whether a kept 16-bit weight multiplies ``m`` tokens of ``dtype`` faster than this engine."""
         return False
+
+    def trials(self, weight: PackedWeight, dtype: torch.dtype) -> Iterator[Trial]:
+        """Products of ``weight`` that together run every kernel ``linear`` chooses among, for ``engines.proof``."""
+        for m in (1, 16, 96):
+            name = self.kernel(m, weight, dtype)
+            yield Trial(name, m, lambda x, bias: self.linear(x, weight, bias, dtype))
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
         """Packs a weight ``[n, k]`` for the engine; by default it shares the plain weight's memory.

@@ -11,6 +11,7 @@ import torch
 from .. import native
 from ..errors import UnsupportedError
 from ..scaled import ScaledTensor
+from . import proof
 from .base import Choice, Engine, Machine, MatmulSpec, PackedWeight, major_minor
 from .table import AUTO, ENGINES
 
@@ -32,6 +33,7 @@ def prepare(
     while True:
         winner = choose(spec, machine, engine, refused=refused).winner
         try:
+            _prove(winner, spec, machine, weight)
             if spec.experts:
                 stack = ENGINES[winner].prepare_stack(weight, spec.scheme)
                 parts = tuple(replace(part, accumulate=spec.accumulate) for part in stack.parts)
@@ -42,6 +44,15 @@ def prepare(
             if engine != "auto":
                 raise
             refused[winner] = [str(error)]
+
+
+def _prove(name: str, spec: MatmulSpec, machine: Machine, weight: ScaledTensor) -> None:
+    """Raises UnsupportedError if an accelerator's engine does not compute exact products there; see ``proof``."""
+    if machine.device == "cpu" or weight.device.type == "meta" or not native.plain(weight.data):
+        return
+    if problem := proof.problem(ENGINES[name], spec, weight.device):
+        found = f"; found {name} {machine.found[name]}" if name in machine.found else ""
+        raise UnsupportedError(f"engine {name!r} is not used on {machine.name or machine.device}: {problem}{found}")
 
 
 def order(machine: Machine) -> tuple[str, ...]:

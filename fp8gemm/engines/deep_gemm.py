@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from ..numerics import encode_ue8m0, quantize
+from ..numerics import encode_ue8m0
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
+from .activations import quantize_tokens
 from .base import Engine, Machine, MatmulSpec, PackedWeight
 from .torch_mm import cropped, padded
-from .triton import engine as triton_engine
 
 ROWS, COLS = 64, 128  # multiples of N and K, for every version: asserted by DeepGEMM 1, and still followed by vLLM
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -126,7 +126,11 @@ class DeepGemmEngine(Engine):
             ue8m0 = weight.scheme.scale_format == "ue8m0"
             wide = x.new_empty(m, rows, dtype=torch.bfloat16)
             with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current device
-                xq = _quantize(F.pad(x, (0, cols - weight.k)) if cols > weight.k else x, ue8m0=ue8m0)
+                xq = quantize_tokens(
+                    F.pad(x, (0, cols - weight.k)) if cols > weight.k else x,
+                    GROUP_128,
+                    scale_format=weight.scheme.scale_format,
+                )
                 wq = weight.data, weight.extra["scale"]
                 load().fp8_gemm_nt(xq, wq, wide, disable_ue8m0_cast=not ue8m0)
             y = wide[:, : weight.n].to(out_dtype)
@@ -134,29 +138,6 @@ class DeepGemmEngine(Engine):
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return "deep_gemm fp8_gemm_nt"
-
-
-def _quantize(x: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K/128]`` with strides (1, M rounded up to 4).
-
-    DeepGEMM reads scales of this layout directly and copies others (csrc/jit_kernels/impls/smxx_layout.hpp).
-    """
-    if _has_kernels(x.device):
-        from .triton.kernels.quantize import Rounding, quantize_groups
-
-        fused: tuple[torch.Tensor, torch.Tensor] = quantize_groups(x, Rounding(ue8m0=ue8m0))
-        return fused
-    xq = quantize(x, GROUP_128, scale_format="ue8m0" if ue8m0 else "float32")
-    m, groups = xq.scale.shape
-    scale = xq.scale.new_empty(groups, m + -m % 4).t()[:m]
-    return xq.data, scale.copy_(xq.scale)
-
-
-def _has_kernels(device: torch.device) -> bool:
-    """Whether fp8gemm's Triton kernels run on the device."""
-    triton = triton_engine.installed()
-    new = triton is not None and triton.version >= triton_engine.OLDEST_TRITON
-    return device.type == "cuda" and new and not triton_engine.failure(device)
 
 
 @cache

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from .base import Engine, Machine, MatmulSpec, PackedWeight, major_minor
+from .activations import TOKENS_TOGETHER, group_scales, padded_tokens
+from .base import Engine, Machine, MatmulSpec, PackedWeight
+from .scaled_mm import (
+    ALIGNMENT,
+    FNUZ,
+    block_scales,
+    from_fnuz,
+    multiplies_rows,
+    multiply_blocks,
+    multiply_grouped,
+    multiply_rows,
+    multiply_tensors,
+    scaled_after,
+    takes_fnuz,
+    to_fnuz,
+)
 
-ALIGNMENT = 16  # multiple of N and K for every operand on CUDA (torch's ScaledBlas.cpp)
 _ACCELERATORS = ("cuda", "rocm", "xpu", "mps")
-_FNUZ = torch.float8_e4m3fnuz
 
-TORCH = major_minor(torch.__version__)
 # Row scales on a CPU: torch 2.10 fails an internal assertion, and 2.13 supports them; 2.11 and 2.12 were not tested.
 CPU_ROWS = (2, 13)
 
@@ -35,6 +46,16 @@ class TorchCpu:
         return f"torch._scaled_mm fails: {self.error}" if self.error else "torch._scaled_mm works"
 
 
+@dataclass(frozen=True)
+class TorchGpu:
+    """Whether torch has a row-wise product on this accelerator; otherwise row scales follow a tensor-wise one."""
+
+    rows: bool
+
+    def __str__(self) -> str:
+        return "row-wise products" if self.rows else "tensor-wise products only; row scales are applied after them"
+
+
 class TorchEngine(Engine):
     """Tensor, row and 128x128-block scaling through torch; N and K are padded with zeros, to 16 or to whole blocks.
 
@@ -47,9 +68,9 @@ class TorchEngine(Engine):
     tolerance = 8e-3  # the tensor cores' 14-bit accumulator, and rounding to bfloat16
     traceable = True
 
-    def probe(self, device: torch.device, machine: Machine) -> TorchCpu | None:
+    def probe(self, device: torch.device, machine: Machine) -> TorchCpu | TorchGpu | None:
         if device.type != "cpu":
-            return None
+            return None if _rejects_machine(machine) else TorchGpu(multiplies_rows(device))
         codes = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=torch.float8_e4m3fn, device=device)
         one = torch.ones(1, dtype=torch.float32, device=device)
         try:
@@ -79,8 +100,7 @@ class TorchEngine(Engine):
         else:
             row_scale = scale
             if scheme.weight.by_row:
-                rows = expand_scale(scale, scheme.weight, weight.shape)
-                row_scale = F.pad(rows, (0, 0, 0, -n % ALIGNMENT), value=1.0)
+                row_scale = padded_scale(expand_scale(scale, scheme.weight, weight.shape), ALIGNMENT)
             if takes_fnuz(weight.device):
                 data, row_scale = to_fnuz(data), 2 * row_scale
             w_scale = row_scale.t().contiguous()
@@ -92,14 +112,14 @@ class TorchEngine(Engine):
             data=data,
             scale=scale,
             input_scale=input_scale,
-            extra={"w": data.t(), "w_scale": w_scale},
+            extra={"w": data.t(), "w_scale": w_scale, **_unit_scale(scheme, data)},
         )
 
     def restore(self, packed: PackedWeight) -> ScaledTensor:
         """The plain weight, bit for bit; except, on gfx942, the signs of zeros and NaN, which e4m3fnuz does not
         have."""
         data = cropped(packed)
-        if data.dtype == _FNUZ:
+        if data.dtype == FNUZ:
             data = from_fnuz(data)
         return ScaledTensor(data, packed.scale, packed.scheme.weight)
 
@@ -118,8 +138,7 @@ class TorchEngine(Engine):
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
         experts, n, k = weight.shape
         data = padded(weight.data, ALIGNMENT, ALIGNMENT)
-        rows = expand_scale(weight.scale, scheme.weight, weight.shape)
-        scale = F.pad(rows.squeeze(-1), (0, -n % ALIGNMENT), value=1.0)
+        scale = padded_scale(expand_scale(weight.scale, scheme.weight, weight.shape), ALIGNMENT).squeeze(-1)
         return PackedWeight(
             engine=self.name,
             scheme=scheme,
@@ -143,7 +162,7 @@ class TorchEngine(Engine):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        xq = quantize(F.pad(x, (0, -weight.k % ALIGNMENT)), ROW)
+        xq = quantize(_wide(x, weight), ROW)
         return multiply_grouped(xq.data, xq.scale, (w, w_scale), weight, ends, bias, out_dtype)
 
     def _row(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
@@ -151,100 +170,34 @@ class TorchEngine(Engine):
         assert scheme.activation is not None
         xq = quantize(x, scheme.activation, scale=weight.input_scale if scheme.static else None)
         w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        x_scale = xq.scale
-        if x_scale.numel() == 1 and w_scale.numel() > 1:
-            x_scale = x_scale.expand(x.shape[0], 1).contiguous()
-        elif w_scale.numel() == 1 and x_scale.numel() > 1:
-            w_scale = w_scale.expand(1, w.shape[1]).contiguous()
-        data = F.pad(xq.data.view(torch.uint8), (0, -weight.k % ALIGNMENT)).view(xq.data.dtype)
-        if w.dtype == _FNUZ:
+        data, x_scale = _wide(xq.data.view(torch.uint8), weight).view(xq.data.dtype), xq.scale
+        if w.dtype == FNUZ:
             data, x_scale = to_fnuz(data), 2 * x_scale
-        card = x.device.type != "cpu"
-        hip = w.dtype == _FNUZ or (torch.version.hip is not None and card)
-        asked = out_dtype
-        if w_scale.numel() > 1 and hip:  # with row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp)
-            asked = torch.bfloat16
-        elif w_scale.numel() > 1 and card:
-            asked = rows_dtype(out_dtype)
-        y = torch._scaled_mm(
-            data,
-            w,
-            scale_a=x_scale,
-            scale_b=w_scale,
-            out_dtype=asked,
-            use_fast_accum=card and weight.fast,
-        )
-        return y.to(out_dtype)
+        fast = on_accelerator(x) and weight.fast
+        if w_scale.numel() == x_scale.numel() == 1:
+            return multiply_tensors(data, w, x_scale, w_scale, None, out_dtype, fast)
+        if "one" in weight.extra:
+            return scaled_after(data, w, x_scale, w_scale, weight.extra["one"], fast).to(out_dtype)
+        if x_scale.numel() == 1:
+            x_scale = x_scale.expand(x.shape[0], 1).contiguous()
+        elif w_scale.numel() == 1:
+            w_scale = w_scale.expand(1, w.shape[1]).contiguous()
+        if not on_accelerator(x):
+            return torch._scaled_mm(data, w, scale_a=x_scale, scale_b=w_scale, out_dtype=out_dtype)
+        if w.dtype == FNUZ or torch.version.hip is not None:
+            # with row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp)
+            return multiply_rows(data, w, x_scale, w_scale, None, torch.bfloat16, fast).to(out_dtype)
+        return multiply_rows(data, w, x_scale, w_scale, None, out_dtype, fast)
 
     def _block(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
-        w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        # cuBLASLt needs a multiple of 4 tokens (vllm#49932); the caller removes the rows of zeros.
-        xq = quantize(F.pad(x, (0, w.shape[0] - weight.k, 0, -x.shape[0] % 4)), GROUP_128)
-        return multiply_blocks(xq.data, w, xq.scale.t().contiguous().t(), w_scale).to(out_dtype)
+        xq = quantize(_wide(x, weight), GROUP_128)  # the caller removes rows past M
+        data, x_scale = padded_tokens(xq.data, TOKENS_TOGETHER), group_scales(xq.scale, TOKENS_TOGETHER)
+        return multiply_blocks(data, weight.extra["w"], x_scale, weight.extra["w_scale"]).to(out_dtype)
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
-        return "scaled_mm block" if weight.scheme.activation == GROUP_128 else "scaled_mm"
-
-
-def rows_dtype(out_dtype: torch.dtype, *, bias: bool = False) -> torch.dtype:
-    """The dtype to ask CUDA's row-wise products for; the additional rounding to bfloat16 is smaller than FP8's error.
-
-    torch's CUTLASS kernels return 16-bit floats only, and before torch 2.14 write bfloat16's bits where float16 is
-    asked for without a bias (RowwiseScaledMM.cu, pytorch#187569).
-    """
-    wrong = out_dtype == torch.float16 and not bias and TORCH < (2, 14)
-    return torch.bfloat16 if wrong or out_dtype == torch.float32 else out_dtype
-
-
-def multiply_rows(
-    xq: torch.Tensor,
-    w: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    fast: bool,
-) -> torch.Tensor:
-    """CUDA's row-wise product of e4m3 tokens and ``w [K, N]``, with scales ``[M, 1]`` and ``[1, N]``."""
-    asked = rows_dtype(out_dtype, bias=bias is not None)
-    y = torch._scaled_mm(xq, w, x_scale, w_scale, bias=bias, out_dtype=asked, use_fast_accum=fast)
-    return y.to(out_dtype)
-
-
-def multiply_blocks(xq: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """torch's product (cuBLASLt, always precise) of e4m3 tokens and ``w [K, N]``, with scales in its layout;
-    bfloat16."""
-    return F.scaled_mm(
-        xq,
-        w,
-        scale_a=x_scale,
-        scale_recipe_a=F.ScalingType.BlockWise1x128,
-        scale_b=w_scale,
-        scale_recipe_b=F.ScalingType.BlockWise128x128,
-        output_dtype=torch.bfloat16,
-    )
-
-
-def multiply_grouped(
-    xq: torch.Tensor,
-    x_scale: torch.Tensor,
-    stack: tuple[torch.Tensor, torch.Tensor],
-    weight: PackedWeight,
-    ends: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """torch's product of e4m3 tokens ``[T, K]`` and ``stack``: weights ``[E, K, N]`` and scales ``[E, N]``."""
-    w, w_scale = stack
-    y = torch._scaled_grouped_mm(
-        xq, w, x_scale.reshape(-1), w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=weight.fast
-    )[:, : weight.n]
-    token = torch.arange(xq.shape[0], device=xq.device, dtype=ends.dtype)
-    if bias is not None:
-        expert = torch.searchsorted(ends, token, right=True).clamp_(max=weight.experts - 1)
-        y = y + bias[expert].to(y.dtype)
-    # torch does not write rows past the last end.
-    return torch.where((token < ends[-1]).unsqueeze(1), y, 0).to(out_dtype)
+        if weight.scheme.activation == GROUP_128:
+            return "scaled_mm block"
+        return "scaled_mm, then scales" if "one" in weight.extra else "scaled_mm"
 
 
 def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -255,43 +208,40 @@ def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return F.pad(data.view(torch.uint8), (0, -k % cols, 0, -n % rows)).view(data.dtype)
 
 
+def padded_scale(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """Row scales ``[..., N, 1]`` with ones below up to a multiple of ``rows``."""
+    more = -scale.shape[-2] % rows
+    return F.pad(scale, (0, 0, 0, more), value=1.0) if more else scale
+
+
+def on_accelerator(tensor: torch.Tensor) -> bool:
+    return tensor.device.type not in ("cpu", "meta")
+
+
+def _unit_scale(scheme: Scheme, data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``one`` where row scales have to be applied after a product with scales of 1; decided here, outside of traces."""
+    rows = scheme.weight.by_row or scheme.activation == ROW
+    if not rows or not on_accelerator(data) or multiplies_rows(data.device):
+        return {}
+    return {"one": torch.ones((), dtype=torch.float32, device=data.device)}
+
+
+def _wide(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """``x [M, K]`` with zeros beside up to the K of the padded weight; the same tensor if that is not padded."""
+    more = weight.extra["w"].shape[-2] - weight.k
+    return F.pad(x, (0, more)) if more else x
+
+
 def cropped(packed: PackedWeight) -> torch.Tensor:
     """The codes ``[..., n, k]`` without the padding of ``padded``."""
     return packed.data[..., : packed.n, : packed.k].contiguous()
 
 
-@cache
-def takes_fnuz(device: torch.device) -> bool:
-    """Whether the device is AMD's gfx942 (MI300), which multiplies e4m3fnuz only; queries the driver once."""
-    if device.type != "cuda" or torch.version.hip is None:
-        return False
-    return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
-
-
-def to_fnuz(data: torch.Tensor) -> torch.Tensor:
-    """e4m3fn codes reinterpreted as e4m3fnuz, where they mean half the value: the scale doubles, exactly.
-
-    e4m3fnuz has an exponent bias of 8 instead of 7, a single zero, and a single NaN, whose code is e4m3fn's -0.
-    """
-    code = data.view(torch.uint8)
-    positive = torch.where(code == 0x80, 0, code)
-    return torch.where(code & 0x7F == 0x7F, 0x80, positive).view(_FNUZ)
-
-
-def from_fnuz(data: torch.Tensor) -> torch.Tensor:
-    """The e4m3fn codes before ``to_fnuz``; -0 and the negative NaN come back as 0 and NaN."""
-    code = data.view(torch.uint8)
-    return torch.where(code == 0x80, 0x7F, code).view(torch.float8_e4m3fn)
-
-
-def block_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scales ``[..., N/128, K/128]`` in cuBLASLt's layout: ``[K/128 rounded up to 4, N/128]``, columns contiguous."""
-    return F.pad(scale, (0, -scale.shape[-1] % 4)).transpose(-2, -1)
-
-
 def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:
     pair = (scheme.weight, scheme.activation)
     if (scheme.weight == TENSOR or scheme.weight.by_row) and scheme.activation in (TENSOR, ROW):
+        if machine.system == "win32" and pair != (TENSOR, TENSOR) and machine.facts("torch", TorchGpu) is None:
+            return ["torch has no row-wise product on Windows; whether tensor-wise ones serve it takes a probe"]
         if machine.device == "cpu" and pair != (TENSOR, TENSOR) and machine.torch_version < CPU_ROWS:
             found = ".".join(map(str, machine.torch_version))
             return [f"on a CPU torch before 2.13 scales per tensor only, found torch {found} and {scheme}"]

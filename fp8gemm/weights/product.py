@@ -94,7 +94,8 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
     if rounding is not None:  # as plain operations, which the compiler can fuse with those before them
         static = weight.input_scale if weight.scheme.static else None
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
-        x, x_scale = rounded.data, rounded.scale
+        # M-major, as every kernel reads the scales of groups; the compiler stores them that way at no cost.
+        x, x_scale = rounded.data, rounded.scale.t().contiguous().t()
     return call_linear(x, weight, bias, out_dtype, x_scale, rounding)
 
 

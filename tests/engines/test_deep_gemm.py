@@ -119,23 +119,6 @@ def test_powers_of_two_survive_packing(fake: Fake, arch: int) -> None:
     assert (y - expected).norm() <= 2e-3 * expected.norm()  # y was rounded to bfloat16: 2**-9 at most
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES["block"], UE8M0], ids=str)
-def test_our_kernel_rounds_where_triton_is(fake: Fake, monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
-    asked = []
-
-    def quantize_groups(x: torch.Tensor, rounding: SimpleNamespace) -> Operand:
-        asked.append(rounding.ue8m0)
-        monkeypatch.setattr(module, "_has_kernels", lambda device: False)
-        return module._quantize(x, ue8m0=rounding.ue8m0)
-
-    kernels = SimpleNamespace(Rounding=SimpleNamespace, quantize_groups=quantize_groups)
-    monkeypatch.setitem(sys.modules, "fp8gemm.engines.triton.kernels.quantize", kernels)
-    monkeypatch.setattr(module, "_has_kernels", lambda device: True)
-    weight = ENGINE.prepare(quantize(torch.randn(64, 128), BLOCK_128, scale_format=scheme.scale_format), scheme)
-    assert ENGINE.linear(torch.randn(3, 128), weight, None, torch.float32).isfinite().all()
-    assert asked == [scheme.scale_format == "ue8m0"]
-
-
 def test_scales_that_would_lose_their_mantissas_are_refused() -> None:
     """This is how transformers computed silently wrong products (its issue 47030)."""
     weight = quantize(torch.randn(128, 128), BLOCK_128)

@@ -12,6 +12,7 @@ import torch
 from fp8gemm import ENGINES, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme, dequantize, native, probe, quantize
 from fp8gemm.engines import torch_mm
 from fp8gemm.engines.reference import ReferenceEngine
+from fp8gemm.engines.scaled_mm import from_fnuz, to_fnuz
 from fp8gemm.engines.torch_mm import TorchEngine
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -298,13 +299,13 @@ def test_torch_takes_ragged_blocks(shape: tuple[int, int]) -> None:
 def test_fnuz_codes() -> None:
     """All 256 codes: half the value, NaN stays NaN; the same bytes back, except for the signs of zero and NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    fnuz = torch_mm.to_fnuz(codes)
+    fnuz = to_fnuz(codes)
     assert fnuz.dtype == torch.float8_e4m3fnuz
     assert torch.equal(2 * fnuz.double().nan_to_num(1e9), codes.double().nan_to_num(2e9))
     assert int((fnuz.view(torch.uint8) == 0x80).sum()) == 2
     expected = torch.arange(256, dtype=torch.uint8)
     expected[0x80], expected[0xFF] = 0, 0x7F
-    assert torch_mm.from_fnuz(fnuz).view(torch.uint8).equal(expected)
+    assert from_fnuz(fnuz).view(torch.uint8).equal(expected)
 
 
 def test_gfx942_conforms(gfx942: TorchEngine) -> None:

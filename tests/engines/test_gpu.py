@@ -17,8 +17,10 @@ from torch import nn
 from fp8gemm import (
     BLOCK_128,
     GROUP_128,
+    MX,
     ROW,
     SCHEMES,
+    TENSOR,
     FP8GemmOptions,
     FP8Linear,
     MatmulSpec,
@@ -31,6 +33,7 @@ from fp8gemm import (
     probe,
     quantize,
 )
+from fp8gemm.engines import ENGINES, activations, proof
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import engine as triton_engine
 from fp8gemm.engines.triton.engine import TritonEngine
@@ -44,6 +47,12 @@ BF16 = torch.bfloat16
 TOKENS = (1, 2, 4, 5, 16, 17, 64, 65, 128, 300, 600, 1030)
 SHAPES = ((256, 512), (4096, 4096), (4097, 1000), (2112, 7168), (1, 4096), (36, 60))
 ENGINE = TritonEngine()
+STATIC = Scheme(weight=TENSOR, activation=TENSOR, static=True)
+MX_SCHEME = Scheme(weight=MX, activation=None, scale_format="ue8m0")
+
+
+# As an error, which warnings are in these tests, it would leave the stream of an empty capture current.
+pytestmark = pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +125,8 @@ def test_quantization_bit_for_bit(k: int, ue8m0: bool) -> None:
         assert data.float().nan_to_num(nan=1e9).equal(expected.data.float().nan_to_num(nan=1e9))
 
 
-def test_more_than_32_bits_of_elements() -> None:
+@pytest.mark.parametrize("n", [4112, 4097])  # by torch's product where it has one, and by the row kernel
+def test_more_than_32_bits_of_elements(n: int) -> None:
     """M * K and M * N beyond 2**31: the last rows are correct."""
     from fp8gemm.engines.triton.kernels import quantize as kernels
 
@@ -126,11 +136,9 @@ def test_more_than_32_bits_of_elements() -> None:
     x[:, 0] = 448
     data, _ = kernels.quantize_rows(x)
     assert data[-64:].float().equal(x[-64:].float())
-    weight = ScaledTensor(
-        torch.ones(4112, k, device=CUDA).to(torch.float8_e4m3fn), torch.ones(4112, 1, device=CUDA), ROW
-    )
+    weight = ScaledTensor(torch.ones(n, k, device=CUDA).to(torch.float8_e4m3fn), torch.ones(n, 1, device=CUDA), ROW)
     y = ENGINE.linear(x, ENGINE.prepare(weight, SCHEMES["row"]), None, BF16)
-    assert y[-64:].double().equal(x[-64:].double().sum(1, keepdim=True).to(BF16).double().expand(64, 4112))
+    assert y[-64:].double().equal(x[-64:].double().sum(1, keepdim=True).to(BF16).double().expand(64, n))
 
 
 @pytest.mark.parametrize("name", ["row", "block", "weight_only"])
@@ -196,7 +204,7 @@ def test_bound_calls(scheme: str, m: int) -> None:
     """The third call with a shape replays a tape: the same bits, in eager mode and in a CUDA graph, on any stream."""
     layer = _layer(512, 4096, scheme=scheme, fp16_weight_storage="discard")
     xs = [torch.randn(m, 4096, device=CUDA, dtype=BF16) for _ in range(4)]
-    expected = [layer._run(x, layer.bias) for x in xs]
+    expected = [FP8Linear._run(x, layer.weight, layer.bias) for x in xs]  # type: ignore[arg-type]
     found = [layer(x) for x in xs]
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
@@ -214,9 +222,6 @@ def test_bound_calls(scheme: str, m: int) -> None:
         assert y.equal(right)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The CUDA Graph is empty"
-)  # as an error, it would leave the capture's stream current
 def test_quantizing_inside_a_capture_raises() -> None:
     layer = _layer(materialize_fp8_on_wrap=False)
     x = torch.randn(4, 4096, device=CUDA, dtype=BF16)
@@ -266,8 +271,34 @@ def test_warm_layers_compile_nothing_more() -> None:
     assert len(_compiled) <= known + 1  # 9 to 15 tokens differ from 16 in whether M is a multiple of 16
 
 
-def test_the_card_is_trusted() -> None:
-    assert triton_engine.failure(torch.device("cuda", torch.cuda.current_device())) == ""
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("experts", [0, 8])
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), STATIC, MX_SCHEME], ids=str)
+def test_the_card_is_trusted(name: str, scheme: Scheme, experts: int) -> None:
+    """Every engine that accepts a problem proves itself."""
+    spec = MatmulSpec(scheme=scheme, n=4096, k=4096, experts=experts)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reasons := ENGINES[name].rejects(spec, probe(device)):
+        pytest.skip("; ".join(reasons))
+    assert proof.problem(ENGINES[name], spec, device) == ""
+
+
+def test_our_quantization_is_used_before_libraries() -> None:
+    assert activations.fused(torch.device("cuda", torch.cuda.current_device()))
+    assert triton_engine.looks_up(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+@torch.no_grad()
+def test_graphs_that_torch_compile_captures(m: int) -> None:
+    """``mode="reduce-overhead"`` allows nothing but outputs to live in the memory pool of its graphs."""
+    model = nn.Sequential(nn.Linear(4096, 1024), nn.GELU(), nn.Linear(1024, 4096)).to(device=CUDA, dtype=BF16)
+    enable_fp8_gemm(model, options=FP8GemmOptions(engine="triton"))
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(m, 4096, device=CUDA, dtype=BF16)
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x).clone(), model(x), rtol=2e-2, atol=2e-2)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ import torch
 from fp8gemm import GROUP_128, MX, ROW, SCHEMES, Granularity, Machine, MatmulSpec, ScaledTensor, Scheme
 from fp8gemm.engines.triton import table as tables
 from fp8gemm.engines.triton.engine import Triton, TritonEngine, installed
-from fp8gemm.engines.triton.plan import Place, Plan, formula, place
-from fp8gemm.engines.triton.table import plan
+from fp8gemm.engines.triton.plan import INLINE_UP_TO, Place, Plan, formula, place
+from fp8gemm.engines.triton.table import MOST_SPLIT_TILES, plan
 
 H100 = Machine(device="cuda", name="H100", capability=(9, 0), found={"triton": Triton((3, 6))})
 SPEC = MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096)
@@ -75,6 +75,30 @@ def test_formula_is_complete_and_monotone(where: Place, kind: str) -> None:
             _runs(where, kind, one, n, k, m, cols)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), MX_SCHEME], ids=str)
+def test_every_kind_of_plan_is_proven(capability: tuple[int, int], scheme: Scheme) -> None:
+    """Before ``auto`` trusts a GPU: each path that any M may take, with and without TMA, splits and quantization."""
+
+    class OnCard(TritonEngine):
+        def place(self, device: torch.device) -> Place:
+            return place(capability)
+
+    engine = OnCard()
+    for n, k in ((4096, 14336), (32001, 4096), (1024, 1000), (36, 60)):
+        small = engine.prepare(_weight(scheme, 256 + n % 128, 1024 + k % 128), scheme)
+        proven = {_kind(trial.run.args[0], trial.m) for trial in engine.trials(small, torch.bfloat16)}  # type: ignore[attr-defined]
+        large = engine.prepare(_weight(scheme, n, k), scheme)
+        met = {_kind(engine.plan(m, large, torch.bfloat16), m) for m in TOKENS}
+        if n > 1000:
+            assert met <= proven, (n, k)
+        assert {kind[0] for kind in met} <= {kind[0] for kind in proven}, (n, k)
+
+
+def _kind(chosen: Plan, m: int) -> tuple[str, bool, bool, bool]:
+    return chosen.path, chosen.splits > 1, chosen.tma, chosen.path == "blocks" and m > INLINE_UP_TO
+
+
 def _runs(where: Place, kind: str, one: Plan, n: int, k: int, m: int, cols: int) -> None:
     assert one.path != "vectors" or (m <= 4 and kind != "weight_k")
     multiple = 128 if kind == "block" else 16
@@ -84,7 +108,7 @@ def _runs(where: Place, kind: str, one: Plan, n: int, k: int, m: int, cols: int)
     if one.path == "tokens":
         assert cols % one.block_k == 0
     tiles = -(-n // max(one.block_n, 1)) * -(-m // max(one.block_m, 1))
-    assert one.splits == 1 or tiles <= 4096, "more tiles than counters"
+    assert one.splits == 1 or tiles <= MOST_SPLIT_TILES, "more tiles than counters"
     for side in (one.block_m, one.block_n, one.block_k, one.warps):
         assert side & (side - 1) == 0
 

@@ -8,15 +8,17 @@ from typing import Any
 import conformance
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8gemm import BLOCK_128, GROUP_128, ROW, SCHEMES, TENSOR, Machine, MatmulSpec, ScaledTensor, Scheme, quantize
+from fp8gemm.engines import proof
+from fp8gemm.engines.activations import quantize_tokens
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.vllm import Vllm, cuda
 from fp8gemm.engines.vllm.engine import VllmEngine
 from fp8gemm.numerics import expand_scale
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
-FLOATS = (BF16, torch.float16, torch.float32)
 CPU = torch.device("cpu")
 H100 = Machine(
     device="cuda",
@@ -60,44 +62,11 @@ def _cutlass(y: Any, a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any) -> N
     y.copy_(product)
 
 
-def _per_token(q: Any, x: Any, scale: Any, bound: Any) -> None:
-    assert x.dtype in FLOATS
-    assert x.is_contiguous()
-    assert q.shape == x.shape
-    assert bound is None
-    assert scale.shape == (x.shape[0], 1)
-    rounded = quantize(x, ROW)
-    q.copy_(rounded.data)
-    scale.copy_(rounded.scale)
-
-
-def _static(q: Any, x: Any, scale: Any) -> None:
-    assert x.dtype in FLOATS
-    assert scale.shape == (1,)
-    q.copy_(quantize(x, TENSOR, scale=scale.reshape(1, 1)).data)
-
-
-class _PerGroup:
-    default = SimpleNamespace(_schema=SimpleNamespace(arguments=range(10)))
-
-    def __call__(self, x: Any, q: Any, scale: Any, group: int, *rest: Any) -> None:
-        assert group == 128
-        assert len(rest) == 6
-        assert scale.stride(0) == 1
-        rounded = quantize(x, GROUP_128)
-        q.copy_(rounded.data)
-        scale.copy_(rounded.scale)
-
-
 @pytest.fixture(autouse=True)
 def _ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = SimpleNamespace(
-        cutlass_scaled_mm=_cutlass,
-        dynamic_per_token_scaled_fp8_quant=_per_token,
-        static_scaled_fp8_quant=_static,
-        per_token_group_fp8_quant=_PerGroup(),
+    monkeypatch.setattr(
+        cuda.torch, "ops", SimpleNamespace(_C=SimpleNamespace(cutlass_scaled_mm=_cutlass), aten=torch.ops.aten)
     )
-    monkeypatch.setattr(cuda.torch, "ops", SimpleNamespace(_C=ops))
 
 
 def test_conforms() -> None:
@@ -137,16 +106,53 @@ def test_bound_calls(with_bias: bool, dtype: torch.dtype) -> None:
         assert bound(x).view(6, 48).equal(engine.linear(x.view(6, 64), weight, bias, dtype))
 
 
-def test_calls_that_need_more_than_two_ops_are_not_bound() -> None:
-    engine, x = OnCard(), torch.randn(8, 64).to(BF16)
-    row, static = SCHEMES["row"], Scheme(weight=ROW, activation=ROW, static=True)
+def test_calls_that_need_more_than_two_launches_are_not_bound() -> None:
+    engine, x, row = OnCard(), torch.randn(8, 64).to(BF16), SCHEMES["row"]
     assert cuda.bind(x, engine.prepare(quantize(torch.randn(40, 64), ROW), row), None, BF16) is None
     assert cuda.bind(x.float(), engine.prepare(quantize(torch.randn(48, 64), ROW), row), None, torch.float32) is None
     assert cuda.bind(x, engine.prepare(quantize(torch.randn(48, 64), ROW), row), torch.randn(48), BF16) is None
-    scaled = engine.prepare(quantize(torch.randn(48, 64), ROW), static, input_scale=torch.tensor(0.1))
-    assert cuda.bind(x, scaled, None, BF16) is None
     block = engine.prepare(quantize(torch.randn(128, 128), BLOCK_128), SCHEMES["block"])
     assert cuda.bind(torch.randn(8, 128).to(BF16), block, None, BF16) is None
+
+
+def test_static_scales_are_bound() -> None:
+    engine, x = OnCard(), torch.randn(8, 64).to(BF16)
+    static = Scheme(weight=ROW, activation=TENSOR, static=True)
+    weight = engine.prepare(quantize(torch.randn(48, 64), ROW), static, input_scale=torch.tensor(0.02))
+    bound = cuda.bind(x, weight, None, BF16)
+    assert bound is not None
+    assert bound(x).equal(engine.linear(x, weight, None, BF16))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operations that copy tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.name() in ("aten::constant_pad_nd", "aten::clone", "aten::copy_", "aten::_to_copy"):
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["row", "tensor", "block"])
+def test_nothing_is_copied_where_nothing_is_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = SCHEMES[name]
+    weight = cuda.prepare(quantize(torch.randn(256, 512), scheme.weight), scheme, None)
+    x, bias = torch.randn(64, 512).to(BF16), torch.randn(256).to(BF16)
+    rounded = quantize_tokens(x, weight.apart)
+    monkeypatch.setattr(cuda, "quantize_tokens", lambda *_, **__: rounded)  # by a kernel, on a GPU
+    monkeypatch.setattr(cuda.torch.ops._C, "cutlass_scaled_mm", lambda *_: None)
+    with Copies() as copies:
+        cuda.linear(x, weight, bias, BF16)
+        cuda.linear_quantized(ScaledTensor(*rounded, weight.apart), weight, bias, BF16)
+    assert copies.found == []
+    ragged = quantize(torch.randn(63, 512), weight.apart)
+    with Copies() as copies:
+        cuda.linear_quantized(ragged, weight, bias, BF16)
+    assert bool(copies.found) == (name == "block"), "the counter can fail: 63 tokens are padded to 64"
 
 
 def _dense(weight: ScaledTensor) -> torch.Tensor:
@@ -160,6 +166,19 @@ def test_precise_sums_are_what_it_does_not_have() -> None:
         "accumulate='precise'"
     ]
     assert OnCard().rejects(MatmulSpec(scheme=SCHEMES["block"], n=256, k=256, accumulate="precise"), H100) == []
+
+
+def test_versions_that_read_block_scales_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hopper's kernel did between vllm#23280 and #28431: by address, whatever the strides are."""
+    engine, spec = OnCard(), MatmulSpec(scheme=SCHEMES["block"], n=4096, k=4096)
+    assert proof.problem(engine, spec, CPU) == ""
+
+    def n_major(y: Any, a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any) -> None:
+        _cutlass(y, a, b, a_scale, b_scale.as_strided(b_scale.shape, (b_scale.shape[1], 1)), bias)
+
+    monkeypatch.setattr(cuda.torch.ops._C, "cutlass_scaled_mm", n_major)
+    assert "is exact, under weight 128x128" in proof.problem(OnCard(), spec, CPU)
+    assert proof.problem(OnCard(), MatmulSpec(scheme=SCHEMES["row"], n=4096, k=4096), CPU) == ""
 
 
 def test_a_kernel_that_is_given_too_little_is_caught() -> None:

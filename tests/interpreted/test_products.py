@@ -21,12 +21,12 @@ from fp8gemm import (
     dequantize,
     quantize,
 )
-from fp8gemm.engines import Engine
+from fp8gemm.engines import Engine, proof
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton import engine as triton_engine
-from fp8gemm.engines.triton import paths, replay
+from fp8gemm.engines.triton import paths
 from fp8gemm.engines.triton.kernels import row, w8a16
-from fp8gemm.engines.triton.plan import Plan
+from fp8gemm.engines.triton.plan import Place, Plan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -177,8 +177,8 @@ def test_e5m2_weights_multiply() -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A split product leaves its counters at zero; otherwise the next one would be wrong."""
-    counters = torch.zeros(replay.COUNTERS, dtype=torch.int32)
-    monkeypatch.setattr(w8a16, "counters", lambda device: counters)
+    counters = torch.zeros(6, dtype=torch.int32)
+    monkeypatch.setattr(w8a16, "split_counters", lambda tiles, device: counters[:tiles])
     scheme = Scheme(weight=ROW, activation=None)
     layout = packed(quantize(torch.randn(40, 128), ROW), scheme)
     x = torch.randn(20, 128).to(BF16)
@@ -268,20 +268,27 @@ def test_gate_times_up_and_its_product(scheme: Scheme) -> None:
             ).norm() <= 1e-2 * expected.norm()  # its exponential differs from torch's, by a step here and there
 
 
+@pytest.mark.parametrize("scheme", [ROW_ROW, BLOCK, Scheme(weight=ROW, activation=None)], ids=str)
+@pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+def test_the_engine_proves_itself(scheme: Scheme, where: Place) -> None:
+    spec = MatmulSpec(scheme=scheme, n=4096, k=4096)
+    assert proof.problem(OnCard(replace_library(where) if scheme is BLOCK else where), spec, CPU) == ""
+    assert proof.problem(OnCard(replace_library(where)), replace(spec, experts=8), CPU) == ""
+
+
 def test_kernels_that_fail_or_are_wrong_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ``auto`` chooses another engine if Triton has no C compiler, or the driver is too old."""
-    monkeypatch.setattr(triton_engine, "place_of", lambda device: replace_library(HOPPER))
-    examine = triton_engine.failure.__wrapped__
-    assert examine(CPU) == ""
 
     def no_compiler(product: object) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    real = dict(paths.PATHS)
+    real, spec = dict(paths.PATHS), MatmulSpec(scheme=ROW_ROW, n=4096, k=4096)
+    engine = lambda: OnCard(replace_library(HOPPER))  # noqa: E731  another one has not been proven yet
     monkeypatch.setattr(triton_engine, "PATHS", {**real, "tokens": no_compiler})
-    assert examine(CPU).startswith("Triton's kernels fail here: RuntimeError: Failed to find C compiler.")
+    failed = "its kernel tokens fails here: RuntimeError: Failed to find C compiler."
+    assert proof.problem(engine(), spec, CPU).startswith(failed)
     monkeypatch.setattr(triton_engine, "PATHS", {**real, "rows": lambda product: real["rows"](product) + 1})
-    assert examine(CPU) == "Triton's kernel for 128 tokens computes wrong products here"
+    assert proof.problem(engine(), spec, CPU).startswith("its kernel rows for 96 tokens gives ")
 
 
 def test_scales_of_merged_projections() -> None:

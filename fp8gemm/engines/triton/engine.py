@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 
 import torch
 
-from ...errors import UnsupportedError
-from ...scaled import GROUP_128, ROW, SCHEMES, Granularity, ScaledTensor, Scheme
-from ..base import Engine, Machine, MatmulSpec, PackedWeight, major_minor
-from ..torch_mm import multiply_grouped
+from ...scaled import GROUP_128, ROW, Granularity, ScaledTensor, Scheme
+from ..activations import group_scales
+from ..base import Engine, Machine, MatmulSpec, PackedWeight, Trial, major_minor
+from ..scaled_mm import multiplies_rows, multiply_grouped
 from . import library
 from . import table as tables
 from .paths import PATHS, Product, quantize
 from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
 
 OLDEST_TRITON = (3, 6)
+# N and K of the weights whose plans prove a small weight's products: with few tiles, and with too many to split them.
+STAND_INS = ((4096, 4096), (32768, 4096))
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,14 +47,16 @@ class TritonEngine(Engine):
     tolerance = 8e-3  # as torch's FP8 products: the 14-bit accumulator, and rounding to bfloat16
 
     def prepare(self, weight: ScaledTensor, scheme: Scheme, *, input_scale: torch.Tensor | None = None) -> PackedWeight:
-        _refuse_broken(weight.device)
+        if weight.device.type == "cuda":
+            from .counters import reserve
+
+            reserve(weight.device)
         layout = _layout(weight, scheme, input_scale)
         rounding = self._rounding(layout)
         few = INLINE_UP_TO if rounding == GROUP_128 else AS_THEY_ARE_UP_TO
         return replace(layout, apart=rounding, few=few)
 
     def prepare_stack(self, weight: ScaledTensor, scheme: Scheme) -> PackedWeight:
-        _refuse_broken(weight.device)
         return replace(_layout(weight, scheme), experts=weight.shape[0]).split()
 
     def probe(self, device: torch.device, machine: Machine) -> Triton | None:
@@ -79,7 +84,7 @@ class TritonEngine(Engine):
 
     def look_up(self, weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         usable = weight.device.type == "cuda" and installed() is not None and dtype in _DTYPES
-        return _looked_up(weight, ids, dtype) if usable and not failure(weight.device) else None
+        return _looked_up(weight, ids, dtype) if usable and looks_up(weight.device) else None
 
     def place(self, device: torch.device) -> Place:
         """The properties of a GPU that decide which kernel runs."""
@@ -116,20 +121,29 @@ class TritonEngine(Engine):
         m = x.shape[0]
         if m == 0 or weight.n == 0 or weight.k == 0:
             return _nothing(m, weight, bias, out_dtype)
-        return self._run(self.plan(m, weight, x.dtype), x, None, weight, bias, out_dtype)
+        return self.run(self.plan(m, weight, x.dtype), m, (x, None), weight, bias, out_dtype)
 
-    def _run(
+    def run(
         self,
         chosen: Plan,
-        x: torch.Tensor,
-        x_scale: torch.Tensor | None,
+        m: int,
+        tokens: tuple[torch.Tensor, torch.Tensor | None],
         weight: PackedWeight,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Runs one plan; ``x`` is quantized already if ``x_scale`` is given."""
-        where = self.place(weight.device)
-        product = Product(x=x, x_scale=x_scale, weight=weight, bias=bias, out_dtype=out_dtype, plan=chosen, where=where)
+        """``linear`` by one plan; ``tokens`` are ``x [M, K]`` and None, or quantized already, with their scales."""
+        x, x_scale = tokens
+        product = Product(
+            m=m,
+            x=x,
+            x_scale=x_scale,
+            weight=weight,
+            bias=bias,
+            out_dtype=out_dtype,
+            plan=chosen,
+            where=self.place(weight.device),
+        )
         return PATHS[chosen.path](product)
 
     def bind(
@@ -158,7 +172,8 @@ class TritonEngine(Engine):
         if not _rounds_first(chosen, m):
             return None
         kind = tables.kind_of(weight, native=self.place(weight.device).native)
-        return self._run(chosen, *quantize(gate, weight, kind, up=up), weight, bias, out_dtype)
+        tokens = quantize(gate, weight, kind, up=up, library=chosen.path == "library")
+        return self.run(chosen, m, tokens, weight, bias, out_dtype)
 
     def linear_quantized(
         self, x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -169,9 +184,8 @@ class TritonEngine(Engine):
         where = self.place(weight.device)
         kind = tables.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
-        # M-major, as quantize_groups returns it; torch's quantization does not.
-        scale = x.scale.t().contiguous().t() if kind == "block" else x.scale
-        return self._run(chosen if weight.fast else precise(chosen), x.data, scale, weight, bias, out_dtype)
+        scale = group_scales(x.scale) if kind == "block" and x.scale.stride(0) != 1 else x.scale
+        return self.run(chosen if weight.fast else precise(chosen), m, (x.data, scale), weight, bias, out_dtype)
 
     def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         return self.plan(m, weight, dtype).kept_is_faster
@@ -196,10 +210,9 @@ class TritonEngine(Engine):
         chosen = grouped_plan(where, kind, weight.n, weight.k, tokens, weight.experts, wide=wide, scale_cols=cols)
         scale = None
         if chosen.quantize_first:
-            x, scale = quantize(x, weight, kind)
+            x, scale = quantize(x, weight, kind, library=chosen.mode == "library")
         if chosen.mode == "library" and scale is not None:
             stack = weight.extra["w"], weight.extra["w_scale"].squeeze(-2)
-            scale = scale.expand(tokens, 1).contiguous()  # a static scale is shared by all tokens
             return multiply_grouped(x, scale, stack, weight, ends, bias, out_dtype)
         return grouped.multiply_grouped(
             x,
@@ -218,6 +231,22 @@ class TritonEngine(Engine):
             warps=chosen.warps,
             stages=chosen.stages,
         )
+
+    def trials(self, weight: PackedWeight, dtype: torch.dtype) -> Iterator[Trial]:
+        """One by each kind of plan that weights with this alignment have: its path, with and without TMA or splits."""
+        seen = set()
+        for (n, k), m in itertools.product(STAND_INS, (1, 4, 16, 64, 96, 256, 1024)):
+            large = replace(weight, n=n + weight.n % 128, k=k + weight.k % 128)
+            chosen = self.plan(m, large, dtype)
+            kind = (chosen.path, chosen.splits > 1, chosen.tma, _rounds_first(chosen, m))
+            if kind not in seen:
+                seen.add(kind)
+                yield Trial(f"kernel {chosen.path}", min(m, 130), partial(self._by_plan, chosen, weight, dtype))
+
+    def _by_plan(
+        self, chosen: Plan, weight: PackedWeight, dtype: torch.dtype, x: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        return self.run(chosen, x.shape[0], (x, None), weight, bias, dtype)
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         return f"triton {self.plan(max(m, 1), weight, dtype).path}"
@@ -249,12 +278,6 @@ def _looked_up(weight: ScaledTensor, ids: torch.Tensor, dtype: torch.dtype) -> t
     return y
 
 
-def _refuse_broken(device: torch.device) -> None:
-    """Raises UnsupportedError on a GPU where fp8gemm's kernels fail."""
-    if device.type == "cuda" and (problem := failure(device)):
-        raise UnsupportedError(problem)
-
-
 def _nothing(m: int, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """The result for M, N or K of 0."""
     y = torch.zeros(m, weight.n, dtype=out_dtype, device=weight.device)
@@ -276,40 +299,29 @@ def installed() -> Triton | None:
 
 
 @cache
-def failure(device: torch.device) -> str:
-    """Why the kernels cannot be used on this device; empty if they can. Compiles and checks one kernel per path.
-
-    Triton needs a C compiler at run time and a driver that supports its code; where either fails, ``auto`` tries the
-    next engine. Takes seconds, once per machine, as Triton caches what it compiled on disk.
-    """
-    engine, row = TritonEngine(), SCHEMES["row"]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    drawn = torch.randint(-3, 4, (2, 128, 256), generator=generator, dtype=torch.int64, device="cpu")
-    w, x = drawn.to(device)
-    weight = ScaledTensor(w.to(torch.float8_e4m3fn), torch.ones(128, 1, dtype=torch.float32, device=device), ROW)
-    x[:, 0] = 448  # so that every token's scale is 1 and its rounding is exact
-    layout = _layout(weight, row)
-    expected = (x.double() @ w.double().t()).to(torch.bfloat16)
-    for m in (1, 16, 128):
-        try:
-            y = engine.linear(x[:m].to(torch.bfloat16), layout, None, torch.bfloat16)
-        except Exception as error:  # whatever Triton, its compiler or the driver may raise
-            return f"Triton's kernels fail here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if not y.equal(expected[:m]):
-            return f"Triton's kernel for {m} tokens computes wrong products here"
-    ids = torch.tensor([127, 0, 5], dtype=torch.int64, device=device)
-    if not _looked_up(weight, ids, torch.float32).equal(w[ids].to(torch.float32)):
-        return "Triton's kernel for lookups returns wrong rows here"
-    return ""
+def looks_up(device: torch.device) -> bool:
+    """Whether the kernel for lookups runs on this device and returns the right rows; compiles and runs it once."""
+    table = torch.arange(1, 9, dtype=torch.float32, device=device)[:, None].expand(8, 256)
+    weight = ScaledTensor(
+        table.to(torch.float8_e4m3fn), torch.full((8, 1), 2.0, dtype=torch.float32, device=device), ROW
+    )
+    ids = torch.tensor([7, 0, 5], dtype=torch.int64, device=device)
+    try:
+        return _looked_up(weight, ids, torch.float32).equal(2 * table[ids])
+    except Exception:  # whatever Triton, its compiler or the driver may raise
+        return False
 
 
 @cache
 def place_of(device: torch.device) -> Place:
     """The properties of this device; queries the driver once."""
     properties = torch.cuda.get_device_properties(device)
-    return place(
+    found = place(
         (properties.major, properties.minor),
         card=properties.name,
         multiprocessors=properties.multi_processor_count,
         cuda=major_minor(torch.version.cuda or "0.0"),
     )
+    if "row" in found.library and not multiplies_rows(device):
+        found = replace(found, library=found.library - {"row"})
+    return found

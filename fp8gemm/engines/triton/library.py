@@ -4,41 +4,49 @@ fastest."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ...numerics import expand_scale
 from ...scaled import ScaledTensor
-from .. import torch_mm
+from .. import scaled_mm
+from ..activations import TOKENS_TOGETHER, group_scales, padded_tokens
 from ..base import PackedWeight
 
 
 def multiply_rows(
     xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """torch's row-wise product of operands that are quantized already; N and K must be multiples of 16."""
+    """torch's product of operands that are quantized already; N and K must be multiples of 16.
+
+    Tensor-wise if both have one scale, else row-wise, with x_scale ``[M, 1]``, or ``[1, 1]``, which is repeated.
+    """
     from . import replay
 
-    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-    if x_scale.numel() != xq.shape[0]:
+    w, w_scale, product = weight.extra["w"], weight.extra["w_scale"], scaled_mm.multiply_rows
+    if x_scale.numel() == weight.scale.numel() == 1:
+        w_scale, product = weight.scale, scaled_mm.multiply_tensors
+    elif x_scale.numel() != xq.shape[0]:
         x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
-    fused = bias if bias is not None and bias.dtype == out_dtype else None
-    y: torch.Tensor = replay.call(torch_mm.multiply_rows, xq, w, x_scale, w_scale, fused, out_dtype, weight.fast)
+    fused = bias if bias is not None and bias.dtype == out_dtype != torch.float32 else None
+    y: torch.Tensor = replay.call(product, xq, w, x_scale, w_scale, fused, out_dtype, weight.fast)
     return y if bias is None or fused is not None else y + bias.to(out_dtype)
 
 
 def multiply_blocks(
-    xq: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    m: int,
 ) -> torch.Tensor:
-    """torch's 1x128 by 128x128 product for any number of tokens; cuBLASLt needs a multiple of 4 (vllm#49932)."""
+    """torch's 1x128 by 128x128 product of ``m`` tokens; cuBLASLt needs a multiple of 4 (vllm#49932)."""
     from . import replay
 
+    if xq.shape[0] % TOKENS_TOGETHER:
+        xq, x_scale = padded_tokens(xq, TOKENS_TOGETHER), group_scales(x_scale, TOKENS_TOGETHER)
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-    m = xq.shape[0]
-    if m % 4:
-        xq = F.pad(xq.view(torch.uint8), (0, 0, 0, -m % 4)).view(xq.dtype)
-        x_scale = F.pad(x_scale.t(), (0, -m % 4)).t()
-    y: torch.Tensor = replay.call(torch_mm.multiply_blocks, xq, w, x_scale, w_scale)
-    y = (y[:m] if m % 4 else y).to(out_dtype)
+    y: torch.Tensor = replay.call(scaled_mm.multiply_blocks, xq, w, x_scale, w_scale)
+    y = y[:m].to(out_dtype)
     return y if bias is None else y + bias.to(out_dtype)
 
 
@@ -50,6 +58,6 @@ def operands(weight: ScaledTensor) -> dict[str, torch.Tensor]:
     """
     w = weight.data.transpose(-2, -1)
     if weight.granularity.cols is not None:
-        return {"w": w, "w_scale": torch_mm.block_scales(weight.scale)}
+        return {"w": w, "w_scale": scaled_mm.block_scales(weight.scale)}
     scale = expand_scale(weight.scale, weight.granularity, weight.shape)
     return {"w": w, "w_scale": scale.expand(*weight.shape[:-1], 1).contiguous().transpose(-2, -1)}

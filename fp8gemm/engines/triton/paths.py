@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..activations import TOKENS_TOGETHER
 from ..base import PackedWeight
 from . import library
 from .plan import INLINE_UP_TO, Kind, PathName, Place, Plan
@@ -22,9 +23,10 @@ class Product:
     """One call of ``linear`` with its plan.
 
     ``x [M, K]`` is floating point, or e4m3 with ``x_scale``: ``[M, 1]``, ``[1, 1]``, or for block scales ``[M, K /
-    128]`` stored M-major.
+    128]`` stored M-major. Both may have rows past ``m``.
     """
 
+    m: int
     x: torch.Tensor
     weight: PackedWeight
     bias: torch.Tensor | None
@@ -37,25 +39,29 @@ class Product:
     def operands(self) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype]:
         return self.x, self.weight, self.bias, self.out_dtype
 
-    def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantized(self, kind: Kind, *, library: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The activations in e4m3, and their scales."""
-        return (self.x, self.x_scale) if self.x_scale is not None else quantize(self.x, self.weight, kind)
+        if self.x_scale is not None:
+            return self.x, self.x_scale
+        return quantize(self.x, self.weight, kind, library=library)
 
 
 def quantize(
-    x: torch.Tensor, weight: PackedWeight, kind: Kind, *, up: torch.Tensor | None = None
+    x: torch.Tensor, weight: PackedWeight, kind: Kind, *, up: torch.Tensor | None = None, library: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [M, K]``, or ``silu(x) * up``, quantized as products of this kind need it.
 
-    The scales are one per row, the static scale, or one per 128 features.
+    The scales are one per row, the static scale, or one per 128 features. ``library`` gives them the shape that torch's
+    products need: M a multiple of 4 for groups, and a static scale for each row unless the weight has one scale too.
     """
     from .kernels import quantize as kernels
 
     ue8m0 = weight.scheme.scale_format == "ue8m0"
     if kind == "block":
-        return kernels.quantize_groups(x, _rounding(None, ue8m0), up=up)
+        return kernels.quantize_groups(x, _rounding(None, ue8m0), up=up, multiple=TOKENS_TOGETHER if library else 1)
     static = weight.input_scale if weight.scheme.static else None
-    return kernels.quantize_rows(x, _rounding(static, ue8m0), up=up)
+    repeated = library and weight.scale.numel() > 1
+    return kernels.quantize_rows(x, _rounding(static, ue8m0), up=up, repeated=repeated)
 
 
 def _rounding(static: torch.Tensor | None, ue8m0: bool) -> Rounding:
@@ -107,8 +113,9 @@ def _blocks(product: Product) -> torch.Tensor:
 def _library(product: Product) -> torch.Tensor:
     _, weight, bias, out_dtype = product.operands
     if weight.scheme.weight.cols is not None:
-        return library.multiply_blocks(*product.quantized("block"), weight, bias, out_dtype)
-    return library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
+        quantized = product.quantized("block", library=True)
+        return library.multiply_blocks(*quantized, weight, bias, out_dtype, product.m)
+    return library.multiply_rows(*product.quantized("row", library=True), weight, bias, out_dtype)
 
 
 def _dense(product: Product) -> torch.Tensor:

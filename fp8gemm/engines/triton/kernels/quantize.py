@@ -43,15 +43,19 @@ PLAIN = Rounding()
 
 
 def quantize_rows(
-    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None
+    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None, repeated: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [M, K]`` with unit stride along K to e4m3 ``[M, K]`` and float32 scales ``[M, 1]`` (static: ``[1, 1]``)."""
+    """``x [M, K]`` with unit stride along K to e4m3 ``[M, K]`` and float32 scales ``[M, 1]`` (static: ``[1, 1]``).
+
+    ``repeated`` repeats a static scale for each row, ``[M, 1]``, as torch's row-wise product needs it.
+    """
     m, k = x.shape
     y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     static = rounding.static
-    scale = empty(m, 1, dtype=torch.float32, device=x.device) if static is None else static.reshape(1, 1)
+    stores = static is None or repeated
+    scale = empty(m, 1, dtype=torch.float32, device=x.device) if stores else static.reshape(1, 1)
     if m == 0 or k == 0:
-        return y, scale.fill_(SCALE_FLOOR) if static is None else scale
+        return y, scale.fill_(SCALE_FLOOR) if static is None else static.reshape(1, 1).expand(scale.shape)
     longest = LONGEST_ROW // (1 if up is None else 2)
     block = max(triton.next_power_of_2(k), 16) if k <= longest else min(STEP, longest)
     rows = max(1, 1024 // block) if m >= 1024 else 1
@@ -60,25 +64,34 @@ def quantize_rows(
         "BLOCK_K": block,
         "ONE_PASS": k <= block,
         "STATIC": static is not None,
+        "STORES": stores,
         "UE8M0": rounding.ue8m0,
         "GATED": up is not None,
     }
     second = x if up is None else up
-    args = (x, second, y, scale, m, k, x.stride(0), second.stride(0))
+    given = scale if static is None else static
+    args = (x, second, y, scale, given, m, k, x.stride(0), second.stride(0))
     warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
     launch(row_kernel, (divide_up(m, rows),), args, constants, num_warps=warps)
     return y, scale
 
 
 def quantize_groups(
-    x: torch.Tensor, rounding: Rounding = PLAIN, *, up: torch.Tensor | None = None, group: int = 128
+    x: torch.Tensor,
+    rounding: Rounding = PLAIN,
+    *,
+    up: torch.Tensor | None = None,
+    group: int = 128,
+    multiple: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [M, K]`` to e4m3 ``[M, K]`` and float32 scales ``[M, K / group]`` with strides (1, M rounded up to 4).
 
-    cuBLASLt, DeepGEMM and the block kernel read this layout without a transpose.
+    cuBLASLt, DeepGEMM and the block kernel read this layout without a transpose. In both results M is rounded up to a
+    ``multiple`` of 1, 2 or 4; rows past M are undefined.
     """
     m, k = x.shape
-    y = empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    rows = multiple * divide_up(m, multiple)
+    y = empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     groups, pitch = divide_up(k, group), 4 * divide_up(m, 4)
     scale = empty(groups, pitch, dtype=torch.float32, device=x.device)
     if m and k:
@@ -94,7 +107,7 @@ def quantize_groups(
         second = x if up is None else up
         args = (x, second, y, scale, m, k, x.stride(0), second.stride(0), pitch)
         launch(group_kernel, grid, args, constants, num_warps=4)
-    return y, scale.t()[:m]
+    return y, scale.t()[:rows]
 
 
 @triton.jit
@@ -143,6 +156,7 @@ def row_kernel(
     up,
     y,
     scale,
+    static,
     M,
     K,
     x_stride,
@@ -151,6 +165,7 @@ def row_kernel(
     BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr,
     STATIC: tl.constexpr,
+    STORES: tl.constexpr,
     UE8M0: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -161,21 +176,23 @@ def row_kernel(
     if ONE_PASS:
         value = load_values(x, up, row, x_stride, up_stride, k, inside & (k < K), GATED)
         if STATIC:
-            s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
+            s = tl.load(static) + tl.zeros((ROWS, 1), tl.float32)
         else:
             amax = tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1)
             s = scale_of(amax, UE8M0)[:, None]
+        if STORES:
             tl.store(scale + row, s, mask=inside)
         tl.store(y + row * K + k, encode(value, s, y.dtype.element_ty), mask=inside & (k < K))
     else:
         if STATIC:
-            s = tl.load(scale) + tl.zeros((ROWS, 1), tl.float32)
+            s = tl.load(static) + tl.zeros((ROWS, 1), tl.float32)
         else:
             amax = tl.zeros((ROWS,), tl.float32)
             for start in range(0, K, BLOCK_K):
                 value = load_values(x, up, row, x_stride, up_stride, start + k, inside & (start + k < K), GATED)
                 amax = tl.maximum(amax, tl.max(tl.where(finite(value), tl.abs(value), 0.0), axis=1))
             s = scale_of(amax, UE8M0)[:, None]
+        if STORES:
             tl.store(scale + row, s, mask=inside)
         for start in range(0, K, BLOCK_K):
             mask = inside & (start + k < K)

@@ -182,11 +182,11 @@ class TorchEngine(Engine):
             x_scale = x_scale.expand(x.shape[0], 1).contiguous()
         elif w_scale.numel() == 1:
             w_scale = w_scale.expand(1, w.shape[1]).contiguous()
-        if not on_accelerator(x):
-            return torch._scaled_mm(data, w, scale_a=x_scale, scale_b=w_scale, out_dtype=out_dtype)
-        if w.dtype == FNUZ or torch.version.hip is not None:
+        if w.dtype == FNUZ or (on_accelerator(x) and torch.version.hip is not None):
             # with row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp)
             return multiply_rows(data, w, x_scale, w_scale, None, torch.bfloat16, fast).to(out_dtype)
+        if not on_accelerator(x):
+            return torch._scaled_mm(data, w, scale_a=x_scale, scale_b=w_scale, out_dtype=out_dtype)
         return multiply_rows(data, w, x_scale, w_scale, None, out_dtype, fast)
 
     def _block(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:

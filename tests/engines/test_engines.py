@@ -254,7 +254,7 @@ def cublaslt_blocks(x, w, *, scale_a, scale_b, output_dtype, **recipes):
     return y.to(output_dtype)
 
 
-def hipblaslt(x, w, *, scale_a, scale_b, out_dtype, use_fast_accum):
+def hipblaslt(x, w, *, scale_a, scale_b, out_dtype, use_fast_accum, bias=None):
     """``_scaled_mm`` on gfx942: torch's own checks, and ScaledBlas.cpp's, then the exact product."""
     assert x.dtype == w.dtype == torch.float8_e4m3fnuz
     by_row = scale_a.numel() > 1 or scale_b.numel() > 1

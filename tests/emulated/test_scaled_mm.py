@@ -7,7 +7,6 @@ card's, and the scales are applied here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,47 +16,23 @@ import pytest
 import torch
 
 from fp8gemm import ROW, SCHEMES, TENSOR, Machine, MatmulSpec, ScaledTensor, Scheme, quantize
-from fp8gemm.engines import PackedWeight, torch_mm
+from fp8gemm.engines import scaled_mm, torch_mm
 from fp8gemm.engines.torch_mm import TorchEngine
 
 CPU = torch.device("cpu")
 CAPABILITIES = {"hopper-ws0": (9, 0), "ada-ws0": (8, 9)}
 MACHINES = {name: Machine(device="cuda", capability=found) for name, found in CAPABILITIES.items()}
-on_meta_too = torch._scaled_mm
-
-
-def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class Emulated(TorchEngine):
-    """The engine as on a card: what it asks of ``torch._scaled_mm`` there, it is given here.
-
-    Tensors on the meta device are not on a CPU, so with them the engine asks what it asks on a card.
-    """
+    """The engine as on a card, whose products are emulated."""
 
     def __init__(self, profile: str) -> None:
         self.profile = profile
         self.asked: list[dict[str, Any]] = []
 
-    def linear(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
-    ) -> torch.Tensor:
-        bare = replace(
-            weight,
-            data=to_meta(weight.data),
-            scale=to_meta(weight.scale),
-            input_scale=None if weight.input_scale is None else to_meta(weight.input_scale),
-            extra={name: to_meta(tensor) for name, tensor in weight.extra.items()},
-        )
-        super().linear(to_meta(x), bare, None if bias is None else to_meta(bias), out_dtype)
-        return super().linear(x, weight, bias, out_dtype)
-
-    def scaled_mm(self, x: torch.Tensor, w: torch.Tensor, **call: Any) -> torch.Tensor:
-        if x.is_meta:
-            self.asked.append({name: call[name] for name in ("out_dtype", "use_fast_accum")})
-            return on_meta_too(x, w, **call)
-        call |= self.asked[-1]
+    def scaled_mm(self, x: torch.Tensor, w: torch.Tensor, *, bias: None = None, **call: Any) -> torch.Tensor:
+        self.asked.append({name: call[name] for name in ("out_dtype", "use_fast_accum")})
         if call["scale_a"].numel() == call["scale_b"].numel() == 1:
             return mmaemu.scaled_mm(x, w, **call, profile=self.profile)
         with pytest.raises(mmaemu.UnsupportedFeatureError, match="row-wise scales"):  # all that is refused is before
@@ -67,10 +42,12 @@ class Emulated(TorchEngine):
 
 
 @pytest.fixture(params=CAPABILITIES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     emulated = Emulated(request.param)
     monkeypatch.setattr(torch, "_scaled_mm", emulated.scaled_mm)
-    monkeypatch.setattr(torch_mm, "TORCH", (2, 13))  # from 2.14 on, row-wise products return float16 too
+    monkeypatch.setattr(torch_mm, "on_accelerator", lambda tensor: True)
+    monkeypatch.setattr(torch_mm, "multiplies_rows", lambda device: True)
+    monkeypatch.setattr(scaled_mm, "TORCH", (2, 13))  # from 2.14 on, row-wise products return float16 too
     return emulated
 
 
@@ -121,7 +98,6 @@ def test_precise_is_what_the_card_does(engine: Emulated, name: str) -> None:
 def test_a_card_refuses_what_is_not_padded(engine: Emulated) -> None:
     one, codes = torch.ones(1), torch.zeros(64, 64).to(torch.float8_e4m3fn)
     call = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-    engine.asked.append({})
     assert engine.scaled_mm(codes, codes.t(), **call).shape == (64, 64)
     for x, w, said in (
         (codes[:, :33].contiguous(), codes[:, :33].contiguous().t(), "divisible by 16"),

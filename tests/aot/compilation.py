@@ -69,17 +69,19 @@ def recorded(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> lis
     return launches
 
 
+def variant(launch: Launch, capability: tuple[int, int]) -> tuple[str, ...]:
+    """What Triton keeps compiled kernels by: launches with the same variant need no further compilation."""
+    _, _, specialization, options = _bound(launch, capability)
+    return launch.kernel.__module__, launch.kernel.__name__, str(specialization), str(sorted(options.items()))
+
+
 def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
     """Specializes on the arguments as a real launch does, compiles for ``capability``, and reads the machine code."""
-    major, minor = capability
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    backend = make_backend(target)
+    backend, bound, specialization, given = _bound(launch, capability)
     kernel = launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, given = bind(*launch.args, **launch.constants, **launch.options, **ALWAYS)
     options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=target, options=options.__dict__)
+    binary = triton.compile(source, target=_target(capability), options=options.__dict__)
     return Compiled(
         **_resources(binary.asm["cubin"]),
         shared=binary.metadata.shared,
@@ -88,6 +90,23 @@ def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
             sorted(set(re.findall(r"\b(?:Q|H|I)G?MMA[\w.]*|\bUTC\w*MMA[\w.]*", _assembly(binary.asm["cubin"]))))
         ),
     )
+
+
+def _target(capability: tuple[int, int]) -> GPUTarget:
+    major, minor = capability
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def _bound(launch: Launch, capability: tuple[int, int]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The compiler for a card, the arguments by name, what Triton specializes on in each, and the options."""
+    backend, bind = _binder(launch.kernel, capability)
+    return backend, *bind(*launch.args, **launch.constants, **launch.options, **ALWAYS)
+
+
+@cache
+def _binder(kernel: Any, capability: tuple[int, int]) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(_target(capability))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

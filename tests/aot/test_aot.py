@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, SCHEMES, Machine, MatmulSpec, ScaledTensor, Scheme
+from fp8gemm import BLOCK_128, GROUP_128, MX, ROW, SCHEMES, Machine, MatmulSpec, Scheme
 from fp8gemm.engines.triton.engine import TritonEngine, installed
-from fp8gemm.engines.triton.plan import Place, place
-from fp8gemm.scaled import Accumulate
+from fp8gemm.engines.triton.plan import place
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -26,6 +25,7 @@ if _REASONS:
     pytest.skip("; ".join(_REASONS), allow_module_level=True)
 
 from compilation import Launch, compile_for, recorded  # noqa: E402
+from elsewhere import engine_on, grouped, linear, weight_of  # noqa: E402
 
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
 TOKENS = [1, 2, 4, 16, 64, 128, 256, 1024, 4096]
@@ -45,45 +45,10 @@ PROBLEMS = {
 MATRIX_KERNELS = ("token_kernel", "row_kernel", "block_kernel", "grouped_kernel")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """An engine that believes to be on another card, with or without torch's FP8 products there."""
-
-    capability: tuple[int, int]
-    library: bool = True
-
-    def engine(self) -> TritonEngine:
-        where = place(self.capability)
-        if not self.library:
-            where = replace(where, library=frozenset())
-
-        class There(TritonEngine):
-            def place(self, device: torch.device) -> Place:
-                return where
-
-        return There()
-
-
-def _weight(scheme: Scheme, *shape: int) -> ScaledTensor:
-    data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-    return ScaledTensor(data, torch.empty(scheme.weight.scale_shape(shape), device="meta"), scheme.weight)
-
-
-def _linear(
-    engine: TritonEngine,
-    scheme: Scheme,
-    n: int,
-    k: int,
-    m: int,
-    dtype: torch.dtype,
-    *,
-    bias: bool,
-    accumulate: Accumulate = "auto",
-) -> None:
-    x = torch.empty(m, k, dtype=dtype, device="meta")
-    b = torch.empty(n, dtype=dtype, device="meta") if bias else None
-    weight = replace(engine.prepare(_weight(scheme, n, k), scheme), accumulate=accumulate)
-    engine.linear(x, weight, b, dtype)
+def _engine(capability: tuple[int, int], *, library: bool) -> TritonEngine:
+    """An engine on a card with or without torch's FP8 products."""
+    where = place(capability)
+    return engine_on(where if library else replace(where, library=frozenset()))
 
 
 def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object]) -> None:
@@ -116,9 +81,9 @@ def test_linear_compiles(capability: tuple[int, int], problem: str, monkeypatch:
     seen: set[object] = set()
     scheme = PROBLEMS[problem]
     for library in (True, False):
-        engine = Elsewhere(capability=capability, library=library).engine()
+        engine = _engine(capability, library=library)
         for (n, k), m in itertools.product(SHAPES, TOKENS):
-            call = partial(_linear, engine, scheme, n, k, m, torch.bfloat16, bias=True)
+            call = partial(linear, engine, scheme, n, k, m, torch.bfloat16, bias=True)
             _check(recorded(call, monkeypatch), capability, seen)
     assert seen
 
@@ -127,18 +92,18 @@ def test_linear_compiles(capability: tuple[int, int], problem: str, monkeypatch:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
-    engine = Elsewhere(capability=capability, library=False).engine()
+    engine = _engine(capability, library=False)
     for problem, m in itertools.product(("row", "block", "mx"), (1, 16, 64, 1024)):
-        calls = lambda m=m, p=problem: _linear(engine, PROBLEMS[p], 4096, 4096, m, dtype, bias=False)  # noqa: E731
+        calls = lambda m=m, p=problem: linear(engine, PROBLEMS[p], 4096, 4096, m, dtype, bias=False)  # noqa: E731
         _check(recorded(calls, monkeypatch), capability, seen)
     assert seen
 
 
 def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only Hopper adds instructions for it."""
-    engine = Elsewhere(capability=(9, 0), library=False).engine()
+    engine = _engine((9, 0), library=False)
     for n, m in itertools.product((4096, 4097), (128, 4096)):
-        call = partial(_linear, engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True, accumulate="precise")
+        call = partial(linear, engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True, accumulate="precise")
         launches = recorded(call, monkeypatch)
         assert any(launch.constants.get("PROMOTION") for launch in launches)
         _check(launches, (9, 0), set())
@@ -149,15 +114,11 @@ def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
     scheme = PROBLEMS[problem]
-    engine = Elsewhere(capability=capability, library=False).engine()
+    engine = _engine(capability, library=False)
     for (experts, n, k), mean in itertools.product([(8, 4096, 2048), (256, 512, 7168), (3, 36, 60)], (1, 16, 64, 512)):
-        x = torch.empty(experts * mean, k, dtype=torch.bfloat16, device="meta")
-        ends = torch.empty(experts, dtype=torch.int32, device="meta")
-        weight = engine.prepare_stack(_weight(scheme, experts, n, k), scheme)
         for accumulate in ("fast", "precise"):
-            own = replace(weight, accumulate=accumulate)
-            calls = lambda x=x, w=own, e=ends: engine.grouped(x, w, e, None, torch.bfloat16)  # noqa: E731
-            _check(recorded(calls, monkeypatch), capability, seen)
+            call = partial(grouped, engine, scheme, experts, n, k, experts * mean, accumulate=accumulate)
+            _check(recorded(call, monkeypatch), capability, seen)
     assert seen
 
 
@@ -181,8 +142,8 @@ def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: 128 x 256 sums in 4 warps do not fit into registers."""
     from fp8gemm.engines.triton.kernels import row
 
-    engine = Elsewhere(capability=(9, 0)).engine()
-    weight = engine.prepare(_weight(SCHEMES["row"], 4096, 4096), SCHEMES["row"])
+    engine = _engine((9, 0), library=True)
+    weight = engine.prepare(weight_of(SCHEMES["row"], 4096, 4096), SCHEMES["row"])
     xq = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn, device="meta")
     scale = torch.empty(4096, 1, device="meta")
     launches = recorded(

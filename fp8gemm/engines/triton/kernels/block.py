@@ -70,7 +70,7 @@ def round_group(value, UE8M0: tl.constexpr):
     return encode(value, s[:, None], tl.float8e4nv), s
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "pitch"])
 def block_kernel(
     x,
     w,

@@ -94,7 +94,7 @@ def locate(ends, tile, tokens, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     return expert, first, tl.sum(tl.where(own, end, 0), 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m"])
+@triton.jit(do_not_specialize=["tokens", "pitch", "tiles_m"])
 def grouped_kernel(
     x,
     w,

@@ -200,7 +200,7 @@ def row_kernel(
             tl.store(y + row * K + start + k, encode(value, s, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "pitch"])
 def group_kernel(
     x,
     up,

@@ -53,7 +53,6 @@ def multiply_rows(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "PROGRAMS": min(tiles, programs),
         "TMA": tma,
         "EVEN_K": k % block_k == 0,
         "X_STEP": int(x_scale.numel() > 1),
@@ -61,7 +60,7 @@ def multiply_rows(
         "PROMOTION": min(PROMOTION, block_k) if accumulate == "precise" else 0,
     }
     args = (x, w, x_scale, weight.scale, y if bias is None else bias, y, m, n, k, weight.scheme.weight.rows or n)
-    launch(row_kernel, (constants["PROGRAMS"],), args, constants, num_warps=warps, num_stages=stages)
+    launch(row_kernel, (min(tiles, programs),), args, constants, num_warps=warps, num_stages=stages)
     return y
 
 
@@ -129,7 +128,6 @@ def row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     X_STEP: tl.constexpr,
@@ -137,7 +135,7 @@ def row_kernel(
     PROMOTION: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, 8)
         m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
         total = multiply_tile(x, w, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA, EVEN_K, PROMOTION)

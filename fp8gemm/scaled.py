@@ -185,7 +185,7 @@ class FP8GemmOptions:
         strict: whether nothing to convert, or a pattern that matches nothing, is an error (True) or a warning (False).
         weight_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         accumulate: where FP8 products on a GPU keep partial sums: ``"fast"``, in the tensor cores' own accumulator,
-            which has about 14 bits on Hopper; ``"precise"``, in float32 after at most 128 products;
+            which has about 14 bits on Ada and Hopper; ``"precise"``, in float32 after at most 128 products;
             ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are skipped.
         rounding: how values written into a quantized weight (merged adapters, for example) are rounded: ``"nearest"``,
             or ``"stochastic"``, which on average preserves changes that are small relative to the weight.

@@ -13,7 +13,7 @@ import torch
 from .. import native
 from ..scaled import COMPUTE_DTYPES, Accumulate, Granularity, ScaledTensor, Scheme
 
-# Up to this K, partial sums may stay in Hopper's 14-bit accumulator, as in vLLM, FBGEMM and TensorRT-LLM;
+# Up to this K, partial sums may stay in the 14-bit accumulator of Ada and Hopper, as in vLLM, FBGEMM and TensorRT-LLM;
 # torch's CUTLASS products stop doing so at 16384 (pytorch#153809).
 # What such sums lose is emulated by benchmarks/accumulation.py: a twelfth of FP8's own error is reached after 8192.
 FAST_UP_TO_K = 8192
@@ -55,7 +55,7 @@ class MatmulSpec:
 
     @property
     def fast(self) -> bool:
-        """Whether partial sums may stay in Hopper's 14-bit accumulator: requested, or K is short enough."""
+        """Whether partial sums may stay in Ada's and Hopper's 14-bit accumulator: requested, or K is short enough."""
         return _fast(self.accumulate, self.k)
 
 
@@ -131,7 +131,7 @@ class PackedWeight:
 
     @property
     def fast(self) -> bool:
-        """Whether partial sums may stay in Hopper's 14-bit accumulator: requested, or K is short enough."""
+        """Whether partial sums may stay in Ada's and Hopper's 14-bit accumulator: requested, or K is short enough."""
         return _fast(self.accumulate, self.k)
 
     def split(self) -> PackedWeight:

@@ -27,7 +27,7 @@ if _REASONS:
 from compilation import Launch, compile_for, recorded  # noqa: E402
 from elsewhere import engine_on, grouped, linear, weight_of  # noqa: E402
 
-CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
 TOKENS = [1, 2, 4, 16, 64, 128, 256, 1024, 4096]
 # Aligned; N not a multiple of 16; neither; one output; K small.
 SHAPES = [(4096, 4096), (4097, 4096), (2112, 7168), (36, 60), (1, 4096), (32768, 512)]
@@ -99,14 +99,27 @@ def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, m
     assert seen
 
 
-def test_precise_accumulation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only Hopper adds instructions for it."""
-    engine = _engine((9, 0), library=False)
-    for n, m in itertools.product((4096, 4097), (128, 4096)):
-        call = partial(linear, engine, SCHEMES["row"], n, 4096, m, torch.bfloat16, bias=True, accumulate="precise")
-        launches = recorded(call, monkeypatch)
-        assert any(launch.constants.get("PROMOTION") for launch in launches)
-        _check(launches, (9, 0), set())
+@pytest.mark.parametrize("stack", [False, True], ids=["linear", "grouped"])
+@pytest.mark.parametrize("capability", CAPABILITIES[2:], ids=lambda value: f"sm{value[0]}{value[1]}")
+def test_precise_accumulation_adds_in_float32(
+    capability: tuple[int, int], stack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One addition per sum and step beside the matrix instructions, where their accumulators are short."""
+    engine, row = _engine(capability, library=False), SCHEMES["row"]
+    for n, tokens in itertools.product((4096, 4097), (128, 4096)):
+        adds = {}
+        for accumulate in ("fast", "precise"):
+            if stack:
+                call = partial(grouped, engine, row, 8, n, 4096, 8 * tokens, accumulate=accumulate)
+            else:
+                call = partial(linear, engine, row, n, 4096, tokens, torch.bfloat16, bias=True, accumulate=accumulate)
+            launches = recorded(call, monkeypatch)
+            _check(launches, capability, set())
+            adds[accumulate] = compile_for(launches[-1], capability).adds
+        constants, options = launches[-1].constants, launches[-1].options
+        sums = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * options["num_warps"])
+        promoted = capability in ((8, 9), (9, 0), (12, 0))
+        assert adds["precise"] - adds["fast"] == (sums if promoted else 0), (n, tokens, adds)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
@@ -153,7 +166,7 @@ def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             weight,
             None,
             torch.bfloat16,
-            accumulate="precise",
+            promotion="instruction",
             tma=True,
             programs=132,
             block_m=128,

@@ -73,13 +73,13 @@ def test_candidates_can_run_and_are_few(where: Place) -> None:
     for cell, fast in _cells(where):
         found = candidates(where, cell, fast=fast)
         own = formula(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cell.scale_cols)
-        own = own if fast or own.path != "rows" else precise(own)
+        own = own if fast or own.path != "rows" else precise(where, own)
         assert found[0] == replace(own, kept_is_faster=False), (cell, "the formula's is not the first")
         assert len(found) == len(set(found)) <= MOST, cell
         assert len({describe(one) for one in found}) == len(found)
         for one in found:
             _runs(where, cell, one)
-            assert fast or one.path != "rows" or precise(one) == one, "the engine would run another plan"
+            assert fast or one.path != "rows" or precise(where, one) == one, "the engine would run another plan"
 
 
 def _runs(where: Place, cell: Cell, one: Plan) -> None:

@@ -15,6 +15,7 @@ from fp8gemm.engines.triton.plan import Place, Plan, place
 
 MACHINE = Machine(device="cuda", capability=(9, 0), found={"triton": installed()})
 # Three multiprocessors, so that persistent kernels loop over several tiles each.
+ADA = replace(place((8, 9), multiprocessors=3), library=frozenset())
 HOPPER = place((9, 0), multiprocessors=3)
 AMPERE = place((8, 0), multiprocessors=3)
 

@@ -96,7 +96,7 @@ class TritonEngine(Engine):
         kind = tables.kind_of(weight, native=where.native)
         cols = weight.scheme.weight.cols or 0
         chosen = tables.plan(where, kind, weight.n, weight.k, m, wide=dtype == torch.float32, scale_cols=cols)
-        return chosen if weight.fast else precise(chosen)
+        return chosen if weight.fast else precise(where, chosen)
 
     def rounds(self, m: int, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Scheme:
         """The scheme that is really applied to ``m`` tokens: weight-only, or the quantization of the kernel chosen."""
@@ -185,7 +185,7 @@ class TritonEngine(Engine):
         kind = tables.kind_of(weight, native=where.native)
         chosen = quantized_plan(where, kind, self.plan(m, weight, out_dtype), weight.n, weight.k, m)
         scale = group_scales(x.scale) if kind == "block" and x.scale.stride(0) != 1 else x.scale
-        return self.run(chosen if weight.fast else precise(chosen), m, (x.data, scale), weight, bias, out_dtype)
+        return self.run(chosen if weight.fast else precise(where, chosen), m, (x.data, scale), weight, bias, out_dtype)
 
     def loses(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> bool:
         return self.plan(m, weight, dtype).kept_is_faster
@@ -224,7 +224,7 @@ class TritonEngine(Engine):
             mode=chosen.mode,
             native=where.native,
             ue8m0=weight.scheme.scale_format == "ue8m0",
-            accumulate="fast" if weight.fast else "precise",
+            promotion="none" if weight.fast else where.promotion,
             block_m=chosen.block_m,
             block_n=chosen.block_n,
             block_k=chosen.block_k,

@@ -93,7 +93,7 @@ def _rows(product: Product) -> torch.Tensor:
         weight,
         bias,
         out_dtype,
-        accumulate="fast" if weight.fast else "precise",
+        promotion="none" if weight.fast else product.where.promotion,
         programs=product.where.multiprocessors,
         **product.plan.tiles,
     )

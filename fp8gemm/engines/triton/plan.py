@@ -14,6 +14,10 @@ Kind = Literal["row", "block", "weight", "weight_k"]
 # kernel; dense: dequantize the weight to 16 bits and use torch's ordinary product.
 PathName = Literal["vectors", "tokens", "rows", "blocks", "library", "dense"]
 
+# How FP8 products add up in float32: not at all, or after every 128 products, by an option of Hopper's instruction or by
+# sums outside of it.
+Promotion = Literal["none", "instruction", "sum"]
+
 LARGEST_M = 16384  # plans do not change beyond this
 # The largest M at which activations are not quantized or, with block scales, quantized inside the product. There every
 # tile along N quantizes its tokens again, which for more tokens costs more than a launch (sm_90: 20 instructions per
@@ -42,6 +46,17 @@ class Place:
         """Whether accumulators are in tensor memory and reach the registers all at once: 4 warps spill where 8 do
         not."""
         return self.arch in ("sm100", "sm103")
+
+    @property
+    def promotion(self) -> Promotion:
+        """What ``accumulate="precise"`` needs. Published, not measured here:
+
+        accumulators of Hopper and Ada keep 13 bits of the mantissa (SageAttention 2, arXiv 2411.10958), those of B200
+        25 (DeepGEMM#176); of RTX 50 cards only that they differ from Ada's (mmaemu 0.1.0), so they are not trusted.
+        """
+        if self.arch == "sm90":
+            return "instruction"
+        return "none" if self.tensor_memory else "sum"
 
 
 # The fields of a plan that the kernel of each path takes.
@@ -212,7 +227,8 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
 
     They need aligned rows of y, and TMA for addresses. Without either, or with accumulators in tensor memory, 128 x 128
     is the largest tile that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte,
-    in small tiles (all compiled with Triton 3.6).
+    in small tiles (all compiled with Triton 3.6). On sm_120, TMA saves nothing: a step of 128 x 128 takes 208
+    instructions with it and 127 without, for 64 products (135 and 126 with Triton 3.9).
     """
     if k % 16:
         return Plan(path="rows", block_m=64, block_n=64, block_k=64, warps=8, stages=1)
@@ -224,7 +240,8 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
         block_n = 64
     stages = min(4, where.shared // ((block_m + block_n) * 128 + 1024))
     warps = 8 if block_m * block_n > 64 * 128 or where.tensor_memory else 4
-    return Plan(path="rows", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, tma=where.tma)
+    tma = where.tma and not where.arch.startswith("sm12")
+    return Plan(path="rows", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, tma=tma)
 
 
 def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
@@ -300,12 +317,14 @@ def grouped_plan(
     )
 
 
-def precise(chosen: Plan) -> Plan:
-    """The same plan with partial sums moved to float32 after every 128 products.
+def precise(where: Place, chosen: Plan) -> Plan:
+    """The same plan with partial sums moved to float32 after every 128 products, where accumulators are short.
 
-    That needs two accumulators at a time: 128 x 256 spills, 256 x 128 in 3 stages takes 254 registers (compiled,
-    sm_90).
+    That needs two accumulators at a time: on sm_90, 128 x 256 spills, 256 x 128 in 3 stages takes 255 registers; the
+    tiles of sm_89 and sm_120 take up to 255 (compiled with Triton 3.6 and 3.9).
     """
-    if chosen.path != "rows" or chosen.block_n != 256:
+    if chosen.path != "rows" or where.promotion == "none":
         return chosen
-    return replace(chosen, block_m=256, block_n=128, stages=3)
+    if where.promotion == "sum":
+        return replace(chosen, block_k=min(chosen.block_k, 128))
+    return replace(chosen, block_m=256, block_n=128, stages=3) if chosen.block_n == 256 else chosen

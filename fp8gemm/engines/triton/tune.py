@@ -78,7 +78,7 @@ def candidates(where: Place, cell: Cell, *, fast: bool = True) -> list[Plan]:
     near = [list(_neighbours(where, start))[: None if start == tiled[0] else _FEW] for start in tiled]
     current = tables.plan(where, cell.kind, cell.n, cell.k, cell.m, scale_cols=cols)
     ordered = [home, current, *starts.values(), *chain.from_iterable(near)]
-    ran = (one if fast else precise(one) for one in ordered)
+    ran = (one if fast else precise(where, one) for one in ordered)
     same = (replace(one, kept_is_faster=False) for one in ran)
     return list(dict.fromkeys(one for one in same if _fits(where, cell, one)))[:MOST]
 

@@ -15,10 +15,11 @@ import triton.language as tl
 
 from ...base import PackedWeight
 from ..launch import divide_up, launch
+from ..plan import Promotion
 from ..replay import empty
 from .block import round_group
 from .parts import decode, format_of
-from .row import PROMOTION, Accumulate
+from .row import multiply_add
 
 
 def multiply_grouped(
@@ -32,7 +33,7 @@ def multiply_grouped(
     mode: str,
     native: bool,
     ue8m0: bool = False,
-    accumulate: Accumulate = "fast",
+    promotion: Promotion = "none",
     block_m: int,
     block_n: int,
     block_k: int,
@@ -45,7 +46,7 @@ def multiply_grouped(
         mode: ``"weight"`` does not quantize x; ``"row"`` takes e4m3 x with ``x_scale [T, 1]`` or ``[1, 1]``;
         ``"block"``
             quantizes groups of 128 features, or takes e4m3 x with M-major ``x_scale [T, K / 128]``.
-        accumulate: as in ``row``; block products are always precise.
+        promotion: as in ``row``; block products move to float32 with their scales.
     """
     tokens, k = x.shape
     n, experts = weight.n, weight.experts
@@ -66,7 +67,7 @@ def multiply_grouped(
         "EVEN_K": k % block_k == 0,
         "HAS_BIAS": bias is not None,
         "FORMAT": decoding,
-        "PROMOTION": min(PROMOTION, block_k) if accumulate == "precise" and mode == "row" else 0,
+        "PROMOTION": promotion if mode == "row" else "none",
     }
     scales, pitch = (weight.scale, 0) if x_scale is None else (x_scale, x_scale.stride(1))
     given = y if bias is None else bias
@@ -155,7 +156,7 @@ def grouped_kernel(
                     a = tl.load(x_row[:, None] + (start + step)[None, :], mask=inside[None, :], other=0.0)
                     b = tl.load(w_row[None, :] + (start + step)[:, None], mask=inside[:, None], other=0.0)
                 if MODE == "row":
-                    total = tl.dot(a, b, total, max_num_imprecise_acc=PROMOTION if PROMOTION > 0 else None)
+                    total = multiply_add(a, b, total, PROMOTION)
                 else:
                     if INLINE:
                         a, s = round_group(a, UE8M0)

@@ -9,20 +9,17 @@ and reads beyond an edge give zero.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 
 from ...base import PackedWeight
 from ..launch import divide_up, launch
+from ..plan import Promotion
 from ..replay import descriptor, empty
 
-# "fast" leaves partial sums in the tensor cores' accumulator of about 14 bits; "precise" moves them to float32 after
-# every 128 products (DeepSeek-V3 report, 3.3.2). The two differ only on Hopper.
-Accumulate = Literal["fast", "precise"]
-PROMOTION = 128
+# The most products whose sum stays in a tensor core's accumulator if it is promoted (DeepSeek-V3 report, 3.3.2).
+_TOGETHER = tl.constexpr(128)
 
 
 def multiply_rows(
@@ -32,7 +29,7 @@ def multiply_rows(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     *,
-    accumulate: Accumulate,
+    promotion: Promotion,
     tma: bool,
     programs: int,
     block_m: int,
@@ -57,7 +54,7 @@ def multiply_rows(
         "EVEN_K": k % block_k == 0,
         "X_STEP": int(x_scale.numel() > 1),
         "HAS_BIAS": bias is not None,
-        "PROMOTION": min(PROMOTION, block_k) if accumulate == "precise" else 0,
+        "PROMOTION": promotion,
     }
     args = (x, w, x_scale, weight.scale, y if bias is None else bias, y, m, n, k, weight.scheme.weight.rows or n)
     launch(row_kernel, (min(tiles, programs),), args, constants, num_warps=warps, num_stages=stages)
@@ -71,6 +68,24 @@ def tile_place(tile, tiles_m, tiles_n, TOGETHER: tl.constexpr):
     first = (tile // width) * TOGETHER
     height = tl.minimum(tiles_m - first, TOGETHER)
     return first + (tile % width) % height, (tile % width) // height
+
+
+@triton.jit
+def multiply_add(a, b, total, PROMOTION: tl.constexpr):
+    """``total + a @ b`` for FP8 ``a`` and ``b``; promotion adds up sums of at most 128 products in float32.
+
+    ``max_num_imprecise_acc`` inserts those additions on Hopper only. Elsewhere, "sum" sets it because Triton moves the
+    addition into the tensor core's accumulator if it is 0, its default there.
+    """
+    most: tl.constexpr = min(_TOGETHER, a.shape[1])
+    if PROMOTION == "none":
+        total = tl.dot(a, b, total)
+    elif PROMOTION == "instruction":
+        total = tl.dot(a, b, total, max_num_imprecise_acc=most)
+    else:
+        tl.static_assert(a.shape[1] <= _TOGETHER)
+        total += tl.dot(a, b, max_num_imprecise_acc=most)
+    return total
 
 
 @triton.jit
@@ -109,7 +124,7 @@ def multiply_tile(
             inside = start + step < K
             a = tl.load(x_tile + start, mask=inside[None, :], other=0.0)
             b = tl.load(w_tile + start, mask=inside[:, None], other=0.0)
-        total = tl.dot(a, b, total, max_num_imprecise_acc=PROMOTION if PROMOTION > 0 else None)
+        total = multiply_add(a, b, total, PROMOTION)
     return total
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,24 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What ptxas made of a kernel: registers a thread, bytes that left them, shared memory, matrix instructions.
-
-    ``slow`` counts conversions from float16 to bfloat16, which run at a quarter of the rate of others; ``adds``
-    counts additions in float32.
-    """
+    """What became of a kernel: registers a thread, bytes that were read back after they left them, shared memory, and
+    whether matrix units multiply."""
 
     registers: int
     spills: int
     shared: int
-    matrix: tuple[str, ...]
-    slow: int
-    adds: int
+    matrix: bool
+    cubin: bytes = field(repr=False)
+
+    @property
+    def slow(self) -> int:
+        """Conversions from float16 to bfloat16, which run at a quarter of the rate of others."""
+        return len(re.findall(r"\bF2F\.BF16\.F16", _assembly(self.cubin)))
+
+    @property
+    def adds(self) -> int:
+        """Additions in float32."""
+        return len(re.findall(r"\bFADD\b", _assembly(self.cubin)))
 
 
 def recorded(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
@@ -85,15 +91,9 @@ def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
     options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=_target(capability), options=options.__dict__)
-    cubin = binary.asm["cubin"]
-    assembly = _assembly(cubin)
-    return Compiled(
-        **_resources(cubin),
-        shared=binary.metadata.shared,
-        slow=len(re.findall(r"\bF2F\.BF16\.F16", assembly)),
-        adds=len(re.findall(r"\bFADD\b", assembly)) + 2 * len(re.findall(r"\bFADD2\b", assembly)),
-        matrix=tuple(sorted(set(re.findall(r"\b(?:Q|H|I)G?MMA[\w.]*|\bUTC\w*MMA[\w.]*", assembly)))),
-    )
+    cubin, ptx = binary.asm["cubin"], binary.asm["ptx"]
+    matrix = re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx) is not None
+    return Compiled(**_resources(cubin), shared=binary.metadata.shared, matrix=matrix, cubin=cubin)
 
 
 def _target(capability: tuple[int, int]) -> GPUTarget:
@@ -116,9 +116,8 @@ def _binder(kernel: Any, capability: tuple[int, int]) -> tuple[Any, Callable[...
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers and spills; a stack that is never read holds arguments of a call that ptxas added, not spills."""
     text = _cuobjdump(cubin, "-res-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]
-    read = len(re.findall(r"\bLDL\b", _assembly(cubin)))
-    return {"registers": int(registers), "spills": max(read, int(stack)) if read else 0}
+    registers, stack = (int(found) for found in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())  # type: ignore[union-attr]
+    return {"registers": registers, "spills": stack if stack and re.search(r"\bLDL\b", _assembly(cubin)) else 0}
 
 
 @cache

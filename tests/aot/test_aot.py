@@ -29,8 +29,8 @@ from elsewhere import engine_on, grouped, linear, weight_of  # noqa: E402
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
 TOKENS = [1, 2, 4, 16, 64, 128, 256, 1024, 4096]
-# Aligned; N not a multiple of 16; neither; one output; K small.
-SHAPES = [(4096, 4096), (4097, 4096), (2112, 7168), (36, 60), (1, 4096), (32768, 512)]
+# Aligned; N not a multiple of 16; N small; neither; one output; K small.
+SHAPES = [(4096, 4096), (4097, 4096), (2112, 7168), (1024, 4096), (36, 60), (1, 4096), (32768, 512)]
 MERGED = Scheme(weight=replace(ROW, rows=64), activation=ROW)  # a scale for each of several concatenated projections
 PROBLEMS = {
     "row": SCHEMES["row"],
@@ -64,7 +64,7 @@ def _check(launches: list[Launch], capability: tuple[int, int], seen: set[object
         floating = {arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor)}
         assert compiled.spills == 0, f"{capability} {launch.name}: {compiled}"
         assert compiled.shared <= limit, f"{capability} {launch.name}: {compiled}"
-        assert compiled.slow == 0, f"{capability} {launch.name}: {compiled}"
+        assert "FORMAT" not in launch.constants or compiled.slow == 0, f"{capability} {launch.name}: {compiled}"
         product = any(name in launch.kernel.__name__ for name in MATRIX_KERNELS) and "ROWS" not in launch.constants
         if product and launch.args[0] is not None and torch.float32 not in {_dtype(launch.args[0])}:
             assert compiled.matrix, f"{capability} {launch.name}: no matrix instruction, {floating}"
@@ -120,6 +120,24 @@ def test_precise_accumulation_adds_in_float32(
         sums = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * options["num_warps"])
         promoted = capability in ((8, 9), (9, 0), (12, 0))
         assert adds["precise"] - adds["fast"] == (sums if promoted else 0), (n, tokens, adds)
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors"), [((8, 9), 128), ((9, 0), 132), ((10, 0), 148), ((12, 0), 170)]
+)
+def test_one_token_is_one_wave(
+    capability: tuple[int, int], multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4096 x 4096: all programs run at the same time, and no step waits at a barrier for shared memory."""
+    engine = _engine(capability, library=False)
+    call = partial(linear, engine, SCHEMES["row"], 4096, 4096, 1, torch.bfloat16, bias=True)
+    (launch,) = recorded(call, monkeypatch)
+    compiled = compile_for(launch, capability)
+    threads = 32 * launch.options["num_warps"]
+    programs = 4096 // launch.constants["BLOCK_N"] * launch.constants["SPLITS"]
+    registers = -(-compiled.registers // 8) * 8 * threads  # allocated in eights a thread, of 65536 a multiprocessor
+    assert programs <= multiprocessors * (65536 // registers), compiled
+    assert compiled.shared <= 4 * launch.options["num_warps"] * launch.constants["BLOCK_N"], "more than partial sums"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")

@@ -14,8 +14,8 @@ Kind = Literal["row", "block", "weight", "weight_k"]
 # kernel; dense: dequantize the weight to 16 bits and use torch's ordinary product.
 PathName = Literal["vectors", "tokens", "rows", "blocks", "library", "dense"]
 
-# How FP8 products add up in float32: not at all, or after every 128 products, by an option of Hopper's instruction or by
-# sums outside of it.
+# How FP8 products add up in float32: not at all, or after every 128 products, by Triton's option for Hopper or by sums
+# outside of the instruction.
 Promotion = Literal["none", "instruction", "sum"]
 
 LARGEST_M = 16384  # plans do not change beyond this
@@ -61,7 +61,7 @@ class Place:
 
 # The fields of a plan that the kernel of each path takes.
 TILES: Mapping[PathName, tuple[str, ...]] = {
-    "vectors": ("block_n", "block_k", "splits", "warps"),
+    "vectors": ("block_n", "block_k", "splits", "warps", "stages"),
     "tokens": ("block_m", "block_n", "block_k", "splits", "warps", "stages"),
     "rows": ("block_m", "block_n", "block_k", "warps", "stages", "tma"),
     "blocks": ("block_m", "block_n", "splits", "warps", "stages"),
@@ -154,8 +154,8 @@ def _formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool, sc
         if m >= 512 and in_library(where, kind, n, k) and not wide:
             return Plan(path="library")
         return _blocks(where, n, k, m)
-    # Without tensor cores, 4 tokens take 16 instructions per weight, and one takes 4.4. With them, up to 16 tokens take
-    # 3.3, or 5.4 where there is no instruction for decoding (compiled with Triton 3.6).
+    # Without tensor cores, 4 tokens take 8.6 instructions per weight, and one takes 3.7. With them, up to 16 take 3.3,
+    # or 5.4 where there is no instruction for decoding (compiled with Triton 3.6).
     if kind != "weight_k" and (m <= 4 if wide else m == 1 and where.native):
         return _vectors(where, n, k, m)
     if kind == "row" and (m > AS_THEY_ARE_UP_TO or wide):

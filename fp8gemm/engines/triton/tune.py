@@ -137,7 +137,8 @@ def _fits(where: Place, cell: Cell, plan: Plan) -> bool:
     splits_fit = 1 <= plan.splits <= min(most, -(-cell.k // max(plan.block_k, 1)))
     if plan.path == "vectors":
         sums = cell.m * plan.block_n * plan.block_k / (32 * max(plan.warps, 1))
-        return splits_fit and sums <= _SUMS and plan.block_n >= 1 and plan.block_k >= 128 and 1 <= plan.warps <= 8
+        tile_fits = sums <= _SUMS and plan.block_n >= 1 and plan.block_k >= 128
+        return splits_fit and tile_fits and 1 <= plan.warps <= 8 and 1 <= plan.stages <= _MOST_STAGES
     smallest = 16 if plan.path == "tokens" else 64  # rows of a matrix instruction
     return (
         splits_fit

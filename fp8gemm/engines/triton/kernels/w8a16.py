@@ -30,6 +30,7 @@ def multiply_vectors(
     block_k: int,
     splits: int,
     warps: int,
+    stages: int = 1,
 ) -> torch.Tensor:
     """For M <= 4 and scales constant along K: float32 multiply-adds without tensor cores."""
     m, k = x.shape
@@ -44,6 +45,8 @@ def multiply_vectors(
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "SPLITS": splits,
+        "STAGES": stages,
+        "EVEN_K": k % block_k == 0,
         "HAS_BIAS": bias is not None,
         "FORMAT": decoding,
     }
@@ -84,7 +87,7 @@ def multiply_tokens(
         "BLOCK_K": block_k,
         "SPLITS": splits,
         "SCALE_COLS": weight.scheme.weight.cols or 0,
-        "EVEN_K": k % (block_k * splits) == 0,
+        "EVEN_K": k % block_k == 0,
         "HAS_BIAS": bias is not None,
         "FORMAT": decoding,
     }
@@ -123,10 +126,15 @@ def _workspace(y: torch.Tensor, splits: int, size: int, tiles: int) -> tuple[tor
 
 
 @triton.jit
-def _token(x, token, x_stride, k, M, K):
-    """One token's features ``k`` as a float32 row; zeros past the last token."""
-    mask = (k < K) & (tl.zeros_like(k) + token < M)
-    return tl.load(x + token * tl.cast(x_stride, tl.int64) + k, mask=mask, other=0.0).to(tl.float32)[None, :]
+def _token(x, token, x_stride, n, k, M, K, EVEN_K: tl.constexpr):
+    """One token's features ``k`` in float32, as a tile ``[BLOCK_N, BLOCK_K]`` with the layout of the weight's.
+
+    A row, which all threads share, would be passed through shared memory: 2 barriers a step, where a thread can load
+    the few features that it needs. Past the last token it reads the last.
+    """
+    at = x + tl.minimum(token, M - 1) * tl.cast(x_stride, tl.int64) + tl.zeros_like(n)[:, None] + k[None, :]
+    value = tl.load(at) if EVEN_K else tl.load(at, mask=(k < K)[None, :], other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -178,28 +186,31 @@ def vector_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     tile, part = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past N read row N - 1 instead: the loop needs no mask, and they are not stored.
-    row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    row = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     step = tl.arange(0, BLOCK_K)
     length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     first = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     third = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     fourth = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(part * length, tl.minimum((part + 1) * length, K), BLOCK_K):
+    for start in tl.range(part * length, tl.minimum((part + 1) * length, K), BLOCK_K, num_stages=STAGES):
         k = start + step
-        value = decode(tl.load(w + row + k[None, :], mask=(k < K)[None, :], other=0.0), tl.float32, FORMAT)
-        first += value * _token(x, 0, x_stride, k, M, K)
+        code = tl.load(row + k[None, :]) if EVEN_K else tl.load(row + k[None, :], mask=(k < K)[None, :], other=0.0)
+        value = decode(code, tl.float32, FORMAT)
+        first += value * _token(x, 0, x_stride, n, k, M, K, EVEN_K)
         if TOKENS > 1:
-            second += value * _token(x, 1, x_stride, k, M, K)
+            second += value * _token(x, 1, x_stride, n, k, M, K, EVEN_K)
         if TOKENS > 2:
-            third += value * _token(x, 2, x_stride, k, M, K)
-            fourth += value * _token(x, 3, x_stride, k, M, K)
+            third += value * _token(x, 2, x_stride, n, k, M, K, EVEN_K)
+            fourth += value * _token(x, 3, x_stride, n, k, M, K, EVEN_K)
     s = tl.load(scale + n // rows, mask=n < N, other=0.0)
     _store_vector(tl.sum(first, 1), 0, n, s, bias, y, parts, part, M, N, TOKENS, SPLITS, HAS_BIAS)
     if TOKENS > 1:

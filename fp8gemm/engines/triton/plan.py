@@ -183,18 +183,30 @@ def in_library(where: Place, kind: Kind, n: int, k: int) -> bool:
     return kind in where.library and n % multiple == 0 and k % multiple == 0
 
 
-def _splits(where: Place, tiles: int, steps: int, *, at_least: int, programs: int = 2) -> int:
+# The partial sums of a split product, written and read once each, take at most this part of the bytes of the weight.
+WORKSPACE = 0.15
+
+
+def _splits(where: Place, tiles: int, k: int, m: int, step: int, *, at_least: int, programs: int = 2) -> int:
     """The number of parts along K for about ``programs`` per multiprocessor, with ``at_least`` steps each: 1 to 8."""
-    splits = 1
-    while splits < 8 and 3 * tiles * splits < 2 * programs * where.multiprocessors and steps >= 2 * splits * at_least:
+    splits, steps, most = 1, -(-k // step), min(8, WORKSPACE * k / (8 * m))
+    while 2 * splits <= most and 3 * tiles * splits < 2 * programs * where.multiprocessors:
+        if steps < 2 * splits * at_least:
+            break
         splits *= 2
     return splits
 
 
 def _vectors(where: Place, n: int, k: int, m: int) -> Plan:
+    """For one token, 32 weights a thread and step, loaded at once by four instructions, and at most 64 registers.
+
+    So 1056 programs run on an H100 at a time, and N = 4096 is a single wave of 1024. More stages would pass operands
+    through shared memory: 5.8 instructions per weight and 2 barriers a step instead of 3.7 and none (compiled for
+    sm_90 with Triton 3.6); tuning tries them.
+    """
     block_n = 4 if m == 1 else 2
     block_k = min(1024, max(128, 1 << (k - 1).bit_length()))
-    splits = _splits(where, -(-n // block_n), -(-k // block_k), at_least=1)
+    splits = _splits(where, -(-n // block_n), k, m, block_k, at_least=1)
     return Plan(path="vectors", block_n=block_n, block_k=block_k, splits=splits)
 
 
@@ -205,21 +217,19 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
         block_k //= 2
     # Two warps leave a multiprocessor idle where four do not, and the partial sums of 16 tokens are small.
     tiles, programs = -(-m // block_m) * -(-n // block_n), 4 if block_m == 16 else 2
-    splits = _splits(where, tiles, -(-k // block_k), at_least=4, programs=programs)
+    splits = _splits(where, tiles, k, m, block_k, at_least=4, programs=programs)
     # Beside memory, decoding dominates. Instructions per weight, compiled with Triton 3.6 for sm_90: two warps along N
     # decode each weight once, 8 bytes at a time (3.4 and 4.2 for 16 and 32 tokens); four at 64 tokens share Hopper's
     # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers are too few.
     tight = wide or (block_m > 16 and n % 16)
-    warps = 8 if k % 16 else (4 if block_m == 64 else 2) * (2 if tight else 1)
-    return Plan(
-        path="tokens",
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        splits=splits,
-        warps=warps,
-        stages=2 if wide else 4,
-    )
+    warps, stages = 8 if k % 16 else (4 if block_m == 64 else 2) * (2 if tight else 1), 2 if wide else 4
+    if tiles * splits < where.multiprocessors and not wide and k % 16 == 0:
+        # One program each: more bytes in flight, and fewer instructions a warp: 244 a step of 32 outputs instead of 437
+        # at 16 tokens, 298 in 4 warps instead of 544 in 2 at 32. At 64, half a tile takes more a warp than a whole one.
+        stages = 6
+        block_n, warps = (32, warps) if block_m == 16 else (block_n, 4)
+    tile = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+    return Plan(path="tokens", **tile, splits=splits, warps=warps, stages=stages)
 
 
 def _rows(where: Place, n: int, k: int, m: int) -> Plan:
@@ -258,9 +268,13 @@ def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
         block_m, warps = (128, 8) if large else (64, 4 if n % 16 == 0 else 8)
         return Plan(path="blocks", block_m=block_m, block_n=128, block_k=128, warps=warps, stages=3)
     block_m, block_n = (16, 128) if m <= INLINE_UP_TO else (64, 64)
-    splits = _splits(where, -(-n // block_n), -(-k // 128), at_least=4)
+    splits = _splits(where, -(-n // block_n), k, m, 128, at_least=4)
+    programs = -(-n // block_n) * splits
+    if block_m == 16 and 2 * programs <= where.multiprocessors:
+        block_n = 64  # the others are idle, and a program takes 486 instructions a step instead of 599
     warps = 4 if block_m == 16 or (where.arch == "sm90" and n % 16 == 0) else 8
-    return Plan(path="blocks", block_m=block_m, block_n=block_n, block_k=128, splits=splits, warps=warps, stages=3)
+    stages = 3 if programs > where.multiprocessors else 4
+    return Plan(path="blocks", block_m=block_m, block_n=block_n, block_k=128, splits=splits, warps=warps, stages=stages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ def quantize_rows(
         return y, scale.fill_(SCALE_FLOOR) if static is None else static.reshape(1, 1).expand(scale.shape)
     longest = LONGEST_ROW // (1 if up is None else 2)
     block = max(triton.next_power_of_2(k), 16) if k <= longest else min(STEP, longest)
-    rows = max(1, 1024 // block) if m >= 1024 else 1
+    held = block * (1 if up is None else 2)  # by a row; more a thread spill on sm_120, under Triton 3.6 or 3.9
+    rows = min(32, max(1, 1024 // held)) if m >= 1024 else 1
     constants = {
         "ROWS": rows,
         "BLOCK_K": block,
@@ -71,7 +72,7 @@ def quantize_rows(
     second = x if up is None else up
     given = scale if static is None else static
     args = (x, second, y, scale, given, m, k, x.stride(0), second.stride(0))
-    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    warps = 4 if held <= 4096 else 8 if held <= 8192 else 16
     launch(row_kernel, (divide_up(m, rows),), args, constants, num_warps=warps)
     return y, scale
 

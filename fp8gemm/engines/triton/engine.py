@@ -21,8 +21,9 @@ from .paths import PATHS, Product, quantize
 from .plan import AS_THEY_ARE_UP_TO, INLINE_UP_TO, Place, Plan, grouped_plan, place, precise, quantized_plan
 
 OLDEST_TRITON = (3, 6)
-# N and K of the weights whose plans prove a small weight's products: with few tiles, and with too many to split them.
-STAND_INS = ((4096, 4096), (32768, 4096))
+# N and K of the weights whose plans prove a small weight's products: with few tiles, which a long K splits for more
+# tokens, and with too many to split them.
+STAND_INS = ((4096, 4096), (4096, 16384), (32768, 4096))
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

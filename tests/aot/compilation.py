@@ -58,9 +58,17 @@ class Compiled:
         return len(re.findall(r"\bF2F\.BF16\.F16", _assembly(self.cubin)))
 
     @property
+    def fp8(self) -> bool:
+        """Whether matrix units multiply FP8 operands, which are not decoded to 16 bits before."""
+        return re.search(r"\b(?:QMMA|QGMMA|UTCQMMA)\b", _assembly(self.cubin)) is not None
+
+    @property
     def adds(self) -> int:
         """Additions in float32."""
         return len(re.findall(r"\bFADD\b", _assembly(self.cubin)))
+
+
+_COMPILED: dict[object, Compiled] = {}
 
 
 def recorded(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
@@ -86,6 +94,13 @@ def variant(launch: Launch, capability: tuple[int, int]) -> tuple[str, ...]:
 
 def compile_for(launch: Launch, capability: tuple[int, int]) -> Compiled:
     """Specializes on the arguments as a real launch does, compiles for ``capability``, and reads the machine code."""
+    key = (capability, *variant(launch, capability))
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile(launch, capability)
+    return _COMPILED[key]
+
+
+def _compile(launch: Launch, capability: tuple[int, int]) -> Compiled:
     backend, bound, specialization, given = _bound(launch, capability)
     kernel = launch.kernel
     options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)

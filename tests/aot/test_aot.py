@@ -42,6 +42,14 @@ PROBLEMS = {
     "groups": Scheme(weight=GROUP_128, activation=None),
     "mx": Scheme(weight=MX, activation=None, scale_format="ue8m0"),
 }
+# The compiler treats sm_86 and sm_103 as sm_80 and sm_100: there, the schemes with FP8 activations. Finer scales once
+# a generation.
+SIBLINGS, GENERATIONS = ((8, 6), (10, 3)), ((8, 0), (9, 0), (12, 0))
+WHERE = {
+    **dict.fromkeys(PROBLEMS, GENERATIONS),
+    **dict.fromkeys(("row", "block"), CAPABILITIES),
+    "weight-only": [one for one in CAPABILITIES if one not in SIBLINGS],
+}
 # Kernels that multiply matrices; the others stream.
 MATRIX_KERNELS = ("token_kernel", "row_kernel", "block_kernel", "grouped_kernel")
 
@@ -76,8 +84,17 @@ def _dtype(arg: object) -> torch.dtype:
     return tensor.dtype
 
 
-@pytest.mark.parametrize("problem", list(PROBLEMS))
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
+def _each(problems: list[str]) -> pytest.MarkDecorator:
+    """Every capability and problem that are compiled together."""
+    pairs = [(capability, problem) for problem in problems for capability in WHERE[problem]]
+    return pytest.mark.parametrize(("capability", "problem"), pairs, ids=_name)
+
+
+def _name(value: object) -> str:
+    return "sm{}{}".format(*value) if isinstance(value, tuple) else str(value)
+
+
+@_each(list(PROBLEMS))
 def test_linear_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
     scheme = PROBLEMS[problem]
@@ -89,7 +106,7 @@ def test_linear_compiles(capability: tuple[int, int], problem: str, monkeypatch:
     assert seen
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("capability", WHERE["weight-only"], ids=_name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
@@ -101,7 +118,7 @@ def test_other_dtypes_compile(capability: tuple[int, int], dtype: torch.dtype, m
 
 
 @pytest.mark.parametrize("stack", [False, True], ids=["linear", "grouped"])
-@pytest.mark.parametrize("capability", QUANTIZING, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("capability", QUANTIZING, ids=_name)
 def test_precise_accumulation_adds_in_float32(
     capability: tuple[int, int], stack: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +158,20 @@ def test_one_token_is_one_wave(
     assert compiled.shared <= 4 * launch.options["num_warps"] * launch.constants["BLOCK_N"], "more than partial sums"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda value: f"sm{value[0]}{value[1]}")
-@pytest.mark.parametrize("problem", ["row", "block", "weight-only", "mx"])
+@pytest.mark.parametrize("capability", QUANTIZING, ids=_name)
+def test_blocks_are_multiplied_in_fp8(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few the tokens."""
+    engine = _engine(capability, library=False)
+    calls = [
+        partial(linear, engine, SCHEMES["block"], 4096, 4096, m, torch.bfloat16, bias=True) for m in (1, 16, 32, 64)
+    ]
+    calls.append(partial(grouped, engine, SCHEMES["block"], 8, 4096, 2048, 8))
+    for call in calls:
+        launch = recorded(call, monkeypatch)[-1]
+        assert compile_for(launch, capability).fp8, launch.name
+
+
+@_each(["row", "block", "weight-only", "mx"])
 def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[object] = set()
     scheme = PROBLEMS[problem]
@@ -155,7 +184,7 @@ def test_grouped_compiles(capability: tuple[int, int], problem: str, monkeypatch
 
 
 @pytest.mark.parametrize("k", [8, 60, 4096, 16384, 32768, 40000])
-@pytest.mark.parametrize("capability", QUANTIZING, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("capability", QUANTIZING, ids=_name)
 def test_quantization_compiles(capability: tuple[int, int], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of up to 32768 elements stay in registers."""
     from fp8gemm.engines.triton.kernels import quantize

@@ -28,7 +28,7 @@ PROMPTS = range(65, 1025)
 
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("scheme", ["row", "block"])
-@pytest.mark.parametrize("capability", CARDS, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("capability", CARDS, ids=lambda value: "sm{}{}".format(*value))
 def test_every_prompt_is_warm(
     capability: tuple[int, int], scheme: str, library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +46,7 @@ def test_every_prompt_is_warm(
 
 
 @pytest.mark.parametrize("scheme", ["row", "block"])
-@pytest.mark.parametrize("capability", CARDS, ids=lambda value: f"sm{value[0]}{value[1]}")
+@pytest.mark.parametrize("capability", CARDS, ids=lambda value: "sm{}{}".format(*value))
 def test_every_number_of_routed_tokens_is_warm(
     capability: tuple[int, int], scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

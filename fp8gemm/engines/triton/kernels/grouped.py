@@ -17,7 +17,7 @@ from ...base import PackedWeight
 from ..launch import divide_up, launch
 from ..plan import Promotion
 from ..replay import empty
-from .block import round_group
+from .block import multiply, round_group
 from .parts import decode, format_of
 from .row import multiply_add
 
@@ -162,7 +162,7 @@ def grouped_kernel(
                         a, s = round_group(a, UE8M0)
                     else:
                         s = tl.load(x_scale + tl.cast(start // SCALE_COLS, tl.int64) * pitch + token)
-                    total += tl.dot(a, b) * s[:, None] * tl.load(w_scales + start // SCALE_COLS)[None, :]
+                    total += multiply(a, b) * s[:, None] * tl.load(w_scales + start // SCALE_COLS)[None, :]
         if MODE == "row":
             total *= tl.load(x_scale + token * X_STEP)[:, None] * tl.load(w_scales)[None, :]
         if HAS_BIAS:

@@ -47,9 +47,11 @@ def _schema(arguments: dict[str, tuple[str, Any]]) -> str:
 _library: Any = torch.library.Library("fp8gemm", "DEF")  # type: ignore[no-untyped-call]
 _OPERANDS = "Tensor x, Tensor data, Tensor scale, int[] shape, ScalarType out_dtype"
 _library.define(f"linear({_OPERANDS}, *, {_schema(_OF_LINEAR | _FORM)}) -> Tensor")
-# Inductor passes every default, and converting twelve arguments takes 8 us. This overload is for weights whose
-# arguments are all defaults: row scales on the CPU engine.
+# Inductor passes every default, and converting twelve arguments takes 8 us. These overloads are for weights whose
+# arguments are all defaults (row scales on the CPU engine), and for all others without derived tensors: their
+# attributes are one text.
 _library.define(f"linear.rows({_OPERANDS}, Tensor? bias) -> Tensor")
+_library.define(f"linear.text({_OPERANDS}, str form, Tensor? bias, Tensor? input_scale, Tensor? x_scale) -> Tensor")
 _library.define(f"grouped({_OPERANDS}, Tensor ends, *, {_schema(_FORM)}) -> Tensor")
 
 
@@ -64,10 +66,13 @@ def call_linear(
     """``y [M, N] = x [M, K] @ w.T + bias`` by the operation; ``x`` is FP8 if ``x_scale`` is given."""
     shape, scales = [weight.n, weight.k], {"x_scale": x_scale, "input_scale": weight.input_scale}
     form = _form(weight, bias=bias, x_block=_block(x_grid), **scales)
+    operands = (x, weight.data, weight.scale, shape, out_dtype)
     if form.keys() <= {"bias"}:
-        y: torch.Tensor = torch.ops.fp8gemm.linear.rows(x, weight.data, weight.scale, shape, out_dtype, bias)
+        y: torch.Tensor = torch.ops.fp8gemm.linear.rows(*operands, bias)
+    elif not weight.extra:
+        y = torch.ops.fp8gemm.linear.text(*operands, _text(weight, x_grid), bias, weight.input_scale, x_scale)
     else:
-        y = torch.ops.fp8gemm.linear.default(x, weight.data, weight.scale, shape, out_dtype, **form)
+        y = torch.ops.fp8gemm.linear.default(*operands, **form)
     return y
 
 
@@ -96,6 +101,24 @@ def _form(weight: PackedWeight, **others: Any) -> dict[str, Any]:
         **others,
     }
     return {name: value for name, value in form.items() if _differs(value, _DEFAULTS[name])}
+
+
+def _text(weight: PackedWeight, x_grid: Granularity | None) -> str:
+    """The attributes of a weight without derived tensors, and the granularity of ``x``, for ``_attributes``."""
+    scheme = weight.scheme
+    blocks = [",".join(str(size) for size in _block(grid)) for grid in (scheme.weight, scheme.activation, x_grid)]
+    flags = "static" if scheme.static else "", "derive" if weight.bare else ""
+    return ";".join((weight.engine, weight.accumulate, scheme.scale_format, *flags, *blocks))
+
+
+@cache
+def _attributes(text: str) -> dict[str, Any]:
+    """The keyword arguments of ``_linear_operation`` that ``_text`` wrote."""
+    engine, accumulate, scale_format, static, derive, *texts = text.split(";")
+    blocks = [[int(size) for size in block.split(",")] if block else [] for block in texts]
+    form = dict(zip(("weight_block", "activation_block", "x_block"), blocks, strict=True))
+    flags = {"static": bool(static), "derive": bool(derive)}
+    return {"engine": engine, "accumulate": accumulate, "scale_format": scale_format, **flags, **form}
 
 
 def _differs(value: Any, default: Any) -> bool:
@@ -168,7 +191,8 @@ def _linear_operation(
     if not x.is_contiguous():  # for example a zero tensor, which arrives as an expanded scalar
         x = x.contiguous()
     calls = data.__dict__.get("_fp8gemm_calls")
-    if calls and x_scale is None and "derive" not in form and x.data_ptr() % ALIGNMENT == 0:
+    current = not form.get("derive") or _is_derived(data)
+    if calls and x_scale is None and current and x.data_ptr() % ALIGNMENT == 0:
         engine, accumulate = form.get("engine", "cpu"), form.get("accumulate", "auto")
         call = calls.get(call_key(x, out_dtype, engine, accumulate, data, scale, bias, input_scale))
         if call:
@@ -190,19 +214,25 @@ def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) ->
     table.pop(key, None)
 
 
+def _is_derived(data: torch.Tensor) -> bool:
+    """Whether the packed weight of these bytes is derived from what they are now; its bound calls are then valid."""
+    found = _derivations.get(id(data))
+    return found is not None and found[0]() is data and found[1] == (0 if data.is_inference() else data._version)
+
+
 def _derived(bare: PackedWeight) -> PackedWeight:
     """The packed weight with the tensors that its engine derives from the bytes."""
     data, key = bare.data, id(bare.data)
+    if _is_derived(data):
+        return _derivations[key][2]
     version = 0 if data.is_inference() else data._version
-    found = _derivations.get(key)
-    if found is not None and found[0]() is data and found[1] == version:
-        return found[2]
     engine = ENGINES[bare.engine]
     if bare.experts:
         form = engine.prepare_stack(restore(bare.split()), bare.scheme)
     else:
         form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
     form = replace(form, accumulate=bare.accumulate)
+    form.data.__dict__.pop("_fp8gemm_calls", None)  # bound to what was derived before
     if not data.is_inference():
         _derivations[key] = (weakref.ref(data, partial(_forget, _derivations, key)), version, form)
     return form
@@ -233,13 +263,32 @@ def _linear_by_rows(
     return _linear_operation(x, data, scale, shape, out_dtype, bias=bias)
 
 
+def _linear_by_text(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    out_dtype: torch.dtype,
+    form: str,
+    bias: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    attributes = _attributes(form)
+    return _linear_operation(
+        x, data, scale, shape, out_dtype, bias=bias, input_scale=input_scale, x_scale=x_scale, **attributes
+    )
+
+
 _library.impl("linear.rows", _linear_by_rows, "CompositeExplicitAutograd")
+_library.impl("linear.text", _linear_by_text, "CompositeExplicitAutograd")
 _library.impl("linear", _linear_operation, "CompositeExplicitAutograd")
 _library.impl("grouped", _grouped_operation, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fp8gemm::linear", lib=_library)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("fp8gemm::linear.rows", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fp8gemm::linear.text", lib=_library)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("fp8gemm::grouped", lib=_library)  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, data: Any, scale: Any, shape: Sequence[int], out_dtype: torch.dtype, *_: Any, **__: Any) -> Any:
     return x.new_empty(x.shape[0], shape[-2], dtype=out_dtype)

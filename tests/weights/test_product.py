@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import fp8gemm
-from fp8gemm import FP8GemmOptions, FP8Linear, ScaledTensor, dequantize, enable_fp8_gemm
-from fp8gemm.engines import ENGINES
+from fp8gemm import (
+    GROUP_128,
+    ROW,
+    SCHEMES,
+    FP8GemmOptions,
+    FP8Linear,
+    ScaledTensor,
+    Scheme,
+    dequantize,
+    enable_fp8_gemm,
+    quantize,
+)
+from fp8gemm.engines import ENGINES, PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.engines.triton.engine import TritonEngine
 from fp8gemm.engines.triton.plan import place
@@ -225,3 +236,63 @@ def test_an_exported_program_holds_its_bytes_once_and_takes_others(extra: bool, 
     assert program(x).equal(first(x))
     program.load_state_dict({"weight": second.weight, "bias": second.bias})
     assert program(x).equal(second(x))
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), replace(SCHEMES["tensor"], static=True)], ids=str)
+@pytest.mark.parametrize("bare", [False, True])
+def test_attributes_survive_as_a_text(scheme: Scheme, bare: bool) -> None:
+    """The names of derived tensors are the only thing that a text does not carry."""
+    scheme = replace(scheme, scale_format="ue8m0")
+    weight = ENGINES["reference"].prepare(quantize(torch.randn(256, 128), scheme.weight), scheme)
+    weight = replace(weight, accumulate="precise", bare=bare)
+    found = operation._attributes(operation._text(weight, GROUP_128))
+    assert found.pop("x_block") == [1, 128]
+    assert found.pop("derive") == bare
+    other = operation._form_of(weight.data, weight.scale, [weight.n, weight.k], **found)
+    assert (other.engine, other.accumulate, other.scheme) == (weight.engine, weight.accumulate, weight.scheme)
+
+
+class Deriving(ReferenceEngine):
+    """An engine that derives the dense weight and binds calls to it, which it counts."""
+
+    name = "deriving"
+
+    def __init__(self) -> None:
+        self.bound = 0
+
+    def prepare(self, weight: ScaledTensor, scheme: Scheme, **more: object) -> PackedWeight:
+        packed = super().prepare(weight, scheme, **more)
+        return replace(packed, extra={"dense": dequantize(weight)})
+
+    def linear(self, x, weight, bias, out_dtype):
+        return F.linear(x, weight.extra["dense"], bias)
+
+    def bind(self, x, weight, bias, out_dtype):
+        def bound(x: torch.Tensor) -> torch.Tensor:
+            self.bound += 1
+            return self.linear(x, weight, bias, out_dtype)
+
+        return bound
+
+
+def test_bound_calls_of_derived_weights_end_with_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled graphs receive the bytes; what was derived from them is bound from the second call on, until a write."""
+    engine = Deriving()
+    for room in (operation, remembered, fp8gemm.engines.choice):
+        monkeypatch.setattr(room, "ENGINES", {**ENGINES, "deriving": engine})
+    weight = engine.prepare(quantize(torch.randn(32, 64), ROW), SCHEMES["row"])
+    bare, x = replace(weight, bare=True, extra={}), torch.randn(4, 64)
+
+    def product() -> torch.Tensor:
+        shape = [weight.n, weight.k]
+        return torch.ops.fp8gemm.linear.text(
+            x, bare.data, bare.scale, shape, x.dtype, operation._text(bare, None), None, None, None
+        )
+
+    for _ in range(4):
+        assert product().equal(F.linear(x, dequantize(engine.restore(weight))))
+    assert engine.bound == 2
+    with torch.no_grad():
+        bare.data.view(torch.uint8).zero_()
+    assert not product().any()
+    assert engine.bound == 2

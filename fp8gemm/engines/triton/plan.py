@@ -228,15 +228,8 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
         # at 16 tokens, 298 in 4 warps instead of 544 in 2 at 32. At 64, half a tile takes more a warp than a whole one.
         stages = 6
         block_n, warps = (32, warps) if block_m == 16 else (block_n, 4)
-    return Plan(
-        path="tokens",
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        splits=splits,
-        warps=warps,
-        stages=stages,
-    )
+    tile: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+    return Plan(path="tokens", **tile, splits=splits, warps=warps, stages=stages)
 
 
 def _rows(where: Place, n: int, k: int, m: int) -> Plan:
@@ -281,7 +274,7 @@ def _blocks(where: Place, n: int, k: int, m: int) -> Plan:
         block_n = 64
     few = block_m == 16 or (n % 16 == 0 and (block_m == 32 or where.arch == "sm90"))
     stages = 3 if programs > where.multiprocessors else 4
-    tile = {"block_m": block_m, "block_n": block_n, "block_k": 128}
+    tile: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": 128}
     return Plan(path="blocks", **tile, splits=splits, warps=4 if few else 8, stages=stages)
 
 

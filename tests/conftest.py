@@ -18,7 +18,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=list(ENGINES),
         help="fail instead of skipping where this engine rejects the machine",
     )
+    parser.addoption("--world", action="append", default=[], type=int, help="how many ranks; by default two")
     parser.addoption("--fuzz-seconds", default=0, help="how long to make new mutants of checkpoint files")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with several processes run with two of them over gloo, unless --world says otherwise, and over NCCL where
+    there are GPUs for it."""
+    if "world" in metafunc.fixturenames:
+        worlds = metafunc.config.getoption("--world") or [2]
+        places = [(world, "gloo") for world in worlds]
+        places += [(world, "nccl") for world in worlds if torch.cuda.device_count() >= world]
+        metafunc.parametrize(("world", "backend"), places, ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from ..formats import join_rows
 from ..formats.rearrange import Tiled, interleaved
 from ..numerics import dequantize
 from ..scaled import ROW, TENSOR, Granularity, ScaledTensor, Scheme
+from ..weights.shares import is_split, spread
 from .plan import Transfer
 from .read import Checkpoint
 
@@ -93,7 +94,7 @@ def fill(transfer: Transfer, checkpoint: Checkpoint, device: torch.device) -> No
     """Fills one tensor of a model, stored at all targets of ``transfer``, in its own dtype on ``device``."""
     same, sources = transfer.targets, transfer.sources
     old = same[0].tensor
-    made = old.is_meta or old.device != device
+    made = is_split(old) or old.is_meta or old.device != device
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device) if made else old.data
     start = 0
     for name in sources:
@@ -112,10 +113,10 @@ def fill(transfer: Transfer, checkpoint: Checkpoint, device: torch.device) -> No
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as a parameter like ``old``, with its custom attributes."""
+    """``tensor`` as a parameter like ``old``, with its custom attributes; this rank's part of it if ``old`` is one."""
+    parameter = spread(tensor, old) if is_split(old) else nn.Parameter(tensor, requires_grad=old.requires_grad)
     if not isinstance(old, nn.Parameter):
-        return tensor
-    parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        return parameter.detach() if is_split(old) else tensor
     parameter.__dict__.update(old.__dict__)
     return parameter
 

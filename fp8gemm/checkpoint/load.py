@@ -18,6 +18,8 @@ from ..weights import FP8Linear, FP8Weight, convert, leave
 from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
+from ..weights.sharding import held
+from ..weights.shares import is_split, like
 from ..weights.structure import STACK_NAMES, stacks
 from .conversion import mapped
 from .fill import fill, of_stack, scheme_of, take
@@ -83,7 +85,8 @@ def load_checkpoint(
     ``FP8Linear``, and FP8 stacks of experts become ``FP8Weight`` parameters.
 
     They hold the file's bytes and scales; everything else is copied in the model's own dtype. Weights of the model that
-    are FP8 already are replaced by those that are FP8 in the file, and take the values of dense ones. Non-persistent
+    are FP8 already are replaced by those that are FP8 in the file, and take the values of dense ones. Of a parameter
+    that is a DTensor, each rank takes its own part. Non-persistent
     buffers on meta (rotary frequencies) are computed if the model can, as transformers models do.
 
     Args:
@@ -222,7 +225,7 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     target = transfer.targets[0]
     home = home_of(target, device)
     if not transfer.fp8:
-        if not isinstance(target.tensor, FP8Weight) or not holds_fp8(checkpoint, transfer):
+        if not isinstance(held(target.tensor), FP8Weight) or not holds_fp8(checkpoint, transfer):
             fill(transfer, checkpoint, home)
             return
         fill(replace(transfer, targets=_emptied(transfer.targets)), checkpoint, home)
@@ -236,18 +239,21 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
         scheme, input_scale = scheme.weight_only(), None
     own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
     fresh = transfer.sources[0] in checkpoint.stacks  # just stacked: shares no memory with the file
-    copied = (weight.data.to(home, copy=not fresh), weight.scale.to(home, copy=not fresh))
-    held = ScaledTensor(*copied, weight.granularity)
+    if is_split(target.tensor):
+        kept = weight  # of which this rank copies its part only
+    else:
+        copied = (weight.data.to(home, copy=not fresh), weight.scale.to(home, copy=not fresh))
+        kept = ScaledTensor(*copied, weight.granularity)
     former = target.module._parameters[target.attribute]
-    if isinstance(former, FP8Weight):
+    if isinstance(held(former), FP8Weight):
         target.put(_emptied([target])[0].tensor)
     try:
         if weight.data.dim() > 2:
-            convert(target.module, target.attribute, own, turned=transfer.turned, weight=held)
+            convert(target.module, target.attribute, own, turned=transfer.turned, weight=kept)
         else:
             assert isinstance(target.module, nn.Linear)
             scale = None if input_scale is None else input_scale.to(home)
-            FP8Linear.convert(target.module, own, weight=held, input_scale=scale)
+            FP8Linear.convert(target.module, own, weight=kept, input_scale=scale)
     except BaseException:
         target.module._parameters[target.attribute] = former
         raise
@@ -255,17 +261,18 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
 
 def _emptied(targets: Sequence[Target]) -> tuple[Target, ...]:
     """The places of an FP8 weight with a dense parameter on meta, for what is about to replace it."""
-    weight = targets[0].tensor
-    assert isinstance(weight, FP8Weight)
+    former = targets[0].tensor
+    weight = held(former)
     values = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    parameter = nn.Parameter(values, requires_grad=weight._home.trains)
+    parameter = like(former, values) if is_split(former) else nn.Parameter(values)
+    parameter.requires_grad_(weight._home.trains)
     return tuple(replace(target, tensor=parameter) for target in targets)
 
 
 def _move(target: Target, device: torch.device) -> None:
     """Moves a tensor that the checkpoint did not contain to ``device``."""
     tensor = target.tensor
-    if tensor.device == device or tensor.is_meta or isinstance(tensor, FP8Weight):
+    if tensor.device == device or tensor.is_meta or isinstance(tensor, FP8Weight) or is_split(tensor):
         return
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
@@ -286,6 +293,6 @@ def _note_kept(model: nn.Module, transfers: Sequence[Transfer], checkpoint: Chec
         weights = ["weight"] if isinstance(module, nn.Linear) else []
         for name in (*weights, *(stack for stack in stacks(module) if stack in STACK_NAMES)):
             parameter = module._parameters.get(name)
-            if parameter is not None and not isinstance(parameter, FP8Weight):
+            if parameter is not None and not isinstance(held(parameter), FP8Weight):
                 reasons = module.__dict__.setdefault(KEPT, {})
                 reasons[name] = filled.get((id(module), name), "not in the checkpoint")

@@ -18,7 +18,9 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..weights import FP8Weight
+from ..weights.sharding import held
 from .conversion import library_of
+from .gather import split_tensors
 from .save import save_checkpoint
 from .switch import copy_into
 
@@ -29,7 +31,7 @@ _IDLE = ("token", "save_peft_format", "save_original_format")
 def redirect_saving(model: nn.Module) -> None:
     """Overrides both methods on every transformers or diffusers model within ``model`` that has FP8 weights."""
     for module in model.modules():
-        if library_of(module) and any(isinstance(part, FP8Weight) for part in module.parameters()):
+        if library_of(module) and any(isinstance(held(part), FP8Weight) for part in module.parameters()):
             for name, method in _METHODS.items():
                 # A partial, not a bound method: copies and pickles of the model then get their own.
                 module.__dict__[name] = partial(method, module)
@@ -71,11 +73,11 @@ def _save_pretrained(
             "fp8gemm.save_checkpoint(model, directory) writes one for fp8gemm.load_checkpoint, "
             "fp8gemm.disable_fp8_gemm(model) restores the dense model"
         )
-    if not is_main_process:
+    if not is_main_process and not split_tensors(model):
         return
-    save_checkpoint(model, save_directory, max_shard_size=max_shard_size)
+    written = save_checkpoint(model, save_directory, max_shard_size=max_shard_size)
     generation = getattr(model, "generation_config", None)
-    if generation is not None:
+    if generation is not None and written:
         with tempfile.TemporaryDirectory() as folder:
             generation.save_pretrained(folder)
             copy_into(Path(folder).iterdir(), save_directory)

@@ -22,6 +22,7 @@ from ..weights import FP8Linear, FP8Weight
 from ..weights.convert import Change, made
 from ..weights.geometry import Layout
 from ..weights.packed import spec_of
+from ..weights.sharding import held
 from .targets import Target, groups, targets
 
 _PREFIX = "fp8gemm.quantize."
@@ -56,7 +57,7 @@ def requantize(model: nn.Module, metadata: Mapping[str, str], options: FP8GemmOp
         return
     for same in groups(targets(model).values()):
         name = next((target.name for target in same if target.name in described), None)
-        if name is not None and not isinstance(same[0].tensor, FP8Weight) and same[0].is_parameter:
+        if name is not None and not isinstance(held(same[0].tensor), FP8Weight) and same[0].is_parameter:
             _convert(same, name, described[name], options)
 
 

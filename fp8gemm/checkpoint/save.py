@@ -15,6 +15,7 @@ from ..errors import UnsupportedError
 from ..formats import Format, TensorInfo, Written, writer
 from ..weights import FP8Weight
 from ..weights.persistence import input_scale_key
+from .gather import on_one_rank
 from .parts import Part, parts
 from .requantize import described
 from .single import single_file, write_single_file
@@ -30,6 +31,9 @@ def save_checkpoint(
     fp8_heads: bool = False,
 ) -> list[Path]:
     """Writes ``model`` with the bytes and scales of its FP8 layers unchanged; returns the files.
+
+    If its parameters are split among ranks (DTensors), all ranks have to call this: the first gathers them in CPU
+    memory and writes; the others return no files.
 
     Names are those of the model's own checkpoints: from transformers' conversion mapping for its models, else from the
     file that the model was loaded from; stacks of experts of other models get per-expert names. Shared tensors are
@@ -60,7 +64,19 @@ def save_checkpoint(
         >>> [path.name for path in save_checkpoint(model, tempfile.mkdtemp() + "/fp8")]
         ['model.safetensors', 'config.json']
     """
-    target = writer(format)
+    return on_one_rank(
+        model, lambda: _save(model, directory, writer(format), max_shard_size=max_shard_size, fp8_heads=fp8_heads)
+    )
+
+
+def _save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    target: Format,
+    *,
+    max_shard_size: int | str,
+    fp8_heads: bool,
+) -> list[Path]:
     own = model_config(model)
     kind = str((own or {}).get("model_type", ""))
     weights = {name: p for name, p in model.named_parameters() if isinstance(p, FP8Weight)}

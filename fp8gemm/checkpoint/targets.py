@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..formats import Stack
+from ..weights.managed import tell
 from ..weights.structure import is_concatenated, is_transposed
 from .conversion import Conversion, Mapped, derived, library_of
 from .read import Checkpoint
@@ -42,6 +43,7 @@ class Target:
         """Replaces the module's tensor with ``tensor``, as a parameter or buffer like before."""
         if self.is_parameter:
             self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
+            tell(self.module, self.attribute)
         else:
             self.module._buffers[self.attribute] = tensor
 

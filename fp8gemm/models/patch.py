@@ -18,7 +18,7 @@ from ..progress import progress
 from ..scaled import FP8GemmOptions
 from ..weights import Change, FP8Weight, leave, own_weights, revert
 from ..weights.report import COVERAGE, KEPT, Report, Row
-from ..weights.sharding import is_distributed
+from ..weights.sharding import held, is_distributed
 from .first_forward import FirstForward, Then, remove
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
@@ -117,7 +117,7 @@ class _ConvertSeen:
         _note_coverage(model, observer)
         steps, wanted = planned(model, self.options, self.module_filter, observer.roles())
         undisturbed(lambda interrupts: _convert_all(model, steps, self.options, interrupts))
-        if not any(isinstance(parameter, FP8Weight) for parameter in model.parameters()):
+        if not any(isinstance(held(parameter), FP8Weight) for parameter in model.parameters()):
             complain(wanted, steps, model, replace(self.options, strict=False))
         FirstForward(_note_coverage).install(model)
 
@@ -247,11 +247,12 @@ def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptio
     twins: list[nn.Parameter] = []
     for step in progress(todo, what="quantizing to FP8", total=len(todo)):
         twin = step.make(options)
-        assert isinstance(twin, FP8Weight)
-        if twin._home.original is not None or twin._home.dense is not None:
+        home = held(twin)._home
+        if home.original is not None or home.dense is not None:
             twin = copy.deepcopy(twin)  # a copy of its own, where it has the original
-            if twin._home.dense is None and not twin.is_meta:
-                twin._home.form(twin.dtype)
+            home = held(twin)._home
+            if home.dense is None and not twin.is_meta:
+                home.form(twin.dtype)
         twins.append(twin)
         memo[id(step.module._parameters[step.parameter])] = twin  # for all its occurrences
     result = copy.deepcopy(model, memo)

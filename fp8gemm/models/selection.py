@@ -16,7 +16,10 @@ from ..errors import UnsupportedError
 from ..scaled import COMPUTE_DTYPES, SCHEMES, FP8GemmOptions
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
+from ..weights.managed import refusal
 from ..weights.packed import spec_of
+from ..weights.sharding import held
+from ..weights.shares import is_split
 from ..weights.structure import routers
 from .owners import Role, is_plain_linear, role_of
 
@@ -116,7 +119,7 @@ def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options:
     """Raises, or with ``strict=False`` warns, if the filter or the model leaves nothing to do."""
     problems = [f"module_filter pattern {pattern!r} matches no layer" for pattern in wanted.unmatched()]
     if not any(step.converts for step in steps):
-        already = sum(isinstance(parameter, FP8Weight) for parameter in model.parameters())
+        already = sum(isinstance(held(parameter), FP8Weight) for parameter in model.parameters())
         found = "; ".join(f"{step.name or 'the model itself'}: {step.reason}" for step in steps[:5])
         more = f"; and {len(steps) - 5} more" if len(steps) > 5 else ""
         problems.append(
@@ -136,7 +139,7 @@ def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]
     found: dict[int, list[Holder]] = {}
     for prefix, module in model.named_modules():
         for parameter, tensor in module._parameters.items():
-            if tensor is None or isinstance(tensor, FP8Weight):
+            if tensor is None or isinstance(held(tensor), FP8Weight):
                 continue
             name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
             role = role_of(module, parameter)
@@ -201,8 +204,13 @@ def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:
     weight, layout = place.module._parameters[place.parameter], place.role.layout
     assert weight is not None
     assert layout is not None
-    if is_traceable_wrapper_subclass(weight):
-        return f"its weight is a {type(weight).__name__}: patch the model before it is distributed or wrapped"
+    if is_split(weight):
+        if reason := refusal(place.module, place.parameter):
+            return reason
+        if options.fp16_weight_storage != "discard":
+            return "its weight is split among ranks, which keep no originals: use fp16_weight_storage='discard'"
+    elif is_traceable_wrapper_subclass(weight):
+        return f"its weight is a {type(weight).__name__}: patch the model before it is wrapped"
     if weight.dtype not in COMPUTE_DTYPES:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:

@@ -10,6 +10,7 @@ from torch import nn
 from ..engines import ENGINES, PackedWeight
 from ..errors import UnsupportedError
 from ..weights import FP8Linear, FP8Weight
+from ..weights.sharding import held
 from .gated import last_layer
 from .siblings import SiblingLinear, join, joined_bias
 
@@ -55,16 +56,17 @@ def _forms(model: nn.Module) -> Iterator[tuple[PackedWeight, torch.Tensor | None
     joined = set()
     for module in model.modules():
         for parameter in module._parameters.values():
-            if not isinstance(parameter, FP8Weight) or parameter.is_meta:
+            weight = held(parameter)
+            if not isinstance(weight, FP8Weight) or weight.is_meta:
                 continue
-            form = parameter._home.form(parameter.dtype)
+            form = weight._home.form(weight.dtype)
             assert form is not None
-            bias = module._parameters.get("bias") if isinstance(module, nn.Linear) else None
-            yield form, bias, form.dtype_for(parameter.dtype), False
+            bias = held(module._parameters.get("bias")) if isinstance(module, nn.Linear) else None
+            yield form, bias, form.dtype_for(weight.dtype), False
         last = last_layer(module)
-        if last is not None and not last.weight.is_meta:
+        if last is not None and not last.home.is_meta:
             form = last.form(last.device)
-            yield form, last.bias, form.dtype_for(last.compute_dtype), True
+            yield form, held(last.bias), form.dtype_for(last.compute_dtype), True
         group = module.group if isinstance(module, SiblingLinear) else None
         if group is not None and id(group) not in joined:
             joined.add(id(group))
@@ -76,7 +78,7 @@ def _forms(model: nn.Module) -> Iterator[tuple[PackedWeight, torch.Tensor | None
 
 def _together(members: list[FP8Linear]) -> FP8Linear | None:
     """The fused layer that these siblings will become if they receive the same tensor; None if they cannot."""
-    if any(member.weight.is_meta for member in members):
+    if any(member.home.is_meta for member in members):
         return None
     try:
         layer = join(members)

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import convolution, copies, pickling, products, writes  # importing them registers their handlers
+from . import blanks, convolution, copies, pickling, products, writes  # importing them registers their handlers
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home
@@ -11,7 +11,7 @@ from .persistence import own_weights
 from .weight import FP8Weight
 
 if torch.distributed.is_available():
-    from . import bucket, collectives  # noqa: F401
+    from . import bucket, collectives, splits  # noqa: F401
 
 __all__ = [
     "Activity",
@@ -19,6 +19,7 @@ __all__ = [
     "FP8Linear",
     "FP8Weight",
     "Home",
+    "blanks",
     "convert",
     "convolution",
     "copies",

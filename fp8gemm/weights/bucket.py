@@ -12,6 +12,7 @@ from .collectives import finishing
 from .copies import watched_by_a_mode
 from .dispatch import OPERATIONS, implements
 from .message import Message, values_to_send
+from .splits import joined
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -86,9 +87,11 @@ def _broadcast(func: Any, tensors: list[Bucket], *args: Any, **kwargs: Any) -> A
 
 @implements(OPERATIONS, aten.cat.default)
 def _cat(tensors: Any, dim: int = 0) -> Any:
-    """Concatenates into a bucket, if torch.distributed is initialized."""
+    """Concatenates into a bucket, or parts of one weight into a weight, if torch.distributed is initialized."""
     if not torch.distributed.is_initialized() or torch.compiler.is_compiling() or watched_by_a_mode():
         return NotImplemented
+    if (weight := joined(tensors, dim)) is not None:
+        return weight
     alike = len({(t.dtype, t.device) for t in tensors}) == 1 and all(t.dim() == 1 for t in tensors)
     if not alike:
         return NotImplemented

@@ -16,37 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from ..errors import UnsupportedError
 from ..numerics import dequantize
 from ..scaled import ScaledTensor
-from .copies import COPIES_ARE_DENSE, watched_by_a_mode
-from .dispatch import FUNCTIONS, OPERATIONS, implements
+from .copies import watched_by_a_mode
+from .dispatch import OPERATIONS, implements
 from .geometry import Layout
-from .message import Message, begins_a_block, values_to_send
+from .message import Message, values_to_send
 from .sharding import coarsened, whole_scheme
 from .stored import Stored
 from .weight import FP8Weight
-
-
-def _splitting(func: Any) -> Callable[..., Any]:
-    def split(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
-        """Views of the weight. If some start inside a scale block, copies of all of them are dense, so that ranks
-        agree."""
-        views = OPERATIONS[None](func, (weight, *args), kwargs)
-        if torch.distributed.is_initialized() and not all(map(begins_a_block, views)):
-            for view in views:
-                view.__dict__[COPIES_ARE_DENSE] = True
-        return views
-
-    return split
-
-
-for _split in (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default):
-    OPERATIONS[_split] = _splitting(_split)
-
-
-@implements(FUNCTIONS, torch.Tensor.contiguous)
-def _contiguous(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """A copy, which is dense if the shard cannot be sent as bytes."""
-    dense = isinstance(weight, FP8Weight) and COPIES_ARE_DENSE in weight.__dict__
-    return weight.dequantize() if dense else NotImplemented
 
 
 def _agree(group: Any, key: FP8Weight, message: Message | None, others: Iterable[Any] = ()) -> bool:
@@ -293,6 +269,8 @@ def _gathered(weight: Any, group_size: int, group_name: Any) -> Any:
     buffer = functional.all_gather_into_tensor(message.write(), group_size, group_name)
     parts = [message.read(part) for part in functional.wait_tensor(buffer).chunk(group_size)]
     home, scheme = weight._home, whole_scheme(weight._home.scheme)
+    if scheme.weight.cols != message.grid.cols:  # parts of rows, which torch puts beside each other itself
+        scheme = home.scheme
     rows, stack = message.grid.rows, len(message.shape) == 3
     fits = stack or (message.shape[-2] % rows == 0 if rows else all(p.scale.equal(parts[0].scale) for p in parts))
     if not fits or (message.part.flipped and not stack):

@@ -12,8 +12,11 @@ from ..scaled import FP8_DTYPES, TENSOR, FP8GemmOptions, Granularity, ScaledTens
 from .geometry import Layout
 from .home import Home
 from .kept import unwatch, watch
+from .managed import manager, padded_share, tell
 from .packed import quantized
 from .persistence import hooked, install_hooks, remove_hooks
+from .sharding import held
+from .shares import is_split, like, share, whole
 from .stored import Stored, lock
 from .weight import FP8Weight
 
@@ -35,6 +38,8 @@ def convert(
 ) -> FP8Weight:
     """Replaces the parameter ``name`` of ``module`` by an FP8Weight; the module stays the same object.
 
+    If the parameter is a DTensor, the result is this rank's part, in a DTensor with the same placements.
+
     Args:
         turned: the parameter is transposed, ``[K, N]`` or ``[E, K, N]``.
         layout: how it lies in memory, where ``turned`` is not enough.
@@ -48,8 +53,7 @@ def convert(
     """
     new = made(module, name, options, turned=turned, layout=layout, weight=weight, input_scale=input_scale)
     put(module, name, new, kind)
-    assert isinstance(new, FP8Weight)
-    return new
+    return held(new)  # type: ignore[no-any-return]
 
 
 def made(
@@ -62,37 +66,43 @@ def made(
     weight: ScaledTensor | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> Any:
-    """The parameter that ``convert`` would install; the module is not changed."""
+    """The parameter that ``convert`` would install; the module is not changed.
+
+    A DTensor is gathered and quantized as a whole, which is a collective call; each rank keeps its own part.
+    """
     parameter = module._parameters.get(name)
     if parameter is None or not parameter.dtype.is_floating_point or parameter.dtype in FP8_DTYPES:
         found = f"no {name} parameter" if parameter is None else f"a {name} in {parameter.dtype}"
         raise ValueError(
             f"an FP8 weight is made from a floating-point parameter, found {found} in {type(module).__name__}"
         )
-    if isinstance(parameter, FP8Weight):
+    if isinstance(held(parameter), FP8Weight):
         raise ValueError(f"{name} of {type(module).__name__} is in FP8 already")
     layout = layout or Layout.of(parameter.shape, turned=turned)
-    values = parameter.detach()
-    plain = layout.plain(values if layout.folded is None else values.contiguous())
-    if weight is not None and tuple(weight.shape) != tuple(plain.shape):
-        raise ValueError(f"the layer's {name} has shape {tuple(plain.shape)}, found {tuple(weight.shape)}")
-    given = weight is not None
-    scheme = options.resolved_scheme if given else scheme_for(options, name, tuple(plain.shape))
+    if weight is not None and tuple(weight.shape) != layout.shape:
+        raise ValueError(f"the layer's {name} has shape {layout.shape}, found {tuple(weight.shape)}")
+    given, split = weight is not None, is_split(parameter)
+    scheme = options.resolved_scheme if given else scheme_for(options, name, layout.shape)
     home = Home(options, layout, scheme=scheme, input_scale=input_scale, trains=parameter.requires_grad)
     home.owned = True
-    if weight is None and (parameter.is_meta or options.materialize_fp8_on_wrap):
-        weight = quantized(plain, options, scheme, parameter.device)
     if weight is None:
-        home.dense = parameter.detach().contiguous()
-    else:
-        home.stored = Stored(weight)
-        if weight.device.type != "meta":
-            home.form(parameter.dtype)  # raises where no engine can
-    if not given and not parameter.is_meta:
+        values = whole(parameter).detach()
+        if split or parameter.is_meta or options.materialize_fp8_on_wrap:
+            plain = layout.plain(values if layout.folded is None else values.contiguous())
+            weight = quantized(plain, options, scheme, values.device)
+        else:
+            home.dense = values.contiguous()
+    home.stored = None if weight is None else Stored(weight)
+    new: Any = FP8Weight(home, parameter.dtype)
+    divide = share if manager(module, name) is None else padded_share
+    new = divide(new, parameter) if split else new.as_parameter()
+    home = held(new)._home
+    if home.stored is not None and not home.is_meta and 0 not in home.layout.shape:
+        home.form(parameter.dtype)  # raises where no engine can
+    if not given and not split and not parameter.is_meta:
         home.keep(parameter)
-    new = FP8Weight(home, parameter.dtype)
     new.__dict__.update(_attributes(parameter))
-    return new.as_parameter()
+    return new
 
 
 class Change:
@@ -113,9 +123,9 @@ class Change:
         after each step."""
         for place in self.places:
             place.put(parameter)
-        assert isinstance(parameter, FP8Weight)
-        watch(parameter._home.original)
-        if not _costs_nothing(self.former, parameter._home):
+        home = held(parameter)._home
+        watch(home.original)
+        if not _costs_nothing(self.former, home):
             self.former = None
 
     def undo(self) -> bool:
@@ -142,6 +152,7 @@ class _Before:
         module, kind = self.module, self.kind
         install_hooks(module)
         module._parameters[self.name] = parameter
+        tell(module, self.name)
         if kind is not None and type(module) is not kind:
             module.__dict__[_FORMER] = type(module)
             module.__dict__["_bound"] = {}
@@ -150,6 +161,7 @@ class _Before:
     def put_back(self, parameter: nn.Parameter) -> None:
         module = self.module
         module._parameters[self.name] = parameter
+        tell(module, self.name)
         module.__class__ = self.former_kind
         for key in _OWN:
             module.__dict__.pop(key, None)
@@ -187,6 +199,8 @@ def revert(module: nn.Module, name: str) -> bool:
 def _dense(weight: Any) -> tuple[Any, bool]:
     """The original of a weight, including later writes, or else a dequantized parameter; and whether it is the
     original. Repeated calls return the same object until the weight is written to."""
+    if is_split(weight):
+        return like(weight, held(weight).dequantize()), False
     home = weight._home
     with lock():
         if home.returned is None or home.returned[0] != home.version or home.pending:
@@ -216,7 +230,7 @@ def _made_dense(weight: Any) -> tuple[Any, bool]:
 
 def leave(module: nn.Module) -> None:
     """Restores the former class of a module that has no FP8 weight left, and removes its hooks."""
-    if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
+    if any(isinstance(held(parameter), FP8Weight) for parameter in module._parameters.values()):
         return
     former = module.__dict__.get(_FORMER)
     if former is not None:

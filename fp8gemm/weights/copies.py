@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from .. import native
-from ..scaled import Granularity, ScaledTensor, Scheme
+from ..scaled import Granularity, ScaledTensor
 from .dispatch import FUNCTIONS, OPERATIONS, implements
-from .geometry import Layout, Part, swapped
+from .geometry import Layout, Part
 from .home import Home
-from .sharding import Sharded, refined, shard_scheme
+from .sharding import Sharded, refined
+from .shares import part_scheme
 from .stored import Stored, lock
 from .weight import FP8Weight
 
 aten = torch.ops.aten
 COPIES_ARE_DENSE = "_copies_are_dense"  # attribute of views that cannot be copied as bytes on all ranks
+BLOCKS_OF_COPIES = "_blocks_of_copies"  # attribute of views whose copies have smaller scale blocks, on all ranks
 
 
 @implements(FUNCTIONS, torch.Tensor.detach)
@@ -55,7 +56,7 @@ def _to_copy(
     home, dtype = weight._home, dtype or weight.dtype
     device = weight.device if device is None else torch.device(device)
     unmoved = device == weight.device
-    if _is_8_bits(dtype):
+    if is_8_bits(dtype):
         dtype = weight.dtype
     if not dtype.is_floating_point or (not unmoved and not weight.is_whole()):
         return NotImplemented
@@ -67,7 +68,7 @@ def _to_copy(
         return weight.like(home=_cast_home(home, dtype), dtype=dtype).fresh()
 
 
-def _is_8_bits(dtype: Any) -> bool:
+def is_8_bits(dtype: Any) -> bool:
     """Whether a dtype has 8 bits. Such a cast is ignored: the weight is FP8 already and would lose its scales."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
 
@@ -92,9 +93,9 @@ for _method in ("to", "type", "half", "bfloat16", "float", "double", "cpu", "cud
 
 def _or_its_own(asked: Any, weight: FP8Weight) -> Any:
     """In an argument of ``Tensor.to``, the weight's own dtype in place of an FP8 dtype."""
-    if isinstance(asked, torch.Tensor) and _is_8_bits(asked.dtype):
+    if isinstance(asked, torch.Tensor) and is_8_bits(asked.dtype):
         return torch.empty((), dtype=weight.dtype, device=asked.device)
-    return weight.dtype if _is_8_bits(asked) else asked
+    return weight.dtype if is_8_bits(asked) else asked
 
 
 def _alias(weight: FP8Weight) -> FP8Weight:
@@ -154,7 +155,7 @@ def _with_original(home: Home, twin: Home, dtype: torch.dtype, device: torch.dev
     return twin
 
 
-def _taken(
+def part_taken(
     weight: FP8Weight, *, to_write: bool = False, grid: Granularity | None = None
 ) -> tuple[ScaledTensor, Part] | None:
     stored, part = weight._home.settle(), weight.part()
@@ -165,7 +166,7 @@ def _taken(
     return None if taken is None else (taken, part)
 
 
-def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype) -> FP8Weight:
+def own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype) -> FP8Weight:
     """A separate weight with these bytes, in the orientation of the view they come from."""
     layout = Layout(tuple(scaled.shape), turned=part.flipped)
     if tuple(weight.size()) == weight._home.layout.folded:
@@ -173,94 +174,34 @@ def _own(weight: FP8Weight, scaled: ScaledTensor, part: Part, dtype: torch.dtype
     return FP8Weight(weight._home.copy(Stored(scaled), layout), dtype)
 
 
+def with_smaller_blocks(weight: FP8Weight) -> FP8Weight:
+    """A copy of a view that was given smaller blocks; other weights themselves."""
+    grid = weight.__dict__.get(BLOCKS_OF_COPIES)
+    if grid is None or (found := part_taken(weight, grid=grid)) is None:
+        return weight
+    separate = own(weight, found[0].clone(), found[1], weight.dtype)
+    separate._home.scheme = part_scheme(weight._home.scheme, grid)
+    return separate
+
+
 @implements(OPERATIONS, aten.clone.default)
 def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
+    if BLOCKS_OF_COPIES in weight.__dict__:
+        return with_smaller_blocks(weight)
     home = weight._home
     if home.stored is not None and weight.is_whole() and home.settle() is not None:
         return weight.like(home=_with_original(home, home.copy(), weight.dtype, None))
-    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
+    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else part_taken(weight)
     if taken is None:
         return NotImplemented
     scaled, part = taken
-    own = _own(weight, scaled.clone(), part, weight.dtype)
+    separate = own(weight, scaled.clone(), part, weight.dtype)
     if home.original is not None and not home.follows:  # so that a write to the copy is as exact as one to the weight
         values = home.original.detach()
         values = part.cut(home.layout.plain(values))
         values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
-        own._home.hold_original(torch.nn.Parameter(values, home.original.requires_grad))
-    return own
-
-
-@implements(OPERATIONS, aten.empty_like.default)
-def _empty_like(
-    weight: FP8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **others: Any
-) -> Any:
-    """An empty FP8 weight of the same shape, for ``to_empty``. Pending writes stay pending."""
-    part = weight.part()
-    if part is None or (dtype is not None and (not dtype.is_floating_point or _is_8_bits(dtype))):
-        return NotImplemented
-    if COPIES_ARE_DENSE in weight.__dict__:
-        return NotImplemented
-    folded = tuple(weight.shape) == weight._home.layout.folded
-    shape = weight._home.layout.shape if folded else swapped(weight.shape, part.flipped)
-    if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
-        return NotImplemented
-    where = weight.device if device is None else torch.device(device)
-    blank = _blank(weight._home, shape, where)
-    return _own(weight, blank, part, dtype or weight.dtype).fresh()
-
-
-def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Scheme | None = None) -> ScaledTensor:
-    grid = (scheme or home.scheme).weight
-    data = torch.zeros(shape, dtype=torch.uint8, device=device).view(home.options.weight_dtype)
-    return ScaledTensor(data, torch.ones(grid.scale_shape(shape), dtype=torch.float32, device=device), grid)
-
-
-@implements(OPERATIONS, aten.new_zeros.default)
-def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
-    """An empty weight for FSDP2: some rows of a matrix, or some experts of a stack."""
-    home, part, size = weight._home, weight.part(), tuple(size)
-    flipped = len(size) == 3 and home.layout.turned
-    if len(size) != weight.dim() or dtype not in (None, weight.dtype) or home.layout.folded is not None:
-        return NotImplemented
-    if (part is None and weight.numel()) or (part is not None and part.flipped != flipped):
-        return NotImplemented
-    scheme = home.scheme
-    if 0 in size:  # DTensor's shard on a rank that holds nothing
-        if COPIES_ARE_DENSE in weight.__dict__ or sum(a != b for a, b in zip(size, weight.shape, strict=True)) > 1:
-            return NotImplemented
-    elif size[1:] != tuple(weight.shape)[1:] or (len(size) == 2 and home.layout.turned):
-        return NotImplemented
-    elif len(size) == 2 and size != home.layout.size:
-        scheme = shard_scheme(scheme, weight.shape[0], size[0])
-    *experts, a, b = size
-    layout = Layout((*experts, b, a) if flipped else size, flipped)
-    blank = _blank(home, layout.shape, weight.device if device is None else torch.device(device), scheme)
-    if 0 not in size and 4 * math.prod(blank.scale.shape[1:]) > math.prod(size[1:]):
-        return NotImplemented  # the scales of uneven shards must fit into their rows
-    twin = home.copy(Stored(blank), layout)
-    twin.scheme = scheme
-    return FP8Weight(twin, weight.dtype)
-
-
-@implements(OPERATIONS, aten.constant_pad_nd.default)
-def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
-    """Pads with zeros after the last rows or columns, as DTensor does to make shards even."""
-    home = weight._home
-    taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else _taken(weight)
-    nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
-    if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0 or home.layout.folded is not None:
-        return NotImplemented
-    flipped = home.layout.turned if taken is None else taken[1].flipped
-    behind = [*pad[1::2], 0, 0, 0][: weight.dim()][::-1]  # one number per dimension
-    padded = [size + more for size, more in zip(weight.shape, behind, strict=True)]
-    blank = _blank(home, swapped(padded, flipped), weight.device)
-    if taken is None:
-        return FP8Weight(home.copy(Stored(blank), Layout(tuple(blank.shape), flipped)), weight.dtype)
-    scaled, part = taken
-    for whole, some in ((blank.data.view(torch.uint8), scaled.data.view(torch.uint8)), (blank.scale, scaled.scale)):
-        whole[tuple(map(slice, some.shape))] = some
-    return _own(weight, blank, part, weight.dtype)
+        separate._home.hold_original(torch.nn.Parameter(values, home.original.requires_grad))
+    return separate
 
 
 @implements(OPERATIONS, aten.copy_.default)
@@ -290,7 +231,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
         return NotImplemented  # pending writes: copy their values, so that each is rounded only once
     if torch.compiler.is_compiling() or watched_by_a_mode():
         return _copy_in_place(target, source)
-    there, here = _taken(source, grid=grid), _taken(target, to_write=True)
+    there, here = part_taken(source, grid=grid), part_taken(target, to_write=True)
     if there is None or here is None or there[1].flipped != here[1].flipped:
         return NotImplemented
     write_part(target, there[0])

@@ -128,6 +128,19 @@ class FP8Entry(torch.Tensor):
         self.__dict__.clear()
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
+    def __create_chunk_list__(self) -> list[Any]:
+        """What torch.distributed.checkpoint has to load: all bytes, into memory that is not the model's."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        with torch._C.DisableTorchFunctionSubclass():
+            if _is_codes(self):
+                _take_bytes(self, self.as_subclass(torch.Tensor))
+            return [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.size())]
+
+    def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor) if _is_codes(self) else _become_dense(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as a plain tensor: a file has the scales beside it."""
         with torch._C.DisableTorchFunctionSubclass():

@@ -14,13 +14,39 @@ from torch import nn
 from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
 from .home import Home
+from .sharding import Gathered, held, whole_scheme
+from .shares import is_split, like
+from .split_state import Entry, entries, loaded, whole_layout
 from .stored import Stored
 from .weight import FP8Weight
+
+# torch.distributed.checkpoint.state_dict looks for an attribute for each key of a state dict. It asks a method of this
+# name for another attribute, which has the first.
+_NAMES, _SCALES = "_fqn_modifiers", "_fp8gemm_scales"
+
+
+class _Scales:
+    """An object that seems to have all scales as attributes."""
+
+    def __getattr__(self, name: str) -> None:
+        if not name.endswith("_scale"):
+            raise AttributeError(name)
+
+
+class _NamesOfScales(dict[str, str]):
+    def get(self, name: Any, default: Any = None) -> Any:
+        return _SCALES if str(name).endswith("_scale") else default
+
+
+def _names_of_scales() -> dict[str, str]:
+    return _NamesOfScales()
 
 
 def install_hooks(module: nn.Module) -> None:
     """Registers the hooks that save and load the FP8 weights of ``module``."""
     if not hooked(module):
+        if not hasattr(module, _NAMES):
+            module.__dict__.update({_NAMES: _names_of_scales, _SCALES: _Scales()})
         module.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
@@ -32,8 +58,10 @@ def hooked(module: nn.Module) -> bool:
 
 def remove_hooks(module: nn.Module) -> None:
     """Undoes ``install_hooks`` once the module has no FP8 weight left."""
-    if any(isinstance(parameter, FP8Weight) for parameter in module._parameters.values()):
+    if any(isinstance(held(parameter), FP8Weight) for parameter in module._parameters.values()):
         return
+    for name in (_NAMES, _SCALES):
+        module.__dict__.pop(name, None)
     for key in [key for key, hook in module._state_dict_hooks.items() if hook is _save]:
         del module._state_dict_hooks[key]
     hooks = module._load_state_dict_pre_hooks
@@ -54,22 +82,30 @@ def input_scale_key(key: str) -> str:
 
 
 def _save(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    """Replaces each FP8 weight in the state dict by its bytes, followed by its scales."""
-    ours = {prefix + name: weight for name, weight in own_weights(module) if prefix + name in state}
-    if not ours:
+    """Replaces each FP8 weight in the state dict by its bytes, followed by its scales.
+
+    With ``keep_vars=True`` a state dict has the parameters themselves, which torch.distributed.pipelining looks for.
+    """
+    parameters = {prefix + name: parameter for name, parameter in module._parameters.items()}
+    ours = {key: p for key, p in parameters.items() if isinstance(held(p), FP8Weight) and key in state}
+    if not ours or any(state[key] is parameter for key, parameter in ours.items()):
         return
     after = list(state.items())
     start = next(place for place, (key, _) in enumerate(after) if key in ours)
     for key, _ in after[start:]:
         del state[key]
     for key, value in after[start:]:
-        weight = ours.get(key)
-        if weight is None or not isinstance(value, FP8Weight):
+        parameter = ours.get(key)
+        if parameter is None or not isinstance(held(value), FP8Weight):
             state[key] = value
             continue
-        entry = FP8Entry.of(weight)
-        state[key] = entry
-        state[key + "_scale"] = entry.scale.detach()
+        weight: FP8Weight = held(parameter)
+        if is_split(parameter):
+            state.update(entries(parameter, key))
+        else:
+            entry = FP8Entry.of(weight)
+            state[key] = entry
+            state[key + "_scale"] = entry.scale.detach()
         if weight._home.input_scale is not None:
             state[input_scale_key(key)] = weight._home.input_scale.detach()
 
@@ -86,8 +122,11 @@ def _load(
 ) -> None:
     """Prepares the entries of the state dict for nn.Module: FP8 weights, or dense values, which are quantized later."""
     assign = bool(metadata.get("assign_to_params_buffers", False))
-    for name, weight in own_weights(module):
-        key = prefix + name
+    for name, parameter in module._parameters.items():
+        weight: FP8Weight = held(parameter)
+        if not isinstance(weight, FP8Weight):
+            continue
+        key, split = prefix + name, is_split(parameter)
         data, scale = state.get(key), state.pop(key + "_scale", None)
         input_scale = state.pop(input_scale_key(key), None)
         if data is None:
@@ -96,14 +135,21 @@ def _load(
             continue
         if isinstance(data, FP8Entry) and (scale is None or data.dtype not in FP8_DTYPES):
             data = data.handed_over()  # it has its scale
-        codes = data.dtype in FP8_DTYPES and not isinstance(data, FP8Weight)
+        codes = isinstance(held(data), Entry) or (data.dtype in FP8_DTYPES and not isinstance(data, FP8Weight))
         if codes and scale is None:
             missing.append(key + "_scale")
-        problem = _problem(weight, key, data, scale if codes else None, assign)
+        problem = _problem(parameter, key, data, scale if codes else None, assign)
         if problem:
             errors.append(problem)
         if problem or (codes and scale is None):
-            state[key] = weight.like()  # the weight itself: it stays unchanged
+            # the weight itself: it stays unchanged
+            state[key] = parameter.detach() if split else weight.like()  # type: ignore[union-attr]
+            continue
+        if split:
+            part = loaded(parameter, data, scale, input_scale)
+            if not assign:
+                weight.data = part
+            state[key] = like(parameter, part if assign else weight)
             continue
         if codes:
             data = _loaded(weight, data, scale, input_scale, assign)
@@ -118,12 +164,16 @@ def _load(
             state[key] = weight.like()
 
 
-def _problem(weight: FP8Weight, key: str, data: torch.Tensor, scale: torch.Tensor | None, assign: bool) -> str:
+def _problem(parameter: Any, key: str, data: torch.Tensor, scale: torch.Tensor | None, assign: bool) -> str:
     """Why an entry of a state dict does not fit; empty if it does."""
-    if tuple(data.shape) != tuple(weight.shape):
-        return f"size mismatch for {key}: the layer has {tuple(weight.shape)}, the state dict {tuple(data.shape)}."
+    if tuple(data.shape) != tuple(parameter.shape):
+        return f"size mismatch for {key}: the layer has {tuple(parameter.shape)}, the state dict {tuple(data.shape)}."
+    weight = held(parameter)
     home = weight._home
-    expected = home.scheme.weight.scale_shape(home.layout.shape)
+    if isinstance(home, Gathered):
+        return f"{key} is gathered from all ranks: call model.reshard() before load_state_dict."
+    shape = whole_layout(parameter).shape if is_split(parameter) else home.layout.shape
+    expected = whole_scheme(home.scheme).weight.scale_shape(shape)
     if scale is not None and tuple(scale.shape) != expected:
         return (
             f"size mismatch for {key}_scale: scheme {home.scheme} has {expected}, the state dict {tuple(scale.shape)}; "

@@ -47,13 +47,18 @@ def shard_scheme(scheme: Scheme, n: int, rows: int) -> Scheme:
 
 
 def refined(weight: ScaledTensor, grid: Granularity) -> ScaledTensor:
-    """The same bytes with each scale repeated for the smaller row blocks of ``grid``."""
-    if weight.granularity == grid or grid.rows is None:
+    """The same bytes with each scale repeated for the smaller blocks of ``grid``."""
+    if weight.granularity == grid:
         return weight
-    n = weight.shape[-2]
-    times = weight.granularity.block(weight.shape)[0] // grid.rows
-    scale = weight.scale.repeat_interleave(times, dim=-2)[..., : -(-n // grid.rows), :]
-    return ScaledTensor(weight.data, scale.contiguous(), grid)
+    return ScaledTensor(weight.data, repeated(weight.scale, weight.shape, weight.granularity, grid), grid)
+
+
+def repeated(scale: torch.Tensor, shape: tuple[int, ...], old: Granularity, new: Granularity) -> torch.Tensor:
+    """One value per block of a weight of this shape, repeated for smaller blocks."""
+    for dim, wide, narrow in zip((-2, -1), old.block(shape), (new.rows, new.cols), strict=True):
+        if narrow is not None and narrow != wide:
+            scale = scale.repeat_interleave(-(-wide // narrow), dim=dim).narrow(dim, 0, -(-shape[dim] // narrow))
+    return scale.contiguous()
 
 
 def coarsened(weight: ScaledTensor, scheme: Scheme) -> ScaledTensor:
@@ -141,6 +146,9 @@ class Shardable:
         Where some rank holds fewer rows, torch requires every tensor to have the size of the padded shard: the scales
         then are at the beginning of each row of a second tensor.
         """
+        from .managed import refuse_smaller_mesh
+
+        refuse_smaller_mesh(module, mesh)
         home = self._home
         home.owned = True
         stored = home.settle()

@@ -1,0 +1,23 @@
+"""The example of tensor parallelism, as its first lines say to run it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tensor_parallel.py"
+
+
+def test_it_runs_on_two_processes() -> None:
+    command = re.search(r"^torchrun (--nproc-per-node 2) examples/tensor_parallel\.py$", EXAMPLE.read_text(), re.M)
+    assert command is not None
+    run = [sys.executable, "-m", "torch.distributed.run", *command[1].split(), str(EXAMPLE)]
+    told = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert told.returncode == 0, told.stderr
+    found = re.findall(r"rank (\d): (\d+) of (\d+) bytes in FP8, relative error of the logits (\S+)", told.stdout)
+    assert sorted(rank for rank, *_ in found) == ["0", "1"], told.stdout
+    for _, here, everywhere, error in found:
+        assert int(everywhere) / 2 <= int(here) < 0.51 * int(everywhere)  # ranks have some scales in common
+        assert float(error) < 1e-5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError
@@ -69,7 +70,8 @@ def tell(module: nn.Module, name: str) -> None:
     found, parameter = manager(module, name), module._parameters[name]
     if found is None or parameter is found.sharded_param:
         return
-    found._sharded_param_data = parameter._local_tensor.detach().view(-1)  # type: ignore[union-attr]
+    # Nothing that could have the same memory as the new shard: FSDP2 then pads it.
+    found._sharded_param_data = torch.empty(0, dtype=torch.uint8, device="cpu")
     found.reset_sharded_param()
     found._init_extensions()
     found.all_gather_outputs = []

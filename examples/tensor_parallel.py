@@ -39,7 +39,6 @@ def main() -> None:
     if mesh.get_rank() == 0:
         save_checkpoint(whole, folder[0])
     dist.barrier()
-
     with torch.device("meta"):
         model = llama()
     split(model, mesh)
@@ -52,7 +51,8 @@ def main() -> None:
     here = sum(part.nbytes for part in parts if isinstance(part, FP8Weight))
     everywhere = sum(layer.weight.nbytes for layer in whole.model.layers.modules() if hasattr(layer, "in_features"))
     error = ((found - expected).norm() / expected.norm()).item()
-    print(f"rank {mesh.get_rank()}: {here} of {everywhere} bytes in FP8, relative error of the logits {error:.0e}")
+    if mesh.get_rank() == 0:
+        print(f"rank 0 of {mesh.size()}: {here} of {everywhere} bytes in FP8, relative error of the logits {error:.0e}")
     dist.destroy_process_group()
 
 

@@ -40,7 +40,7 @@ class Entry(FP8Weight):
         twin = Entry(home or self._home, dtype or self.dtype)
         twin._bytes = self._bytes if home is None else home.layout.shaped(home.scaled().data)
         twin._runs = self._runs
-        return twin  # type: ignore[return-value]
+        return twin
 
     @staticmethod
     def of(weight: FP8Weight, parameter: Any) -> Entry:
@@ -55,7 +55,7 @@ class Entry(FP8Weight):
         entry = Entry(own, weight.dtype)
         entry._bytes = own.layout.shaped(scaled.data)
         entry._runs = [along(parameter, dim)[0] for dim in range(parameter.dim())]
-        return entry  # type: ignore[return-value]
+        return entry
 
     def __create_write_items__(self, key: str, whole: Any) -> list[Any]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties

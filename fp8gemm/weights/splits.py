@@ -25,6 +25,8 @@ def _splitting(func: Any) -> Callable[..., Any]:
     def split(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
         """Views of the weight. If some start inside a scale block, copies of all of them have smaller blocks or, where
         no engine runs those, are dense: ranks agree, as each sees all views."""
+        if torch.distributed.is_initialized() and weight._home.stored is None and not weight.is_meta:
+            weight.scaled()  # quantized as a whole, not later on each rank
         views = OPERATIONS[None](func, (weight, *args), kwargs)
         if torch.distributed.is_initialized() and not all(map(begins_a_block, views)):
             grid = _blocks_of_all(weight, views)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from ranks import Case, Cases, Rank
@@ -17,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm, report
+from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm, report, warmup
 from fp8gemm.weights import FP8Weight
 
 cases = Cases("Tensor parallelism")
@@ -72,6 +74,27 @@ def _(rank: Rank) -> None:
             enable_fp8_gemm(model, options=FP8GemmOptions(scheme=scheme))
             check_halves(rank, model, mlp(rank, n, scheme, dtype=dtype), tokens(rank, dtype))
             assert {row.name for row in report(model).converted} == {"0", "2"}
+
+
+@cases.works("a model that quantizes at its first call, copies, casts and state dicts of a split one")
+def _(rank: Rank) -> None:
+    one, x = mlp(rank), tokens(rank)
+    lazy = FP8GemmOptions(materialize_fp8_on_wrap=False)
+    model = parallel(rank, enable_fp8_gemm(dense_mlp(rank), options=lazy))
+    close(model(x), one(x))
+    assert warmup(model, tokens=[1]) == 2
+    for twin in (copy.deepcopy(model), parallel(rank, enable_fp8_gemm(dense_mlp(rank)).double()).float()):
+        close(twin(x), one(x))
+        assert type(twin[2].weight.to_local()) is FP8Weight
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for given in (state, one.state_dict(), dense_mlp(rank).state_dict()):
+        for assign in (False, True):
+            twin = parallel(rank, mlp(rank, seed=3))
+            weights = {key: value for key, value in given.items() if "weight" in key}  # torch refuses dense biases
+            twin.load_state_dict(weights, strict=False, assign=assign)
+            for place in (0, 2):
+                assert values(twin[place].weight.full_tensor()).equal(one[place].weight.dequantize())
+                assert type(twin[place].weight.to_local()) is FP8Weight
 
 
 @cases.works("uneven shards")

@@ -26,9 +26,8 @@ def llama() -> transformers.PreTrainedModel:
 
 
 def split(model: transformers.PreTrainedModel, mesh: DeviceMesh) -> None:
-    columns = {f"model.layers.*.*.{name}": ColwiseParallel() for name in BY_COLUMNS}
-    rows = {f"model.layers.*.*.{name}": RowwiseParallel() for name in BY_ROWS}
-    parallelize_module(model, mesh, {**columns, **rows})
+    plan = {name: ColwiseParallel() for name in BY_COLUMNS} | {name: RowwiseParallel() for name in BY_ROWS}
+    parallelize_module(model, mesh, {f"model.layers.*.*.{name}": style for name, style in plan.items()})
 
 
 def main() -> None:

@@ -60,8 +60,8 @@ def remove_hooks(module: nn.Module) -> None:
     """Undoes ``install_hooks`` once the module has no FP8 weight left."""
     if any(isinstance(held(parameter), FP8Weight) for parameter in module._parameters.values()):
         return
-    for name in (_NAMES, _SCALES):
-        module.__dict__.pop(name, None)
+    if module.__dict__.get(_NAMES) is _names_of_scales:
+        del module.__dict__[_NAMES], module.__dict__[_SCALES]
     for key in [key for key, hook in module._state_dict_hooks.items() if hook is _save]:
         del module._state_dict_hooks[key]
     hooks = module._load_state_dict_pre_hooks

@@ -42,7 +42,7 @@ def _blocks_of_all(weight: FP8Weight, views: list[FP8Weight]) -> Granularity | N
     home, parts = weight._home, [view.part() for view in views]
     n, k = home.layout.matrix
     runs = [[(p.rows[0], sum(p.rows)) for p in parts if p], [(p.cols[0], sum(p.cols)) for p in parts if p]]
-    if None in parts or len(home.layout.shape) != 2:
+    if None in parts or home.layout.folded is not None:
         return None
     whole = home.scheme.weight
     grid = Granularity(finer(whole.rows, runs[0], n), finer(whole.cols, runs[1], k))

@@ -157,6 +157,13 @@ def _(rank: Rank) -> None:
                 assert values(replaced.full_tensor()).equal(expected), where
 
 
+def test_nccl_is_reported() -> None:
+    """The tests of this folder run over NCCL as well, where there are GPUs for as many ranks."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"NCCL needs two GPUs, found {torch.cuda.device_count()}: several processes met over gloo only")
+    assert torch.distributed.is_nccl_available()
+
+
 @pytest.mark.parametrize("case", cases.all(), ids=str)
 def test_collectives(case: Case, world: int, backend: str) -> None:
     case.check(world, backend)

@@ -20,11 +20,11 @@ cases = Cases("Experts")
 class Experts(nn.Module):
     """Experts ``[E, N, K]``, or ``[E, K, N]`` if they are turned."""
 
-    def __init__(self, rank: Rank, count: int, turned: bool = False) -> None:
+    def __init__(self, rank: Rank, count: int, turned: bool = False, size: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        size = (count, 64, 96) if turned else (count, 96, 64)
-        self.stack = nn.Parameter(torch.randn(size, dtype=torch.bfloat16).to(rank.device), requires_grad=False)
+        shape = (count, size or 64, size or 96) if turned else (count, size or 96, size or 64)
+        self.stack = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16).to(rank.device), requires_grad=False)
         self.turned = turned
 
     def patched(self, scheme: str) -> Experts:
@@ -55,6 +55,24 @@ def _(rank: Rank) -> None:
                 for _ in range(2):
                     assert model(x).equal(one(x)), (count, turned, scheme)
                 assert local.activity.dequantizations == 0
+
+
+@cases.works("stacks split by rows or columns within each expert, patched before or after")
+def _(rank: Rank) -> None:
+    for scheme in ("row", "tensor", "block"):
+        for turned in (False, True):
+            for dim in (1, 2):
+                for patch_first in (True, False):
+                    one, model = Experts(rank, 3, turned, size=192).patched(scheme), Experts(rank, 3, turned, size=192)
+                    model = model.patched(scheme) if patch_first else model
+                    placed = distribute_tensor(model.stack, mesh(rank), [Shard(dim)])
+                    model.stack = nn.Parameter(placed, requires_grad=False)
+                    model = model if patch_first else model.patched(scheme)
+                    local, mine = model.stack.to_local(), [slice(None), slice(None), slice(None)]
+                    mine[dim] = rows_of(192, rank)
+                    assert type(local) is FP8Weight, (scheme, turned, dim, patch_first)
+                    assert local.dequantize().equal(one.stack.dequantize()[tuple(mine)])
+                    assert local.numel() * rank.world == one.stack.numel()
 
 
 class Mixture(nn.Module):

@@ -204,9 +204,9 @@ def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:
     weight, layout = place.module._parameters[place.parameter], place.role.layout
     assert weight is not None
     assert layout is not None
+    if reason := refusal(place.module, place.parameter, layout):
+        return reason
     if is_split(weight):
-        if reason := refusal(place.module, place.parameter):
-            return reason
         if options.fp16_weight_storage != "discard":
             return "its weight is split among ranks, which keep no originals: use fp16_weight_storage='discard'"
     elif is_traceable_wrapper_subclass(weight):

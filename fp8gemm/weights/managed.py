@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from .geometry import Layout
 from .shares import along, device_of, like
 from .weight import FP8Weight
 
@@ -21,25 +22,29 @@ _USED = ("sharded_param", "reset_sharded_param", "_init_extensions", "_sharded_p
 def manager(module: nn.Module, name: str) -> Any:
     """FSDP2's record of a parameter, or None; FSDP2 leaves a hook on the module that refers to it."""
     for hook in getattr(module, "_load_state_dict_post_hooks", {}).values():
-        for cell in getattr(hook, "__closure__", None) or ():
-            found = cell.cell_contents
-            if type(found).__name__ == "FSDPParam" and found._module_info.param_name == name:
-                return found
+        names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+        if names != ("self",):
+            continue
+        found = hook.__closure__[0].cell_contents
+        if type(found).__name__ == "FSDPParam" and found._module_info.param_name == name:
+            return found
     return None
 
 
-def refusal(module: nn.Module, name: str) -> str:
+def refusal(module: nn.Module, name: str, layout: Layout) -> str:
     """Why a parameter that FSDP2 has sharded cannot become FP8; empty if it can."""
     found, parameter = manager(module, name), module._parameters[name]
     if found is None:
         return ""
-    split = [getattr(placement, "dim", None) for placement in parameter.placements]  # type: ignore[union-attr]
     if not all(hasattr(found, used) for used in _USED):
         return "FSDP2 of this torch has sharded its weight: patch the model before fully_shard"
     if parameter is not found.sharded_param:
         return "its weight is gathered at the moment: call reshard() of the FSDP2 module before patching"
+    split = [getattr(placement, "dim", None) for placement in parameter.placements]  # type: ignore[union-attr]
     if [dim for dim in split if dim is not None] != [0] or getattr(found, "pin_memory", False):
         return "its weight is split by FSDP2 and otherwise, or offloaded: patch the model before fully_shard"
+    if layout.folded is not None or (layout.turned and len(layout.shape) == 2) or layout.shape[-1] < 4:
+        return "FSDP2 shards weights that are transposed, folded or narrower than a scale in their dense dtype"
     return ""
 
 

@@ -15,8 +15,8 @@ from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
 from .home import Home
 from .sharding import Gathered, held, whole_scheme
-from .shares import is_split, like
-from .split_state import Entry, entries, loaded, whole_layout
+from .shares import is_split, like, whole_layout
+from .split_state import Entry, entries, loaded
 from .stored import Stored
 from .weight import FP8Weight
 

@@ -117,14 +117,21 @@ def spread(values: torch.Tensor, parameter: Any) -> nn.Parameter:
 
     former = parameter._local_tensor
     if isinstance(former, FP8Weight):
-        home = former._home
-        layout = Layout.of(values.shape, turned=home.layout.turned)
+        home, layout = former._home, whole_layout(parameter)
         own = Home(
             home.options, layout, dense=values.contiguous(), scheme=whole_scheme(home.scheme), trains=home.trains
         )
         return share(FP8Weight(own, former.dtype), parameter)
     placed = distribute_tensor(values.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
     return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+
+def whole_layout(parameter: Any) -> Layout:
+    """The layout of the whole weight of which a rank holds a part."""
+    own = parameter._local_tensor._home.layout
+    if own.folded is None:
+        return Layout.of(parameter.shape, turned=own.turned)
+    return Layout((parameter.shape[0], own.shape[1]), own.turned, tuple(parameter.shape))
 
 
 def part_scheme(scheme: Scheme, grid: Granularity) -> Scheme:

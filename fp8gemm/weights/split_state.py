@@ -7,16 +7,17 @@ of ranks writes or reads them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, Granularity, ScaledTensor
-from .geometry import Layout
+from .geometry import Layout, swapped
 from .home import Home
 from .sharding import Sharded, held, repeated, whole_scheme
-from .shares import Runs, along, is_split, layout_of, like, parts_of, scales_of, share, spread, whole
+from .shares import Runs, along, is_split, layout_of, like, parts_of, scales_of, share, spread, whole, whole_layout
 from .stored import Stored
 from .weight import FP8Weight, Geometry
 
@@ -96,7 +97,10 @@ class Entry(FP8Weight):
 
 
 class Differing(torch.Tensor):
-    """Scales that should be the same on several ranks, and are not: they can be loaded into, but not saved."""
+    """Scales that should be the same on several ranks, and are not: they can be loaded into, but not saved.
+
+    What is made of them has no such class, but is NaN.
+    """
 
     _key: str
 
@@ -113,8 +117,8 @@ def _unpadded(weight: FP8Weight, scaled: ScaledTensor) -> ScaledTensor:
     part = weight.part()
     found = scaled if part is None or part.whole(weight._home.layout) else part.take(scaled)
     if 0 in weight.shape:
-        grid = scaled.granularity
-        shape = (*scaled.shape[:-2], 0, scaled.shape[-1]) if len(scaled.shape) == 2 else (0, *scaled.shape[1:])
+        grid, layout = scaled.granularity, weight._home.layout
+        shape = (0, *scaled.shape[1:]) if layout.folded is not None else swapped(weight.shape, layout.turned)
         blank = scaled.scale.new_ones(grid.scale_shape(shape))
         return ScaledTensor(scaled.data.view(torch.uint8).new_empty(shape).view(scaled.data.dtype), blank, grid)
     assert found is not None
@@ -153,14 +157,6 @@ def _scale(entry: Entry, parameter: Any, key: str) -> torch.Tensor:
     return _agreed(own, parts, home.scheme.weight, grid, layout, parameter, key)
 
 
-def whole_layout(parameter: Any) -> Layout:
-    """The layout of the whole weight of which a rank holds a part."""
-    own = held(parameter)._home.layout
-    if own.folded is None:
-        return Layout.of(parameter.shape, turned=own.turned)
-    return Layout((parameter.shape[0], own.shape[1]), own.turned, tuple(parameter.shape))
-
-
 def _placements(parameter: Any, layout: Layout, shape: tuple[int, ...]) -> list[Any]:
     """How scales are split that are split as the weight is; empty if ranks share some."""
     found = []
@@ -194,7 +190,7 @@ def _agreed(
     _largest(differs, mesh)
     scale = blank.to(own.device)
     if differs.item():
-        scale = scale.as_subclass(Differing)
+        scale = torch.full_like(scale, math.nan).as_subclass(Differing)
         scale._key = key
     return scale
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fp8gemm import disable_fp8_gemm, enable_fp8_gemm, load_checkpoint, report, save_checkpoint
 from fp8gemm.scaled import FP8GemmOptions
@@ -197,6 +198,28 @@ def _(rank: Rank) -> None:
             same(model(x), one(x))
         assert isinstance(model[0].weight, DTensor)
         assert {row.name for row in report(model).converted} == {"0", "2"}
+
+
+@cases.refuses("patching weights that FSDP2 holds gathered", "gathered at the moment: call reshard()")
+def _(rank: Rank) -> None:
+    model = fully_shard(dense_mlp(rank), reshard_after_forward=False)
+    model(tokens(rank))
+    enable_fp8_gemm(model)
+
+
+@cases.refuses("patching weights that FSDP2 has sharded on top of tensor parallelism", "before fully_shard")
+def _(rank: Rank) -> None:
+    grid = init_device_mesh(rank.device.type, (1, rank.world), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(dense_mlp(rank), grid["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    enable_fp8_gemm(fully_shard(model, mesh=grid["dp"]))
+
+
+@cases.refuses("loading a state dict into gathered weights", "call model.reshard() before load_state_dict")
+def _(rank: Rank) -> None:
+    model = fully_shard(mlp(rank), reshard_after_forward=False)
+    state = model.state_dict()
+    model(tokens(rank))
+    model.load_state_dict(state)
 
 
 @cases.works("an FP8 checkpoint straight into the shards of a model on meta")

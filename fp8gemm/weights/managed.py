@@ -40,7 +40,7 @@ def refusal(module: nn.Module, name: str, layout: Layout) -> str:
         return "FSDP2 of this torch has sharded its weight: patch the model before fully_shard"
     if parameter is not found.sharded_param:
         return "its weight is gathered at the moment: call reshard() of the FSDP2 module before patching"
-    split = [getattr(placement, "dim", None) for placement in parameter.placements]  # type: ignore[union-attr]
+    split = [getattr(placement, "dim", None) for placement in parameter.placements]
     if [dim for dim in split if dim is not None] != [0] or getattr(found, "pin_memory", False):
         return "its weight is split by FSDP2 and otherwise, or offloaded: patch the model before fully_shard"
     if layout.folded is not None or (layout.turned and len(layout.shape) == 2) or layout.shape[-1] < 4:

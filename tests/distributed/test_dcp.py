@@ -145,6 +145,25 @@ def _(rank: Rank) -> None:
                 assert {key: (found.size, found.properties.dtype) for key, found in files.items()} == expected
 
 
+@cases.works("state dicts on the CPU (StateDictOptions)")
+def _(rank: Rank) -> None:
+    for shard in (fsdp, parallel):
+        model = shard(mlp(rank, 512, "block"), group(rank, rank.world))
+        away = get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
+        dcp.save(away, checkpoint_id=rank.folder / shard.__name__)
+        again = shard(mlp(rank, 512, "block", seed=3), group(rank, rank.world))
+        state = get_model_state_dict(again)
+        dcp.load(state, checkpoint_id=rank.folder / shard.__name__)
+        set_model_state_dict(again, state)
+        holds(again, mlp(rank, 512, "block"))
+
+
+@cases.refuses("async_save, whose copies torch makes by storage", "invalid python storage")
+def _(rank: Rank) -> None:
+    both = dist.new_group(backend="gloo")
+    dcp.async_save(mlp(rank).state_dict(), checkpoint_id=rank.folder / "async", process_group=both).result()
+
+
 @cases.refuses("saving parts of different weights", "0.weight: the parts of this weight do not come from one weight")
 def _(rank: Rank) -> None:
     model = fsdp(mlp(rank, 97, "tensor", seed=rank.number), group(rank, rank.world))

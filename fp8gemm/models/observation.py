@@ -40,6 +40,8 @@ class Seen:
 class Observer(TorchDispatchMode):
     """Counts multiply-adds with the parameters of a model while it is the innermost mode."""
 
+    counts_operations = True  # products that autograd records may come as the registered operation
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.over = False  # whether the observed pass has ended
@@ -47,7 +49,8 @@ class Observer(TorchDispatchMode):
         self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by storage: begin, end, parameter
         self.parameters: dict[str, nn.Parameter] = {}
         self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
-        self.homes: dict[int, str] = {}
+        self.homes: dict[int, str] = {}  # by the id of the home and by the address of the bytes
+        self.weights: list[tuple[str, FP8Weight]] = []
         self.uses: dict[str, Seen] = defaultdict(Seen)
         self.fp8: dict[str, int] = defaultdict(int)
         self.dequantized: dict[str, int] = defaultdict(int)
@@ -55,6 +58,7 @@ class Observer(TorchDispatchMode):
         for name, parameter in model.named_parameters():
             if isinstance(parameter, FP8Weight):
                 self.homes[id(parameter._home)] = self.homes[parameter.data_ptr()] = name
+                self.weights.append((name, parameter))
             elif type(parameter) is nn.Parameter:
                 self.parameters[name] = parameter
                 begin = int(parameter.storage_offset())
@@ -81,9 +85,10 @@ class Observer(TorchDispatchMode):
         if weights:
             return self.of_fp8(func, args, kwargs, tensors, weights)
         y = func(*args, **kwargs)
-        if func.overloadpacket in (torch.ops.fp8gemm.linear, torch.ops.fp8gemm.grouped):  # in a compiled region
+        if func.overloadpacket in (torch.ops.fp8gemm.linear, torch.ops.fp8gemm.grouped):
+            # in a compiled region, or recorded by autograd
             data = next(tensor for tensor in tensors if tensor.dtype in FP8_DTYPES)
-            self.fp8[self.homes.get(data.data_ptr(), "another weight")] += y.numel() * args[0].shape[-1]
+            self.fp8[self.name_of(data.data_ptr())] += y.numel() * args[0].shape[-1]
             return y
         sources = [self.source(tensor) for tensor in tensors]
         named = [name for name in sources if name is not None]
@@ -96,6 +101,15 @@ class Observer(TorchDispatchMode):
                 for made in tree_leaves(y):
                     self.derive(made, named[0])
         return y
+
+    def name_of(self, address: int) -> str:
+        """The parameter whose FP8 bytes are at an address, which may have been packed during the pass."""
+        if address not in self.homes:
+            for name, weight in self.weights:
+                stored = weight._home.stored
+                forms = () if stored is None else (stored.plain, stored.packed, *stored.forms.values())
+                self.homes.update({form.data.data_ptr(): name for form in forms if form is not None})
+        return self.homes.get(address, "another weight")
 
     def give_up(self, func: Any, error: Exception) -> None:
         """Forgets what was observed: the report has no coverage, and no parameter is taken for a factor of products."""
@@ -136,7 +150,7 @@ class Observer(TorchDispatchMode):
         home = getattr(home, "source", None) or home
         before = home.activity.dequantizations
         y = func(*args, **kwargs)
-        name = self.homes.get(id(home), "another weight")
+        name = self.homes.get(id(home)) or self.name_of(FP8Weight(home, weights[0].dtype).data_ptr())  # perhaps cast
         try:
             count = multiply_adds(func, args, y)
         except Exception as error:

@@ -8,7 +8,7 @@ from .build import Built, build, cache_directory
 from .checks import TYPES
 from .compiler import Unavailable
 from .library import Library, open_library
-from .memory import plain
+from .memory import plain, plain_but_for_modes
 
 __all__ = [
     "TYPES",
@@ -20,6 +20,7 @@ __all__ = [
     "find",
     "loaded",
     "plain",
+    "plain_but_for_modes",
 ]
 
 

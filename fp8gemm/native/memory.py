@@ -18,7 +18,12 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     tensors, those of another library's layout, and zero tensors. The memory of a negative view has the other sign.
     Under a mode (make_fx, FlopCounterMode) a product has to be an operation that the mode sees.
     """
-    return not _modes() and _transform() is None and all(tensor is None or _holds(tensor) for tensor in tensors)
+    return not _modes() and plain_but_for_modes(*tensors)
+
+
+def plain_but_for_modes(*tensors: torch.Tensor | None) -> bool:
+    """``plain``, whether or not a dispatch mode is active."""
+    return _transform() is None and all(tensor is None or _holds(tensor) for tensor in tensors)
 
 
 def _holds(tensor: torch.Tensor) -> bool:

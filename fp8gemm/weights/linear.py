@@ -17,7 +17,7 @@ from .convert import convert, revert
 from .home import Home
 from .product import in_forward_mode, multiply, wants_derivative
 from .sharding import held
-from .watching import exporting, jit_tracing, profiling
+from .watching import counted, exporting, jit_tracing, profiling
 from .weight import FP8Weight
 
 
@@ -175,7 +175,10 @@ class FP8Linear(nn.Linear):
         if not isinstance(weight, FP8Weight):
             return F.linear(input, self.weight, self.bias)
         if not native.plain(input) or in_forward_mode():
-            return self._as_operation(input, weight)
+            recorded = wants_derivative(input, self.bias) and not in_forward_mode()
+            if not recorded or not counted(input):
+                return self._as_operation(input, weight)
+            return FP8Linear._run(input, weight, self.bias)
         if not jit_tracing() and not profiling():
             key = (input.shape, input.dtype, input.device)
             bound = self.__dict__.get("_bound", _NONE).get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import native
 
@@ -14,6 +15,16 @@ profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 def watched(*tensors: torch.Tensor | None) -> bool:
     """Whether a product has to be an operation: it is traced, counted or profiled, or C cannot read these tensors."""
     return jit_tracing() or profiling() or not native.plain(*tensors)
+
+
+def counted(x: torch.Tensor) -> bool:
+    """Whether the only thing that watches a product of ``x`` is a mode that says of itself ``counts_operations``.
+
+    Such a mode needs no more than the registered operation below autograd. Autograd then records what it records
+    without the mode, so that a checkpoint of the pass can be recomputed in backward, when the mode is gone.
+    """
+    mode = _get_current_dispatch_mode() if torch._C._len_torch_dispatch_stack() == 1 else None
+    return getattr(mode, "counts_operations", False) and native.plain_but_for_modes(x)
 
 
 def exporting() -> bool:

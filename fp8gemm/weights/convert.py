@@ -20,7 +20,7 @@ from .shares import is_split, like, share, whole
 from .stored import Stored, lock
 from .weight import FP8Weight
 
-_OURS = ("_home", "_fresh", "_source", "_is_param")  # attributes of an FP8Weight
+_OURS = ("_home", "_fresh", "_source", "_by_value", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # attribute of a module whose class was changed
 _OWN = (_FORMER, "_bound")  # attributes that such a module is given
 

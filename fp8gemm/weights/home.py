@@ -107,10 +107,11 @@ class Home:
         """The dense values that writes go to, in the parameter's own layout; the writer increments ``version``."""
         with lock():
             if self.dense is None:
-                self.dense = self._values(dtype)
+                self.dense = self.values(dtype)
             return self.dense
 
-    def _values(self, dtype: torch.dtype) -> torch.Tensor:
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense values: of the original, where that is kept."""
         original = self.original
         if original is not None:
             values = original.detach()
@@ -288,7 +289,7 @@ class Home:
         """Drops what can be computed again: the FP8 bytes if the original is kept, else only the packed weights."""
         with lock():
             if self.original is not None:
-                self.dense = self.dense if self.dense is not None else self._values(self.original.dtype)
+                self.dense = self.dense if self.dense is not None else self.values(self.original.dtype)
                 self.stored = None
             elif self.stored is not None:
                 self.stored = Stored(self.stored.scaled())

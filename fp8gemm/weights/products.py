@@ -18,6 +18,7 @@ from .lookup import rows_of
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember
+from .values import taken_by_value
 from .watching import jit_tracing
 from .weight import FP8Weight
 
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None) -> Any:
     """``x [..., K] @ weight[N, K].T + bias [N]`` on an engine; NotImplemented unless ``weight`` is a range of whole
     rows."""
-    if x.is_nested or x.layout != torch.strided:
+    if x.is_nested or x.layout != torch.strided or taken_by_value(weight):
         return NotImplemented
     home = weight._home
     calls, key = home.calls, None  # of this version: a write that another thread makes now gives the home others
@@ -247,8 +248,7 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
 @implements(FUNCTIONS, torch.einsum)
 def _einsum(equation: Any, *operands: Any) -> Any:
     """An einsum such as ``einsum("ebk,enk->ebn", x, stack)``: batched by expert, with one dimension contracted."""
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     stacks = [place for place, operand in enumerate(operands) if isinstance(operand, FP8Weight)]
     if not isinstance(equation, str) or len(operands) != 2 or len(stacks) != 1:
         return NotImplemented

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,27 @@ from .geometry import Part, part_of
 from .home import Home
 from .lookup import dequantized
 from .stored import lock
+
+
+def kept(home: Home) -> bool:
+    """Whether the original is kept, so that reads and writes of values are exact, though products are not."""
+    return home.original is not None and not home.follows and home.stored is not None
+
+
+def taken_by_value(weight: Any) -> bool:
+    """Whether products with a weight take its original: it is ``data``, as merges of adapters have it, or a view."""
+    return "_by_value" in weight.__dict__ and not getattr(weight, "_is_param", False) and kept(weight._home)
+
+
+def read_exactly(
+    home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """``read``, of the original where that is kept: what is computed from them and written back stays exact."""
+    if not kept(home) or home.dense is not None:
+        return read(home, size, stride, offset, dtype)
+    home.activity.dequantizations += 1
+    with lock():
+        return window(home.values(dtype), size, stride, offset).clone()
 
 
 def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:

@@ -48,6 +48,7 @@ class FP8Weight(Shardable, torch.Tensor):
     _home: Home
     _fresh: bool
     _source: FP8Weight  # the tensor it was detached from, whose version counter counts its writes
+    _by_value: bool  # of ``data`` and its views: products with it take the original, where that is kept
     _flattened: tuple[Any, tuple[list[str], Any]]  # the result of ``_flatten`` for the home's current ``flat``
     _is_param: bool
 
@@ -88,6 +89,8 @@ class FP8Weight(Shardable, torch.Tensor):
             twin = FP8Weight(home or self._home, dtype or self.dtype, size, stride, offset)
         if home is None and (source := self.__dict__.get("_source")) is not None:
             twin._source = source
+        if "_by_value" in self.__dict__:
+            twin._by_value = True
         return twin
 
     def turned_around(self) -> FP8Weight:
@@ -154,6 +157,7 @@ class FP8Weight(Shardable, torch.Tensor):
             self._home.owned = True
         view = self.detach()
         view.__dict__.pop("_source", None)  # as in torch, autograd does not see writes to ``data``
+        view._by_value = True
         return view
 
     @data.setter

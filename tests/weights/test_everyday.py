@@ -83,7 +83,7 @@ def test_everyday_writes(name: str) -> None:
             layer = matrix(scheme, storage)
             parameter = layer.weight
             dense = nn.Linear(K, N, dtype=torch.bfloat16).requires_grad_(False)
-            dense.weight.data = layer.weight.dequantize() if name == "data twice" else exact(layer.weight)
+            dense.weight.data = exact(layer.weight)
             dense.bias.data = layer.bias.detach().clone()
             for _ in range(2):
                 layer(x)
@@ -216,3 +216,27 @@ def test_no_write_is_lost_to_another_thread() -> None:
         done.set()
         reader.join()
         assert dequantize(layer.scaled()).equal(torch.tensor([4.0, 2.0], dtype=torch.float32).repeat(N, K // 2))
+
+
+def test_reads_and_merges_of_a_kept_weight_take_the_original() -> None:
+    """Products do not; those with ``data`` do, by which peft's OFT, BOFT and HRA merge."""
+    for storage in ("keep", "discard"):
+        layer = matrix("row", storage)
+        weight, x = layer.weight, torch.randn(4, K).bfloat16()
+        original = exact(weight).clone()
+        rounded = weight.dequantize()
+        assert original.equal(rounded) == (storage == "discard")
+        copied = torch.empty_like(original).copy_(weight)
+        for values in (weight + 0, weight.data.abs() * original.sign(), copied, torch.cat([weight])):
+            assert values.equal(original)
+        turn = torch.randn(K, K).bfloat16()
+        for found, w in (
+            (torch.mm(turn, weight.data.transpose(0, 1)), original),
+            (torch.mm(weight.data.clone(), turn), original),
+        ):
+            expected = turn @ w.T if found.shape == (K, N) else w @ turn
+            near(found, expected)
+            assert found.equal(expected) or storage == "discard"
+        for parameter in (weight, nn.Parameter(weight.data, requires_grad=False)):
+            near(F.linear(x, parameter), F.linear(x, rounded))
+            assert not F.linear(x, parameter).equal(F.linear(x, original)) or storage == "discard"

@@ -128,6 +128,10 @@ class CompressedTensors(Format):
             "ignore": sorted(unquantized),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
+            # For transformers, others ignore it: dense values while it loads. Otherwise weights stay FP8 until a hook
+            # on the model's own call, which sentence-transformers passes by, and a layer that the file lacks cannot
+            # be initialized.
+            "dequantize": True,
         }
 
 

@@ -26,7 +26,7 @@ from .read import Checkpoint
 
 def library_of(module: nn.Module) -> str:
     """The library whose model class ``module`` derives from, empty if none; determined without importing it."""
-    known = {("PreTrainedModel", "transformers"), ("ModelMixin", "diffusers")}
+    known = {("PreTrainedModel", "transformers"), ("ModelMixin", "diffusers"), ("Module", "sentence_transformers")}
     found = {(base.__name__, base.__module__.split(".")[0]) for base in type(module).__mro__} & known
     return found.pop()[1] if found else ""
 

@@ -153,21 +153,37 @@ def test_undoing_gives_the_models_own_way_back(tmp_path: Path) -> None:
     assert type(transformers.LlamaForCausalLM.from_pretrained(tmp_path).lm_head) is nn.Linear
 
 
-def test_models_of_diffusers_are_told_what_would_work(tmp_path: Path) -> None:
-    class ModelMixin(nn.Module):
-        def save_pretrained(self, directory: Path) -> None:
-            raise AssertionError("raw FP8 values written as weights")
+@pytest.mark.parametrize("storage", ["keep", "discard"])
+@pytest.mark.parametrize(
+    ("base", "library", "method"),
+    [("ModelMixin", "diffusers", "save_pretrained"), ("Module", "sentence_transformers", "save_torch_weights")],
+)
+def test_libraries_that_read_no_fp8_write_dense_values(base: str, library: str, method: str, storage: str) -> None:
+    """By their own methods, which ask for the state dict; a head that is tied stays so."""
+    written: dict[str, torch.Tensor] = {}
 
-    ModelMixin.__module__ = "diffusers.models.modeling_utils"
+    def save(model: nn.Module, directory: str, **others: object) -> None:
+        written.update(model.state_dict())
 
-    class Transformer(ModelMixin):
+    mixin = type(base, (nn.Module,), {method: save, "__module__": f"{library}.models"})
+
+    class Transformer(mixin):  # type: ignore[valid-type,misc]
         def __init__(self) -> None:
             super().__init__()
-            self.proj = nn.Linear(8, 8)
+            self.proj, self.norm = nn.Linear(16, 32), nn.LayerNorm(32)
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.proj.weight
 
-    model = enable_fp8_gemm(Transformer())
-    with pytest.raises(UnsupportedError, match="diffusers reads no folder of FP8 weights"):
-        model.save_pretrained(tmp_path)
+    dense = Transformer()
+    model = enable_fp8_gemm(copy.deepcopy(dense), options=FP8GemmOptions(fp16_weight_storage=storage))  # type: ignore[arg-type]
+    getattr(model, method)("folder")
+    assert written.keys() == dense.state_dict().keys()
+    expected = dense.proj.weight if storage == "keep" else model.proj.weight.dequantize()
+    assert torch.equal(written["proj.weight"], expected)
+    assert written["proj.weight"].data_ptr() == written["head.weight"].data_ptr()
+    assert model.state_dict()["proj.weight"].dtype == torch.float8_e4m3fn
+    disable_fp8_gemm(model)
+    assert method not in vars(model)
 
 
 def test_a_dense_part_keeps_its_own_way() -> None:

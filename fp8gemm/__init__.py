@@ -17,6 +17,7 @@ from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe, regist
 from .errors import CheckpointError, UnsupportedError
 from .formats import register_format
 from .models.gated import fuse_gated
+from .models.layerwise import layerwise_casting_filter
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
 from .models.selection import plan
 from .models.siblings import Fused, fuse_siblings
@@ -73,6 +74,7 @@ __all__ = [
     "enable_fp8_gemm",
     "fuse_gated",
     "fuse_siblings",
+    "layerwise_casting_filter",
     "load_checkpoint",
     "open_checkpoint",
     "original_key_mapping",

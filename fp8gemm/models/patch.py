@@ -7,6 +7,7 @@ import copy
 import ctypes
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -68,6 +69,7 @@ def enable_fp8_gemm(
     Raises:
         ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
         UnsupportedError: the requested engine cannot run a layer. The model is then unchanged.
+        TypeError: ``model`` is not an nn.Module, such as a pipeline, whose parts are patched one by one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
@@ -76,6 +78,7 @@ def enable_fp8_gemm(
         >>> type(model[0]).__name__, type(model[2]).__name__, model(torch.randn(3, 64)).shape
         ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
+    _refuse_other_objects(model)
     options = options or FP8GemmOptions()
     waits = isinstance(example_inputs, str) and example_inputs == FIRST_CALL
     seen = {} if example_inputs is None or waits else watch(model, example_inputs).roles()
@@ -96,6 +99,18 @@ def enable_fp8_gemm(
         model = _converted_copy(model, steps, options)
         first.install(model)
     return model
+
+
+def _refuse_other_objects(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    parts = getattr(model, "components", None)  # as pipelines of diffusers call them; others have attributes
+    named = parts if isinstance(parts, Mapping) else getattr(model, "__dict__", {})
+    found = [name for name, part in named.items() if isinstance(part, nn.Module)]
+    raise TypeError(
+        f"enable_fp8_gemm takes an nn.Module, found {type(model).__name__}"
+        + (f"; patch its parts, each by itself: {', '.join(found)}" if found else "")
+    )
 
 
 FIRST_CALL = "first call"

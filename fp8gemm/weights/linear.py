@@ -165,7 +165,11 @@ class FP8Linear(nn.Linear):
     def extra_repr(self) -> str:
         if not isinstance(held(self._parameters.get("weight")), FP8Weight):
             return f"{super().extra_repr()}, dense"
-        engine = self.engine or f"{self.options.engine}, not materialized"
+        # Others that try to load an FP8 checkpoint into the layer print it, as accelerate does.
+        waits = (
+            "on meta until fp8gemm.load_checkpoint(model, folder) fills it" if self.home.is_meta else "not materialized"
+        )
+        engine = self.engine or f"{self.options.engine}, {waits}"
         return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

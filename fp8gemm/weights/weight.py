@@ -155,10 +155,10 @@ class FP8Weight(Shardable, torch.Tensor):
     def data(self) -> torch.Tensor:
         if isinstance(self, nn.Parameter):
             self._home.owned = True
-        view = self.detach()
+        view: Any = self.detach()
         view.__dict__.pop("_source", None)  # as in torch, autograd does not see writes to ``data``
         view._by_value = True
-        return view
+        return view  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:

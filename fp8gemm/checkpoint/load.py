@@ -14,7 +14,7 @@ from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
 from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
-from ..weights import FP8Linear, FP8Weight, convert, leave
+from ..weights import Change, FP8Linear, FP8Weight, convert, leave, made
 from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
@@ -225,30 +225,39 @@ def _fill(transfer: Transfer, checkpoint: Checkpoint, options: FP8GemmOptions, d
     target = transfer.targets[0]
     home = home_of(target, device)
     if not transfer.fp8:
-        if not isinstance(held(target.tensor), FP8Weight) or not holds_fp8(checkpoint, transfer):
+        weight = held(target.tensor)
+        if not isinstance(weight, FP8Weight):
             fill(transfer, checkpoint, home)
+            return
+        if not holds_fp8(checkpoint, transfer):
+            if not weight.is_meta or is_split(target.tensor):  # it takes the values
+                fill(transfer, checkpoint, home)
+                return
+            fill(replace(transfer, targets=_emptied(transfer.targets)), checkpoint, home)
+            new = made(target.module, target.attribute, weight._home.options, layout=weight._home.layout)
+            Change(*((one.module, one.attribute, None) for one in transfer.targets)).put(new)
             return
         fill(replace(transfer, targets=_emptied(transfer.targets)), checkpoint, home)
         for one in transfer.targets:
             leave(one.module)
         return
-    weight = take(checkpoint, transfer)
-    assert isinstance(weight, ScaledTensor)
-    scheme, input_scale = scheme_of(checkpoint, transfer.sources, weight)
+    taken = take(checkpoint, transfer)
+    assert isinstance(taken, ScaledTensor)
+    scheme, input_scale = scheme_of(checkpoint, transfer.sources, taken)
     if options.resolved_scheme.activation is None:
         scheme, input_scale = scheme.weight_only(), None
-    own = replace(options, scheme=scheme, weight_dtype=weight.data.dtype, fp16_weight_storage="discard")
+    own = replace(options, scheme=scheme, weight_dtype=taken.data.dtype, fp16_weight_storage="discard")
     fresh = transfer.sources[0] in checkpoint.stacks  # just stacked: shares no memory with the file
     if is_split(target.tensor):
-        kept = weight  # of which this rank copies its part only
+        kept = taken  # of which this rank copies its part only
     else:
-        copied = (weight.data.to(home, copy=not fresh), weight.scale.to(home, copy=not fresh))
-        kept = ScaledTensor(*copied, weight.granularity)
+        copied = (taken.data.to(home, copy=not fresh), taken.scale.to(home, copy=not fresh))
+        kept = ScaledTensor(*copied, taken.granularity)
     former = target.module._parameters[target.attribute]
     if isinstance(held(former), FP8Weight):
         target.put(_emptied([target])[0].tensor)
     try:
-        if weight.data.dim() > 2:
+        if taken.data.dim() > 2:
             convert(target.module, target.attribute, own, turned=transfer.turned, weight=kept)
         else:
             assert isinstance(target.module, nn.Linear)

@@ -172,7 +172,7 @@ def report(model: nn.Module) -> Report:
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     modules = list(model.named_modules())
-    patched = any(_weights(module) or KEPT in module.__dict__ for _, module in modules)
+    patched = any(_weights(one) or KEPT in one.__dict__ or isinstance(one, FP8Linear) for _, one in modules)
     places: dict[int, list[tuple[str, nn.Module]]] = {}  # by home, so that a tied weight has one row
     for name, module in modules:
         for parameter, weight in _weights(module):

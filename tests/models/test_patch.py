@@ -504,3 +504,13 @@ def test_a_loaded_model_tells_why_layers_are_dense(tmp_path) -> None:
         "absent": "not in the checkpoint",
         "later": "added after patching",
     }
+
+
+def test_the_report_lists_layers_whose_weights_were_all_replaced() -> None:
+    """As accelerate does, which assigns to the dict of parameters."""
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    for layer in model:
+        layer._parameters["weight"] = nn.Parameter(torch.ones(16, 16))
+    rows = report(model).rows
+    assert [(row.name, row.status) for row in rows] == [("0", "kept"), ("1", "kept")]
+    assert {row.reason for row in rows} == {"its weight was replaced by a dense one after patching"}

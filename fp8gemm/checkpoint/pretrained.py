@@ -126,7 +126,8 @@ def _dense_state_dict(model: nn.Module) -> Iterator[None]:
 
     def dense(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
         weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, FP8Weight)}
-        scales = {key for name in weights for key in (f"{name}_scale", input_scale_key(name))}
+        scales = {f"{name}_scale" for name in weights}
+        scales |= {input_scale_key(name) for name, p in weights.items() if p._home.input_scale is not None}
         once: dict[int, torch.Tensor] = {}  # tied weights stay tied
         state: dict[str, Any] = type(model).state_dict(model, *args, **kwargs)
         for key in [key for key in state if key in scales]:

@@ -50,6 +50,7 @@ def multiply_rows(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
+        "PROGRAMS": programs,  # also where fewer run, so that M changes nothing: each then has one tile
         "TMA": tma,
         "EVEN_K": k % block_k == 0,
         "X_STEP": int(x_scale.numel() > 1),
@@ -143,6 +144,7 @@ def row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     X_STEP: tl.constexpr,
@@ -150,7 +152,7 @@ def row_kernel(
     PROMOTION: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, 8)
         m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
         total = multiply_tile(x, w, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA, EVEN_K, PROMOTION)

@@ -14,7 +14,7 @@ from .home import Home
 from .sharding import Sharded, refined
 from .shares import part_scheme
 from .stored import Stored, lock
-from .values import read_exactly
+from .values import read_of
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -209,7 +209,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     """Copies bytes between weights of the same granularity, and values into plain tensors."""
     if not isinstance(target, FP8Weight):
-        target.copy_(read_exactly(source._home, source.size(), source.stride(), source.offset, source.dtype))
+        target.copy_(read_of(source))
         return target
     if isinstance(source, FP8Weight) and source._home is target._home and _same_view(source, target):
         return target

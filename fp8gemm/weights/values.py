@@ -20,19 +20,19 @@ def kept(home: Home) -> bool:
 
 
 def taken_by_value(weight: Any) -> bool:
-    """Whether products with a weight take its original: it is ``data``, as merges of adapters have it, or a view."""
+    """Whether reads and products take the original: the weight is ``data``, by which adapters merge, or a view."""
     return "_by_value" in weight.__dict__ and not getattr(weight, "_is_param", False) and kept(weight._home)
 
 
-def read_exactly(
-    home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """``read``, of the original where that is kept: what is computed from them and written back stays exact."""
-    if not kept(home) or home.dense is not None:
-        return read(home, size, stride, offset, dtype)
+def read_of(weight: Any) -> torch.Tensor:
+    """``read`` of a weight's values; of ``data`` the original where that is kept, so that what is computed from it and
+    written back stays exact."""
+    home, view = weight._home, (weight.size(), weight.stride(), weight.offset)
+    if not taken_by_value(weight) or home.dense is not None:
+        return read(home, *view, weight.dtype)
     home.activity.dequantizations += 1
     with lock():
-        return window(home.values(dtype), size, stride, offset).clone()
+        return window(home.values(weight.dtype), *view).clone()
 
 
 def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:

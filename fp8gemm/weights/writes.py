@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 from .copies import count_write
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .stored import lock
-from .values import read_exactly, window
+from .values import read_of, window
 from .weight import FP8Weight
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if written:
         with lock():  # so that no other thread quantizes half-written values
             return _writing(func, args, kwargs, written)
-    read = _blank if func in _BY_SHAPE else _exactly
+    read = _blank if func in _BY_SHAPE else read_of
     made: dict[int, torch.Tensor] = {}
 
     def values(weight: FP8Weight) -> torch.Tensor:
@@ -83,10 +83,6 @@ _BY_SHAPE = {
 }
 
 
-def _exactly(weight: FP8Weight) -> torch.Tensor:
-    return read_exactly(weight._home, weight.size(), weight.stride(), weight.offset, weight.dtype)
-
-
 def _blank(weight: FP8Weight) -> torch.Tensor:
     return torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device=weight.device)
 
@@ -102,7 +98,7 @@ def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: 
                 w = _master(weight)
                 w = w.clone() if id(weight) in outs else w  # torch may resize an ``out``
             else:
-                w = _exactly(weight)
+                w = read_of(weight)
             made[id(weight)] = (weight, w)
         return made[id(weight)][1]
 
@@ -154,14 +150,14 @@ def _view_as_bits(weight: FP8Weight, dtype: torch.dtype) -> FP8Weight:
 @implements(FUNCTIONS, torch.Tensor.numpy, torch.Tensor.__array__)
 def _as_array(weight: FP8Weight, *args: Any, **kwargs: Any) -> Any:
     """A read-only array: writes to it would not reach the weight."""
-    array = _exactly(weight).__array__(*[a for a in args if a is not None])  # type: ignore[no-untyped-call]
+    array = read_of(weight).__array__(*[a for a in args if a is not None])  # type: ignore[no-untyped-call]
     array.flags.writeable = False
     return array
 
 
 @implements(FUNCTIONS, torch.Tensor.tolist)
 def _as_list(weight: FP8Weight) -> Any:
-    return _exactly(weight).tolist()
+    return read_of(weight).tolist()
 
 
 @implements(FUNCTIONS, torch.Tensor.__dlpack__)

@@ -218,17 +218,18 @@ def test_no_write_is_lost_to_another_thread() -> None:
         assert dequantize(layer.scaled()).equal(torch.tensor([4.0, 2.0], dtype=torch.float32).repeat(N, K // 2))
 
 
-def test_reads_and_merges_of_a_kept_weight_take_the_original() -> None:
-    """Products do not; those with ``data`` do, by which peft's OFT, BOFT and HRA merge."""
+def test_the_data_of_a_kept_weight_is_the_original() -> None:
+    """In reads and in products, by which adapters merge; the parameter itself has the values it multiplies by."""
     for storage in ("keep", "discard"):
         layer = matrix("row", storage)
         weight, x = layer.weight, torch.randn(4, K).bfloat16()
         original = exact(weight).clone()
         rounded = weight.dequantize()
         assert original.equal(rounded) == (storage == "discard")
-        copied = torch.empty_like(original).copy_(weight)
-        for values in (weight + 0, weight.data.abs() * original.sign(), copied, torch.cat([weight])):
-            assert values.equal(original)
+        for source, expected in ((weight, rounded), (weight.data, original)):
+            copied = torch.empty_like(original).copy_(source)
+            for values in (source + 0, source.abs() * expected.sign(), copied, torch.cat([source])):
+                assert values.equal(expected)
         turn = torch.randn(K, K).bfloat16()
         for found, w in (
             (torch.mm(turn, weight.data.transpose(0, 1)), original),

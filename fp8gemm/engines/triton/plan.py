@@ -132,7 +132,7 @@ def formula(where: Place, kind: Kind, n: int, k: int, m: int, *, wide: bool = Fa
     return replace(chosen, kept_is_faster=not wide and _kept_is_faster(chosen, n, k, m))
 
 
-# Reported of an H200 with torch 2.11, not measured by this project: bytes copied and bfloat16 operations per second, and
+# Reported of an H200 with torch 2.11, not measured by this project: bytes copied and bfloat16 operations a second, and
 # the least time of a launch in a CUDA graph. That FP8 has twice as many operations is derived.
 BYTES_PER_SECOND, BF16_FLOPS, LAUNCH_SECONDS = 4.3e12, 790e12, 2e-6
 

@@ -39,6 +39,7 @@ ADAPTERS: dict[str, Config] = {
     "SHiRA": lambda: peft.ShiraConfig(r=4, target_modules=TARGETS),
     "RoAd": lambda: peft.RoadConfig(target_modules=TARGETS),
 }
+NEAR = {"DoRA": 3e-2}  # it reads the parameter itself: for norms, and for all in safe merges
 STEP = 2**-4  # half a step of three bits of mantissa, relative to a value
 
 
@@ -85,13 +86,15 @@ def merges(model: nn.Module, config: Config, safe: bool) -> list[dict[str, torch
     return [*found, bases(left)]
 
 
-def exact_where_originals_are_kept(config: Config) -> None:
+def exact_where_originals_are_kept(config: Config, near: float = 0.0) -> None:
+    """Bit for bit, or within ``near``, relative to each weight."""
     for safe in (False, True):
         model = patched(llama(), KEEP)
         found, expected = merges(model, config, safe), merges(llama(), config, safe)
         assert sum(isinstance(module, FP8Linear) for module in model.modules()) == 8
         for ours, theirs in zip(found, expected, strict=True):
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+            for name, w in theirs.items():
+                assert (ours[name] - w).norm() <= near * w.norm(), name
 
 
 def rounded_once_where_they_are_not(config: Config) -> None:
@@ -202,8 +205,9 @@ TRIALS = [
         Trial(
             library="peft",
             what=f"{name}: merged, unmerged, merged for good, `safe_merge` or not, originals kept",
-            run=partial(exact_where_originals_are_kept, config),
-            note="every weight is bit for bit that of the dense model",
+            run=partial(exact_where_originals_are_kept, config, NEAR.get(name, 0.0)),
+            note="every weight is that of the dense model, "
+            + (f"within {NEAR[name]:.0e}, as it reads FP8 values" if name in NEAR else "bit for bit"),
         )
         for name, config in ADAPTERS.items()
     ),

@@ -199,10 +199,10 @@ def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
     x = torch.randint(-1, 2, (70, 144)).to(torch.float8_e4m3fn)
     scale = 2.0 ** torch.randint(-1, 2, (70, 1))
     expected = (x.double() * scale) @ conformance._dense(weight).t()
-    for accumulate, tma, programs, (block_m, block_n, block_k) in (
-        ("fast", True, 2, (32, 16, 128)),
-        ("precise", False, 5, (16, 32, 64)),
-        ("precise", True, 1, (128, 64, 128)),
+    for promotion, tma, programs, (block_m, block_n, block_k) in (
+        ("none", True, 2, (32, 16, 128)),
+        ("sum", False, 5, (16, 32, 64)),
+        ("instruction", True, 1, (128, 64, 128)),
     ):
         y = row.multiply_rows(
             x,
@@ -210,7 +210,7 @@ def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
             layout,
             None,
             FP32,
-            accumulate=accumulate,
+            promotion=promotion,
             tma=tma,
             programs=programs,
             block_m=block_m,
@@ -219,7 +219,7 @@ def test_promotion_and_tiles_change_nothing_that_is_exact() -> None:
             warps=4,
             stages=1,
         )
-        assert y.double().equal(expected), (accumulate, tma)
+        assert y.double().equal(expected), (promotion, tma)
 
 
 @pytest.mark.parametrize("library", [True, False])

@@ -15,7 +15,7 @@ from .stored import lock
 
 
 def kept(home: Home) -> bool:
-    """Whether the original is kept, so that reads and writes of values are exact, though products are not."""
+    """Whether the original is kept, so that writes, and reads of ``data``, are exact, though products are not."""
     return home.original is not None and not home.follows and home.stored is not None
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from ..numerics import block_scale, quantize
 from ..scaled import GROUP_128, ROW, TENSOR, Granularity, ScaledTensor, ScaleFormat
+from .padding import padded
 
 # cuBLASLt's block products take multiples of 4 tokens (vllm#49932), and so did vLLM's on Hopper up to 0.23.
 TOKENS_TOGETHER = 4
@@ -48,14 +48,8 @@ def quantize_tokens(
         return pair
     rounded = quantize(x, granularity if static is None else TENSOR, scale=static, scale_format=scale_format)
     if granularity == GROUP_128:
-        return padded_tokens(rounded.data, multiple), group_scales(rounded.scale, multiple)
+        return padded(rounded.data, multiple, 1), group_scales(rounded.scale, multiple)
     return rounded.data, rounded.scale
-
-
-def padded_tokens(data: torch.Tensor, multiple: int) -> torch.Tensor:
-    """FP8 codes ``[M, K]`` with zeros added below up to a multiple; the same tensor if there is nothing to add."""
-    rows = -data.shape[0] % multiple
-    return F.pad(data.view(torch.uint8), (0, 0, 0, rows)).view(data.dtype) if rows else data
 
 
 def group_scales(scale: torch.Tensor, multiple: int = 1) -> torch.Tensor:

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import UnsupportedError
 from ..numerics import encode_ue8m0
 from ..scaled import BLOCK_128, GROUP_128, ScaledTensor, Scheme
 from .activations import quantize_tokens
 from .base import Engine, Machine, MatmulSpec, PackedWeight
-from .torch_mm import cropped, padded
+from .padding import cropped, padded, widened
 
 ROWS, COLS = 64, 128  # multiples of N and K, for every version: asserted by DeepGEMM 1, and still followed by vLLM
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -122,15 +121,10 @@ class DeepGemmEngine(Engine):
         if m == 0 or weight.n == 0 or weight.k == 0:
             y = x.new_zeros(m, weight.n, dtype=out_dtype)
         else:
-            rows, cols = weight.data.shape
             ue8m0 = weight.scheme.scale_format == "ue8m0"
-            wide = x.new_empty(m, rows, dtype=torch.bfloat16)
+            wide = x.new_empty(m, weight.data.shape[0], dtype=torch.bfloat16)
             with torch.cuda.device(x.get_device()):  # DeepGEMM launches on the current device
-                xq = quantize_tokens(
-                    F.pad(x, (0, cols - weight.k)) if cols > weight.k else x,
-                    GROUP_128,
-                    scale_format=weight.scheme.scale_format,
-                )
+                xq = quantize_tokens(widened(x, weight), GROUP_128, scale_format=weight.scheme.scale_format)
                 wq = weight.data, weight.extra["scale"]
                 load().fp8_gemm_nt(xq, wq, wide, disable_ue8m0_cast=not ue8m0)
             y = wide[:, : weight.n].to(out_dtype)

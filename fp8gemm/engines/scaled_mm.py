@@ -55,7 +55,7 @@ def scaled_after(
     return y.mul_(x_scale).mul_(w_scale)
 
 
-def multiply_rows(
+def multiply(
     xq: torch.Tensor,
     w: torch.Tensor,
     x_scale: torch.Tensor,
@@ -64,29 +64,15 @@ def multiply_rows(
     out_dtype: torch.dtype,
     fast: bool,
 ) -> torch.Tensor:
-    """CUDA's row-wise product of e4m3 tokens and ``w [K, N]``, with scales ``[M, 1]`` and ``[1, N]``."""
-    asked = rows_dtype(out_dtype, bias=bias is not None)
-    y = torch._scaled_mm(xq, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=asked, use_fast_accum=fast)
-    return y.to(out_dtype)
-
-
-def multiply_tensors(
-    xq: torch.Tensor,
-    w: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    fast: bool,
-) -> torch.Tensor:
-    """The product (cuBLASLt on CUDA) of e4m3 tokens and ``w [K, N]``, each with one scale.
+    """An accelerator's product of e4m3 tokens and ``w [K, N]``: row-wise with scales ``[M, 1]`` and ``[1, N]``, or
+    tensor-wise with one for each.
 
     cuBLASLt adds 16-bit biases to 16-bit results only.
     """
-    y: torch.Tensor = torch._scaled_mm(
-        xq, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=out_dtype, use_fast_accum=fast
-    )
-    return y
+    by_row = x_scale.numel() > 1 or w_scale.numel() > 1
+    asked = rows_dtype(out_dtype, bias=bias is not None) if by_row else out_dtype
+    y = torch._scaled_mm(xq, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=asked, use_fast_accum=fast)
+    return y.to(out_dtype)
 
 
 def multiply_blocks(xq: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..numerics import expand_scale, quantize
 from ..scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from .activations import TOKENS_TOGETHER, group_scales, padded_tokens
+from .activations import TOKENS_TOGETHER, group_scales
 from .base import Engine, Machine, MatmulSpec, PackedWeight
+from .padding import cropped, padded, padded_scale, widened
 from .scaled_mm import (
     ALIGNMENT,
     FNUZ,
     block_scales,
     from_fnuz,
     multiplies_rows,
+    multiply,
     multiply_blocks,
     multiply_grouped,
-    multiply_rows,
-    multiply_tensors,
     scaled_after,
     takes_fnuz,
     to_fnuz,
@@ -162,7 +161,7 @@ class TorchEngine(Engine):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        xq = quantize(_wide(x, weight), ROW)
+        xq = quantize(widened(x, weight), ROW)
         return multiply_grouped(xq.data, xq.scale, (w, w_scale), weight, ends, bias, out_dtype)
 
     def _row(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
@@ -170,12 +169,12 @@ class TorchEngine(Engine):
         assert scheme.activation is not None
         xq = quantize(x, scheme.activation, scale=weight.input_scale if scheme.static else None)
         w, w_scale = weight.extra["w"], weight.extra["w_scale"]
-        data, x_scale = _wide(xq.data.view(torch.uint8), weight).view(xq.data.dtype), xq.scale
+        data, x_scale = widened(xq.data, weight), xq.scale
         if w.dtype == FNUZ:
             data, x_scale = to_fnuz(data), 2 * x_scale
         fast = on_accelerator(x) and weight.fast
         if w_scale.numel() == x_scale.numel() == 1:
-            return multiply_tensors(data, w, x_scale, w_scale, None, out_dtype, fast)
+            return multiply(data, w, x_scale, w_scale, None, out_dtype, fast)
         if "one" in weight.extra:
             return scaled_after(data, w, x_scale, w_scale, weight.extra["one"], fast).to(out_dtype)
         if x_scale.numel() == 1:
@@ -184,34 +183,20 @@ class TorchEngine(Engine):
             w_scale = w_scale.expand(1, w.shape[1]).contiguous()
         if w.dtype == FNUZ or (on_accelerator(x) and torch.version.hip is not None):
             # with row scales hipBLASLt returns bfloat16 only (ScaledBlas.cpp)
-            return multiply_rows(data, w, x_scale, w_scale, None, torch.bfloat16, fast).to(out_dtype)
+            return multiply(data, w, x_scale, w_scale, None, torch.bfloat16, fast).to(out_dtype)
         if not on_accelerator(x):
             return torch._scaled_mm(data, w, scale_a=x_scale, scale_b=w_scale, out_dtype=out_dtype)
-        return multiply_rows(data, w, x_scale, w_scale, None, out_dtype, fast)
+        return multiply(data, w, x_scale, w_scale, None, out_dtype, fast)
 
     def _block(self, x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
-        xq = quantize(_wide(x, weight), GROUP_128)  # the caller removes rows past M
-        data, x_scale = padded_tokens(xq.data, TOKENS_TOGETHER), group_scales(xq.scale, TOKENS_TOGETHER)
+        xq = quantize(widened(x, weight), GROUP_128)  # the caller removes rows past M
+        data, x_scale = padded(xq.data, TOKENS_TOGETHER, 1), group_scales(xq.scale, TOKENS_TOGETHER)
         return multiply_blocks(data, weight.extra["w"], x_scale, weight.extra["w_scale"]).to(out_dtype)
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
         if weight.scheme.activation == GROUP_128:
             return "scaled_mm block"
         return "scaled_mm, then scales" if "one" in weight.extra else "scaled_mm"
-
-
-def padded(data: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """FP8 codes ``[..., N, K]``, contiguous, padded with zeros to multiples of ``rows`` and ``cols``."""
-    n, k = data.shape[-2:]
-    if n % rows == 0 and k % cols == 0:
-        return data.contiguous()
-    return F.pad(data.view(torch.uint8), (0, -k % cols, 0, -n % rows)).view(data.dtype)
-
-
-def padded_scale(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """Row scales ``[..., N, 1]`` with ones below up to a multiple of ``rows``."""
-    more = -scale.shape[-2] % rows
-    return F.pad(scale, (0, 0, 0, more), value=1.0) if more else scale
 
 
 def on_accelerator(tensor: torch.Tensor) -> bool:
@@ -224,17 +209,6 @@ def _unit_scale(scheme: Scheme, data: torch.Tensor) -> dict[str, torch.Tensor]:
     if not rows or not on_accelerator(data) or multiplies_rows(data.device):
         return {}
     return {"one": torch.ones((), dtype=torch.float32, device=data.device)}
-
-
-def _wide(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """``x [M, K]`` with zeros beside up to the K of the padded weight; the same tensor if that is not padded."""
-    more = weight.extra["w"].shape[-2] - weight.k
-    return F.pad(x, (0, more)) if more else x
-
-
-def cropped(packed: PackedWeight) -> torch.Tensor:
-    """The codes ``[..., n, k]`` without the padding of ``padded``."""
-    return packed.data[..., : packed.n, : packed.k].contiguous()
 
 
 def _rejects_scheme(scheme: Scheme, machine: Machine) -> list[str]:

@@ -72,7 +72,7 @@ def test_float16_is_asked_for_where_it_is_written(monkeypatch, version, bias, as
     monkeypatch.setattr(torch, "_scaled_mm", product)
     codes, ones = torch.zeros(4, 32).to(torch.float8_e4m3fn), torch.ones(4, 1)
     added = torch.zeros(16, dtype=F16) if bias else None
-    y = scaled_mm.multiply_rows(codes, codes.new_zeros(32, 16), ones, torch.ones(1, 16), added, F16, True)
+    y = scaled_mm.multiply(codes, codes.new_zeros(32, 16), ones, torch.ones(1, 16), added, F16, True)
     assert calls == [asked]
     assert y.dtype == F16
     assert scaled_mm.rows_dtype(torch.float32) == BF16

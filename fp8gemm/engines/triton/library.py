@@ -8,8 +8,9 @@ import torch
 from ...numerics import expand_scale
 from ...scaled import ScaledTensor
 from .. import scaled_mm
-from ..activations import TOKENS_TOGETHER, group_scales, padded_tokens
+from ..activations import TOKENS_TOGETHER, group_scales
 from ..base import PackedWeight
+from ..padding import padded
 
 
 def multiply_rows(
@@ -21,13 +22,13 @@ def multiply_rows(
     """
     from . import replay
 
-    w, w_scale, product = weight.extra["w"], weight.extra["w_scale"], scaled_mm.multiply_rows
+    w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     if x_scale.numel() == weight.scale.numel() == 1:
-        w_scale, product = weight.scale, scaled_mm.multiply_tensors
+        w_scale = weight.scale
     elif x_scale.numel() != xq.shape[0]:
         x_scale = x_scale.expand(xq.shape[0], 1).contiguous()
     fused = bias if bias is not None and bias.dtype == out_dtype != torch.float32 else None
-    y: torch.Tensor = replay.call(product, xq, w, x_scale, w_scale, fused, out_dtype, weight.fast)
+    y: torch.Tensor = replay.call(scaled_mm.multiply, xq, w, x_scale, w_scale, fused, out_dtype, weight.fast)
     return y if bias is None or fused is not None else y + bias.to(out_dtype)
 
 
@@ -43,7 +44,7 @@ def multiply_blocks(
     from . import replay
 
     if xq.shape[0] % TOKENS_TOGETHER:
-        xq, x_scale = padded_tokens(xq, TOKENS_TOGETHER), group_scales(x_scale, TOKENS_TOGETHER)
+        xq, x_scale = padded(xq, TOKENS_TOGETHER, 1), group_scales(x_scale, TOKENS_TOGETHER)
     w, w_scale = weight.extra["w"], weight.extra["w_scale"]
     y: torch.Tensor = replay.call(scaled_mm.multiply_blocks, xq, w, x_scale, w_scale)
     y = y[:m].to(out_dtype)

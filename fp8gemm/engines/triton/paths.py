@@ -39,11 +39,11 @@ class Product:
     def operands(self) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype]:
         return self.x, self.weight, self.bias, self.out_dtype
 
-    def quantized(self, kind: Kind, *, library: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantized(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
         """The activations in e4m3, and their scales."""
         if self.x_scale is not None:
             return self.x, self.x_scale
-        return quantize(self.x, self.weight, kind, library=library)
+        return quantize(self.x, self.weight, kind, library=self.plan.path == "library")
 
 
 def quantize(
@@ -113,9 +113,9 @@ def _blocks(product: Product) -> torch.Tensor:
 def _library(product: Product) -> torch.Tensor:
     _, weight, bias, out_dtype = product.operands
     if weight.scheme.weight.cols is not None:
-        quantized = product.quantized("block", library=True)
+        quantized = product.quantized("block")
         return library.multiply_blocks(*quantized, weight, bias, out_dtype, product.m)
-    return library.multiply_rows(*product.quantized("row", library=True), weight, bias, out_dtype)
+    return library.multiply_rows(*product.quantized("row"), weight, bias, out_dtype)
 
 
 def _dense(product: Product) -> torch.Tensor:

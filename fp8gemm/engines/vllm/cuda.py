@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from ...numerics import expand_scale
 from ...scaled import BLOCK_128, GROUP_128, ROW, TENSOR, ScaledTensor, Scheme
-from ..activations import TOKENS_TOGETHER, group_scales, padded_tokens, quantize_tokens
+from ..activations import TOKENS_TOGETHER, group_scales, quantize_tokens
 from ..base import Machine, MatmulSpec, PackedWeight
-from ..torch_mm import cropped, padded, padded_scale
+from ..padding import cropped, padded, padded_scale, widened
 
 if TYPE_CHECKING:
     from .engine import Vllm
@@ -86,7 +86,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, weight.n, dtype=out_dtype)
-    return _multiply(*_quantized(_wide(x, weight), weight), weight, bias, out_dtype)[:m]
+    return _multiply(*_quantized(widened(x, weight), weight), weight, bias, out_dtype)[:m]
 
 
 def bind(
@@ -117,23 +117,17 @@ def linear_quantized(
     m = x.shape[0]
     if m == 0:
         return x.scale.new_empty(0, weight.n, dtype=out_dtype)
-    data, x_scale = _wide(x.data.view(torch.uint8), weight).view(x.data.dtype), x.scale
+    data, x_scale = widened(x.data, weight), x.scale
     if weight.scheme.activation == GROUP_128:
-        data, x_scale = padded_tokens(data, TOKENS_TOGETHER), group_scales(x_scale, TOKENS_TOGETHER)
+        data, x_scale = padded(data, TOKENS_TOGETHER, 1), group_scales(x_scale, TOKENS_TOGETHER)
     return _multiply(data, x_scale, weight, bias, out_dtype)[:m]
 
 
-def _wide(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """``x [M, K]`` with K as wide as the padded weight; the same tensor if that is not padded."""
-    more = weight.extra["w"].shape[0] - weight.k
-    return F.pad(x, (0, more)) if more else x
-
-
 def _quantized(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    activation, scheme = weight.scheme.activation, weight.scheme
-    assert activation is not None
+    scheme = weight.scheme
+    assert scheme.activation is not None
     static = weight.input_scale if scheme.static else None
-    return quantize_tokens(x, activation, static=static, multiple=TOKENS_TOGETHER)
+    return quantize_tokens(x, scheme.activation, static=static, multiple=TOKENS_TOGETHER)
 
 
 def _multiply(

@@ -68,12 +68,19 @@ def _forms(model: nn.Module) -> Iterator[tuple[PackedWeight, torch.Tensor | None
             form = last.form(last.device)
             yield form, held(last.bias), form.dtype_for(last.compute_dtype), True
         group = module.group if isinstance(module, SiblingLinear) else None
-        if group is not None and id(group) not in joined:
-            joined.add(id(group))
+        alike = None if group is None else tuple(map(_appearance, group.members))
+        if group is not None and alike not in joined:  # joining copies all bytes
+            joined.add(alike)
             layer = _together(group.members)
             if layer is not None:
                 form = layer.form(layer.device)
                 yield form, layer.bias, form.dtype_for(layer.compute_dtype), False
+
+
+def _appearance(member: FP8Linear) -> tuple[object, ...]:
+    """What decides, with its siblings', which products their fused layer runs."""
+    kind = (member.options, member.scheme, member.weight_shape, member.device, member.compute_dtype)
+    return (*kind, member.bias is None)
 
 
 def _together(members: list[FP8Linear]) -> FP8Linear | None:

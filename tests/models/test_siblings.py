@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fp8gemm import ENGINES, FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
+from fp8gemm.models import warmup as warmup_module
 from fp8gemm.models.siblings import SiblingLinear, fuse_siblings, join
 from fp8gemm.models.warmup import warmup
 
@@ -283,6 +284,18 @@ def test_warmup_runs_fused_products(monkeypatch: pytest.MonkeyPatch, called: boo
     seen = products(block, monkeypatch)
     assert warmup(block, tokens=[4]) == 3
     assert sorted(seen) == [8, 32, 48]
+
+
+def test_warmup_joins_each_kind_of_siblings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(16, n) for name, n in (("q_proj", size), ("k_proj", 8))})
+        for size in (32, 32, 20)
+    )
+    fuse_siblings(enable_fp8_gemm(blocks))
+    joined: list[int] = []
+    monkeypatch.setattr(warmup_module, "join", lambda members: joined.append(members[0].out_features) or join(members))
+    assert warmup(blocks, tokens=[4]) == 5
+    assert joined == [32, 20]
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -179,10 +179,9 @@ class FP8Linear(nn.Linear):
         if not isinstance(weight, FP8Weight):
             return F.linear(input, self.weight, self.bias)
         if not native.plain(input) or in_forward_mode():
-            recorded = wants_derivative(input, self.bias) and not in_forward_mode()
-            if not recorded or not counted(input):
-                return self._as_operation(input, weight)
-            return FP8Linear._run(input, weight, self.bias)
+            # Below autograd, a mode that only counts sees the registered operation.
+            recorded = wants_derivative(input, self.bias) and not in_forward_mode() and counted(input)
+            return FP8Linear._run(input, weight, self.bias) if recorded else self._as_operation(input, weight)
         if not jit_tracing() and not profiling():
             key = (input.shape, input.dtype, input.device)
             bound = self.__dict__.get("_bound", _NONE).get(key)

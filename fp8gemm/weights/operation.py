@@ -13,7 +13,7 @@ import torch
 
 from ..engines import ENGINES, PackedWeight, restore
 from ..scaled import Granularity, ScaledTensor, Scheme
-from .remembered import ALIGNMENT, call_key, remembered_linear
+from .remembered import ALIGNMENT, CALLS, call_key, forget_bound, remembered_linear
 
 # The attributes of a packed weight besides its bytes, in types that schemas support: a block of 0 means all rows or
 # columns, an empty block means none. Arguments equal to their defaults are neither written into graphs nor converted.
@@ -190,9 +190,9 @@ def _linear_operation(
     """``Engine.linear``, or ``linear_quantized`` if ``x_scale`` is given."""
     if not x.is_contiguous():  # for example a zero tensor, which arrives as an expanded scalar
         x = x.contiguous()
-    calls = data.__dict__.get("_fp8gemm_calls")
-    current = not form.get("derive") or _is_derived(data)
-    if calls and x_scale is None and current and x.data_ptr() % ALIGNMENT == 0:
+    calls = data.__dict__.get(CALLS)
+    may_fit = x_scale is None and x.data_ptr() % ALIGNMENT == 0
+    if calls and may_fit and (not form.get("derive") or _is_derived(data)):
         engine, accumulate = form.get("engine", "cpu"), form.get("accumulate", "auto")
         call = calls.get(call_key(x, out_dtype, engine, accumulate, data, scale, bias, input_scale))
         if call:
@@ -217,7 +217,11 @@ def _forget(table: dict[int, Any], key: int, gone: weakref.ref[torch.Tensor]) ->
 def _is_derived(data: torch.Tensor) -> bool:
     """Whether the packed weight of these bytes is derived from what they are now; its bound calls are then valid."""
     found = _derivations.get(id(data))
-    return found is not None and found[0]() is data and found[1] == (0 if data.is_inference() else data._version)
+    return found is not None and found[0]() is data and found[1] == _version(data)
+
+
+def _version(data: torch.Tensor) -> int:
+    return 0 if data.is_inference() else data._version
 
 
 def _derived(bare: PackedWeight) -> PackedWeight:
@@ -225,14 +229,14 @@ def _derived(bare: PackedWeight) -> PackedWeight:
     data, key = bare.data, id(bare.data)
     if _is_derived(data):
         return _derivations[key][2]
-    version = 0 if data.is_inference() else data._version
+    version = _version(data)
     engine = ENGINES[bare.engine]
     if bare.experts:
         form = engine.prepare_stack(restore(bare.split()), bare.scheme)
     else:
         form = engine.prepare(restore(bare), bare.scheme, input_scale=bare.input_scale)
     form = replace(form, accumulate=bare.accumulate)
-    form.data.__dict__.pop("_fp8gemm_calls", None)  # bound to what was derived before
+    forget_bound(form.data)  # bound to what was derived before
     if not data.is_inference():
         _derivations[key] = (weakref.ref(data, partial(_forget, _derivations, key)), version, form)
     return form

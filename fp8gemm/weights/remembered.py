@@ -11,6 +11,7 @@ import torch
 from ..engines import ENGINES, PackedWeight
 from .watching import watched
 
+CALLS = "_fp8gemm_calls"  # attribute of a weight's bytes
 MOST_CALLS = 32  # the most bound calls of a weight; one more clears them
 ALIGNMENT = 16  # bytes, of inputs: the alignment that compiled kernels were specialized for
 
@@ -27,7 +28,7 @@ def remembered_linear(
         return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
     others = (bias, weight.input_scale)
     key = call_key(x, out_dtype, weight.engine, weight.accumulate, data, weight.scale, *others)
-    calls: dict[Any, Any] = data.__dict__.setdefault("_fp8gemm_calls", {})
+    calls: dict[Any, Any] = data.__dict__.setdefault(CALLS, {})
     call = calls.get(key)
     if call:
         y: torch.Tensor = call(x)
@@ -38,6 +39,11 @@ def remembered_linear(
         # Bind at the second call, as a first one may remain the only one; False if the engine has nothing to bind.
         calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
     return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+
+
+def forget_bound(data: torch.Tensor) -> None:
+    """Drops the calls that were bound for these bytes, and what they hold."""
+    data.__dict__.pop(CALLS, None)
 
 
 def call_key(

@@ -10,6 +10,7 @@ import torch
 
 from ..engines import PackedWeight, restore
 from ..scaled import ScaledTensor
+from .remembered import forget_bound
 
 _lock = threading.RLock()
 
@@ -72,7 +73,7 @@ class Stored:
         """Drops calls that were bound for these bytes and may hold them; see ``remembered_linear``."""
         for holder in (self.plain, self.packed):
             if holder is not None:
-                holder.data.__dict__.pop("_fp8gemm_calls", None)
+                forget_bound(holder.data)
 
     def hold(self, packed: PackedWeight) -> None:
         """Keeps the packed weight that products use; plain bytes are dropped unless the two share memory."""

@@ -134,18 +134,20 @@ def dequantized(model: Any) -> Any:
 @pytest.mark.parametrize(("storage", "safe"), [("keep", False), ("discard", True)])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_does_what_it_does_to_the_dense_twin(name: str, storage: Any, safe: bool) -> None:
-    expected, dense = life(dequantized(llama()), ADAPTERS[name](), safe)
+    twin = dequantized(llama())
+    if (name, storage) == ("HRA", "keep"):  # its forward multiplies by the data of a weight: the original
+        for key, parameter in llama().named_parameters():
+            if any(target in key for target in TARGETS):
+                twin.get_parameter(key).data.copy_(parameter.data)
+    expected, dense = life(twin, ADAPTERS[name](), safe)
     model = enable_fp8_gemm(llama(), options=FP8GemmOptions(fp16_weight_storage=storage))
     said, left = life(model, ADAPTERS[name](), safe)
     assert error(expected["trained"], expected["attached"]) > 2e-3, "the adapter learns nothing"
     # The first two take what they train out of the weight, which rounds the rest; the third adds to a copy of the
     # weight, which is one of the original where that is kept.
     writes_at_once = name in ("PiSSA", "OLoRA", "SHiRA")
-    # Under keep, DoRA reads the norms of the original's rows, and HRA multiplies by the original in its forward.
-    reads = {("DoRA", "keep"): 2e-3, ("HRA", "keep"): ROUNDED}
-    near = ROUNDED if writes_at_once else reads.get((name, storage), 1e-4)
     for station in ("attached", "trained"):
-        assert error(said[station], expected[station]) < near, station
+        assert error(said[station], expected[station]) < (ROUNDED if writes_at_once else 1e-4), station
     for station in ("merged", "unmerged", "unloaded"):
         assert error(said[station], expected[station]) < ROUNDED, station
     ours = [(key, module) for key, module in left.named_modules() if isinstance(module, FP8Linear)]

@@ -151,13 +151,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check(path: Path) -> None:
-    """Raises SafetensorError unless the library accepts the header and the size of the file."""
+    """Raises SafetensorError or CheckpointError unless the library accepts the header and the size of the file."""
     try:
         safe_open(path, framework="pt")
     except RuntimeError as error:
-        # It validates first and then has torch reserve memory for the whole file, which is not needed here.
+        # It validates first and then has torch reserve memory for the whole file, which is not needed here, and which
+        # torch refuses if the file has been replaced by a smaller one in between.
         if os.strerror(errno.ENOMEM) not in str(error):
-            raise
+            raise CheckpointError(f"cannot map {path} into memory: {error}") from error
 
 
 def _map(path: Path) -> mmap.mmap:

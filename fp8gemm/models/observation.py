@@ -49,16 +49,17 @@ class Observer(TorchDispatchMode):
         self.names: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by storage: begin, end, parameter
         self.parameters: dict[str, nn.Parameter] = {}
         self.derived: dict[int, tuple[StorageWeakRef, str]] = {}
-        self.homes: dict[int, str] = {}  # by the id of the home and by the address of the bytes
-        self.weights: list[tuple[str, FP8Weight]] = []
+        self.weights: dict[str, FP8Weight] = {}
+        self.homes: dict[int, str] = {}  # by the id of the home
+        self.addresses: dict[int, str] = {}  # by the address of the bytes when they were last looked for
         self.uses: dict[str, Seen] = defaultdict(Seen)
         self.fp8: dict[str, int] = defaultdict(int)
         self.dequantized: dict[str, int] = defaultdict(int)
         self.dense: dict[str, int] = defaultdict(int)
         for name, parameter in model.named_parameters():
             if isinstance(parameter, FP8Weight):
-                self.homes[id(parameter._home)] = self.homes[parameter.data_ptr()] = name
-                self.weights.append((name, parameter))
+                self.homes[id(parameter._home)] = name
+                self.weights[name] = parameter
             elif type(parameter) is nn.Parameter:
                 self.parameters[name] = parameter
                 begin = int(parameter.storage_offset())
@@ -103,13 +104,13 @@ class Observer(TorchDispatchMode):
         return y
 
     def name_of(self, address: int) -> str:
-        """The parameter whose FP8 bytes are at an address, which may have been packed during the pass."""
-        if address not in self.homes:
-            for name, weight in self.weights:
-                stored = weight._home.stored
-                forms = () if stored is None else (stored.plain, stored.packed, *stored.forms.values())
-                self.homes.update({form.data.data_ptr(): name for form in forms if form is not None})
-        return self.homes.get(address, "another weight")
+        """The parameter whose FP8 bytes are at an address. During the pass bytes are quantized and packed, and memory
+        that held one weight is used for another."""
+        name = self.addresses.get(address)
+        if name is None or address not in _addresses(self.weights[name]):
+            self.addresses = {at: name for name, weight in self.weights.items() for at in _addresses(weight)}
+            name = self.addresses.get(address)
+        return "another weight" if name is None else name
 
     def give_up(self, func: Any, error: Exception) -> None:
         """Forgets what was observed: the report has no coverage, and no parameter is taken for a factor of products."""
@@ -212,6 +213,13 @@ class Observer(TorchDispatchMode):
             if layout is not None:
                 found[name] = Role(layout, multiplied=True, looked_up=seen.looked_up)
         return found
+
+
+def _addresses(weight: FP8Weight) -> list[int]:
+    """Where a weight's FP8 bytes are, in every form in which they are held."""
+    stored = weight._home.stored
+    forms = () if stored is None else (stored.plain, stored.packed, *stored.forms.values())
+    return [form.data.data_ptr() for form in forms if form is not None]
 
 
 def _layout(parameter: nn.Parameter, seen: Seen) -> Layout | None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BLOCKS, compressed, fp8, scales, write
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fp8gemm import CheckpointError
-from fp8gemm.checkpoint import open_checkpoint
+from fp8gemm.checkpoint import files, open_checkpoint
 from fp8gemm.checkpoint.read import count_nan
 
 
@@ -235,3 +236,41 @@ def test_importing_needs_no_hub_library() -> None:
     """huggingface_hub is imported when an id is fetched."""
     code = "import sys, fp8gemm.checkpoint; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("when", ["before the library looks", "while it looks", "after it has looked"])
+@pytest.mark.parametrize("other", [torch.zeros(2), torch.zeros(5), torch.zeros(2000)])
+def test_a_file_that_is_replaced_while_it_is_opened(
+    when: str, other: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header and its tensors are those of one file."""
+    path, replacement = tmp_path / "model.safetensors", tmp_path / "other"
+    save_file({"a": torch.ones(5)}, path)
+    save_file({"b": other}, replacement)
+
+    def look(*args: Any, **kwargs: Any) -> None:
+        if when == "after it has looked":
+            safe_open(*args, **kwargs)
+        if replacement.exists():
+            replacement.replace(path)
+            if when == "while it looks":  # between its own reading of the file and torch's
+                raise RuntimeError(f"file <{path}> size <80> is smaller than the required mapping size <96>")
+        if when == "before the library looks":
+            safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(files, "safe_open", look)
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint) == ["b"]
+    assert torch.equal(checkpoint["b"], other)
+
+
+def test_a_file_that_is_replaced_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(A, path)
+
+    def look(*args: Any, **kwargs: Any) -> None:
+        save_file(A, tmp_path / "other")
+        (tmp_path / "other").replace(path)
+
+    monkeypatch.setattr(files, "safe_open", look)
+    assert "model.safetensors keeps changing while it is being opened" in refused(path)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
-from fp8gemm import disable_fp8_gemm, enable_fp8_gemm, report
+from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm, report
 
 IDS = torch.randint(20, 400, (2, 12), generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -94,3 +95,14 @@ def test_nearly_all_multiply_adds_run_on_fp8(name: str) -> None:
     expected = answer(dense, inputs)
     # Both sum in float32 in different orders: about 2^-23 of the largest value for each of a dozen layers.
     assert torch.allclose(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_memory_that_is_freed_and_used_again_during_the_pass() -> None:
+    """Original weights are freed one after the other, and FP8 bytes of later layers are put where they were."""
+    layers = [layer for _ in range(24) for layer in (nn.Linear(64, 16), nn.Linear(16, 64))]
+    model = nn.Sequential(*layers)
+    enable_fp8_gemm(model, options=FP8GemmOptions(materialize_fp8_on_wrap=False, scheme="weight_only"))
+    model(torch.randn(5, 64, requires_grad=True))
+    coverage = report(model).coverage
+    assert coverage is not None
+    assert coverage.fp8 == {f"{index}.weight": 5 * 16 * 64 for index in range(len(layers))}

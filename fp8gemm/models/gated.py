@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def _input(node: Any) -> Any:
 def gated_class(base: Any, names: Names) -> type[nn.Module]:
     """A subclass of ``base``, of the same name, that passes gate and up to the last layer where this is possible."""
 
+    @wraps(base.forward)  # others ask for its signature
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         gate, up, down = (module._modules[name] for name in names)
         alone = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()

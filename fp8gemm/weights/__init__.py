@@ -2,7 +2,8 @@
 
 import torch
 
-from . import blanks, convolution, copies, pickling, products, writes  # importing them registers their handlers
+# importing them registers their handlers
+from . import attention, blanks, convolution, copies, gathers, pickling, products, writes
 from .activity import Activity
 from .convert import Change, convert, leave, made, put, revert
 from .home import Home
@@ -19,10 +20,12 @@ __all__ = [
     "FP8Linear",
     "FP8Weight",
     "Home",
+    "attention",
     "blanks",
     "convert",
     "convolution",
     "copies",
+    "gathers",
     "leave",
     "made",
     "own_weights",

@@ -16,15 +16,16 @@ class ChosenExperts(Home):
     """The home of ``stack[ids]``, which transformers' ``batched_mm`` experts use for one product.
 
     ``source`` is the stack's home as long as nothing was copied. Later writes to the stack or to the indices do not
-    change the gathered experts.
+    change the gathered experts. ``ids [B]`` are not negative.
     """
+
+    inner_ids: torch.Tensor  # for tracers, as the other tensors of a home
 
     def __init__(self, source: Home, ids: torch.Tensor) -> None:
         layout = Layout((ids.shape[0], *source.layout.shape[1:]), source.layout.turned)
         self._source: Home | None = source
         self._then = source.settle()
-        ids = ids.to(source.device)
-        self.ids = torch.where(ids < 0, ids + source.layout.shape[0], ids)
+        self.ids = ids.to(source.device)
         self._seen = source.version
         self._stored: Stored | None = None
         super().__init__(source.options, layout, scheme=source.scheme)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# The key None handles all other operations. A handler that returns NotImplemented passes the call on to it.
+# The key None handles all other operations. A handler that returns NotImplemented passes the call on to it. Operations
+# that other libraries register when they are imported have their names as keys.
 # The other modules of this package register their handlers here.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 OPERATIONS: dict[Any, Callable[..., Any]] = {}

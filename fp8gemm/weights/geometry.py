@@ -166,9 +166,15 @@ def _blocks(block: int | None, first: int, count: int) -> slice:
     return slice(None) if block is None else slice(first // block, -(-(first + count) // block))
 
 
-@lru_cache(maxsize=4096)
 def part_of(layout: Layout, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Part | None:
     """The part that a view of this size, stride and offset covers; None if it is not such a rectangle."""
+    try:
+        return _remembered_part(layout, size, stride, offset)
+    except TypeError:  # a symbolic size, as of the experts chosen for a number of tokens that a trace leaves open
+        return _part_of(layout, size, stride, offset)
+
+
+def _part_of(layout: Layout, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Part | None:
     n, k = layout.matrix
     stack = len(layout.shape) == 3
     if layout.folded is not None and tuple(size) == layout.folded and tuple(stride) == layout.stride:
@@ -192,3 +198,6 @@ def part_of(layout: Layout, size: tuple[int, ...], stride: tuple[int, ...], offs
         if lies and row + rows <= n and col + cols <= k:
             return Part((row, rows), (col, cols), experts, single=stack and len(size) == 2, flipped=flipped)
     return None
+
+
+_remembered_part = lru_cache(maxsize=4096)(_part_of)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from .. import native
 from ..engines import ENGINES, PackedWeight
@@ -179,6 +179,8 @@ class FP8Linear(nn.Linear):
         if not isinstance(weight, FP8Weight):
             return F.linear(input, self.weight, self.bias)
         if not native.plain(input) or in_forward_mode():
+            if isinstance(input, fx.Proxy):
+                return self._recorded(input)
             # Below autograd, a mode that only counts sees the registered operation.
             recorded = wants_derivative(input, self.bias) and not in_forward_mode() and counted(input)
             return FP8Linear._run(input, weight, self.bias) if recorded else self._as_operation(input, weight)
@@ -206,6 +208,13 @@ class FP8Linear(nn.Linear):
         out_dtype, given = _dtypes(x, weight.dtype, weight._home.options)
         return F.linear(x.to(out_dtype), weight, self.bias).to(given)
 
+    def _recorded(self, x: fx.Proxy) -> Any:
+        """The node of a symbolic trace: a call of this layer, as torch's own layers are leaves of every tracer."""
+        tracer: Any = x.tracer
+        if tracer.root is self:
+            return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
 
@@ -222,7 +231,7 @@ class FP8Linear(nn.Linear):
         if bias is not None:
             # A view holds the memory in case another thread assigns new data to the bias. The dtypes differ for a
             # moment while the layer is being cast.
-            bias = bias.view_as(bias) if wants_derivative(x, bias) else bias.detach()
+            bias = bias.view_as(bias) if wants_derivative(x, bias) or jit_tracing() else bias.detach()
             if bias.device != x.device or bias.dtype not in (run_dtype, torch.float32):
                 bias = bias.to(x.device, run_dtype)
         kept = faster_kept(home, x, bias, form)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 
 from ..engines import ENGINES, PackedWeight, restore
 from ..scaled import Granularity, ScaledTensor, Scheme
-from .remembered import ALIGNMENT, CALLS, call_key, forget_bound, remembered_linear
+from .activity import Activity
+from .remembered import ACTIVITY, ALIGNMENT, CALLS, call_key, forget_bound, remembered_linear
 
 # The attributes of a packed weight besides its bytes, in types that schemas support: a block of 0 means all rows or
 # columns, an empty block means none. Arguments equal to their defaults are neither written into graphs nor converted.
@@ -190,20 +193,48 @@ def _linear_operation(
     """``Engine.linear``, or ``linear_quantized`` if ``x_scale`` is given."""
     if not x.is_contiguous():  # for example a zero tensor, which arrives as an expanded scalar
         x = x.contiguous()
-    calls = data.__dict__.get(CALLS)
+    calls, activity = data.__dict__.get(CALLS), _counter(data)
     may_fit = x_scale is None and x.data_ptr() % ALIGNMENT == 0
     if calls and may_fit and (not form.get("derive") or _is_derived(data)):
         engine, accumulate = form.get("engine", "cpu"), form.get("accumulate", "auto")
         call = calls.get(call_key(x, out_dtype, engine, accumulate, data, scale, bias, input_scale))
         if call:
-            y: torch.Tensor = call(x)
+            compute, kernel = call
+            if activity is not None:
+                activity.count(kernel)
+            y: torch.Tensor = compute(x)
             return y
     weight = _form_of(data, scale, shape, input_scale=input_scale, **form)
+    if activity is not None:
+        activity.count(ENGINES[weight.engine].kernel(x.shape[0], weight, out_dtype))
     if x_scale is None:
         return remembered_linear(x, weight, bias, out_dtype).contiguous()
     grid = _grid(*x_block)
     assert grid is not None
     return ENGINES[weight.engine].linear_quantized(ScaledTensor(x, x_scale, grid), weight, bias, out_dtype).contiguous()
+
+
+class _Eager(threading.local):
+    callers = 0  # how many products of this thread that call an operation outside of a graph are in progress
+
+
+_eager = _Eager()
+
+
+@contextmanager
+def counted_by_caller() -> Iterator[None]:
+    """While it lasts, operations of this thread count nothing: the product that calls them does."""
+    _eager.callers += 1
+    try:
+        yield
+    finally:
+        _eager.callers -= 1
+
+
+def _counter(data: torch.Tensor) -> Activity | None:
+    """What counts the calls of a graph with these bytes."""
+    activity: Activity | None = data.__dict__.get(ACTIVITY)
+    return None if _eager.callers else activity
 
 
 # Packed weights by the id of their bytes, with the version of those bytes: derived once per version.
@@ -253,7 +284,10 @@ def _grouped_operation(
 ) -> torch.Tensor:
     """``Engine.grouped``."""
     weight = _form_of(data, scale, shape, **form)
-    return ENGINES[weight.engine].grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
+    engine = ENGINES[weight.engine]
+    if (activity := _counter(data)) is not None:
+        activity.count(engine.kernel(x.shape[0], weight, out_dtype))
+    return engine.grouped(x.contiguous(), weight, ends, None, out_dtype).contiguous()
 
 
 def _linear_by_rows(

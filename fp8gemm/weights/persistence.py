@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..scaled import FP8_DTYPES, ScaledTensor
 from .entry import FP8Entry
 from .home import Home
@@ -23,6 +24,8 @@ from .weight import FP8Weight
 # torch.distributed.checkpoint.state_dict looks for an attribute for each key of a state dict. It asks a method of this
 # name for another attribute, which has the first.
 _NAMES, _SCALES = "_fqn_modifiers", "_fp8gemm_scales"
+# torch.jit.script calls the attribute of this name of every module first.
+_SCRIPT = "__prepare_scriptable__"
 
 
 class _Scales:
@@ -42,11 +45,20 @@ def _names_of_scales() -> dict[str, str]:
     return _NamesOfScales()
 
 
+def refuse_script() -> None:
+    """Raises in place of torch.jit.script, since torch.jit.save crashes on tensors without a storage."""
+    raise UnsupportedError(
+        "torch.jit.script cannot compile FP8 weights: use torch.compile or torch.export, or call "
+        "fp8gemm.disable_fp8_gemm(model) first"
+    )
+
+
 def install_hooks(module: nn.Module) -> None:
     """Registers the hooks that save and load the FP8 weights of ``module``."""
     if not hooked(module):
         if not hasattr(module, _NAMES):
             module.__dict__.update({_NAMES: _names_of_scales, _SCALES: _Scales()})
+        module.__dict__[_SCRIPT] = refuse_script
         module.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
@@ -60,6 +72,8 @@ def remove_hooks(module: nn.Module) -> None:
     """Undoes ``install_hooks`` once the module has no FP8 weight left."""
     if any(isinstance(held(parameter), FP8Weight) for parameter in module._parameters.values()):
         return
+    if module.__dict__.get(_SCRIPT) is refuse_script:
+        del module.__dict__[_SCRIPT]
     if module.__dict__.get(_NAMES) is _names_of_scales:
         del module.__dict__[_NAMES], module.__dict__[_SCALES]
     for key in [key for key, hook in module._state_dict_hooks.items() if hook is _save]:

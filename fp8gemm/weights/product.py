@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from ..engines import ENGINES, PackedWeight, restore
 from ..numerics import quantize
 from .lookup import dequantized
-from .operation import call_grouped, call_linear
+from .operation import call_grouped, call_linear, counted_by_caller
 from .remembered import remembered_linear
-from .watching import exporting, watched
+from .watching import exporting, jit_tracing, warn_of_traces, watched
 
 
 def multiply(
@@ -31,7 +31,7 @@ def multiply(
 
     ``version`` returns the weight's version: backward raises if the weight was written to since forward.
     """
-    if wants_derivative(x, bias):
+    if wants_derivative(x, bias) and not jit_tracing():
         y: torch.Tensor = _Product.apply(x, bias, weight, out_dtype, version)  # type: ignore[no-untyped-call]
         return y
     return forward(x, weight, bias, out_dtype)
@@ -96,14 +96,25 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
         rounded = quantize(x, rounding, scale=static, scale_format=weight.scheme.scale_format)
         # M-major, as every kernel reads the scales of groups; the compiler stores them that way at no cost.
         x, x_scale = rounded.data, rounded.scale.t().contiguous().t()
-    return call_linear(x, weight, bias, out_dtype, x_scale, rounding)
+    if compiling:
+        return call_linear(x, weight, bias, out_dtype, x_scale, rounding)
+    return _seen(call_linear, x, weight, bias, out_dtype)
 
 
 def grouped_forward(x: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """``Engine.grouped`` for a stack, as an operation if anything observes it."""
-    if not (torch.compiler.is_compiling() or watched(x, weight.data, weight.scale, ends)):
+    if torch.compiler.is_compiling():
+        return call_grouped(x, weight, ends, out_dtype)
+    if not watched(x, weight.data, weight.scale, ends):
         return ENGINES[weight.engine].grouped(x, weight, ends, None, out_dtype)
-    return call_grouped(x, weight, ends, out_dtype)
+    return _seen(call_grouped, x, weight, ends, out_dtype)
+
+
+def _seen(operation: Callable[..., torch.Tensor], *operands: Any) -> torch.Tensor:
+    """An operation outside of a graph, for whoever watches; the caller counts it."""
+    warn_of_traces()
+    with counted_by_caller():
+        return operation(*operands)
 
 
 def _more_than(m: int, few: int) -> bool:

@@ -12,9 +12,7 @@ from ..engines import ENGINES
 from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import FoldedEinsum, batched_operands, folded_operands
-from .geometry import Part
 from .home import Home
-from .lookup import rows_of
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember
@@ -214,7 +212,7 @@ def _chosen_product(a: torch.Tensor, b: FP8Weight, source: Home, ids: torch.Tens
     return torch.empty_like(y.view(batch, m, -1)).index_copy(0, order, y.view(batch, m, -1))
 
 
-@implements(OPERATIONS, aten._grouped_mm.default)
+@implements(OPERATIONS, aten._grouped_mm.default, "transformers::grouped_mm_fallback")  # which compiled graphs have
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     if not isinstance(b, FP8Weight) or offs is None or bias is not None or out_dtype not in (None, a.dtype):
         return NotImplemented
@@ -285,66 +283,3 @@ def matrix(weight: FP8Weight) -> FP8Weight | None:
             return None
         step *= extent
     return weight.like(((weight.shape[0], step), (weight.stride(0), 1), weight.offset))
-
-
-@implements(FUNCTIONS, F.embedding)
-def _embedding_directly(
-    input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **more: Any
-) -> Any:
-    """A shortcut past the dispatcher, where nothing else intercepts the call."""
-    alone = isinstance(input, torch.Tensor) and not torch.compiler.is_compiling() and native.plain(input)
-    if not isinstance(weight, FP8Weight) or not alone or max_norm is not None or jit_tracing() or in_forward_mode():
-        return NotImplemented
-    if input.dtype not in (torch.int64, torch.int32) or input.device != weight.device:
-        return NotImplemented
-    return _embedding(weight, input)
-
-
-@implements(OPERATIONS, aten.embedding.default)
-def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
-    """Gathers rows and dequantizes only those."""
-    part = weight.part() if isinstance(weight, FP8Weight) else None
-    if part is None or part.flipped or not part.all_columns(weight._home.layout) or weight.dim() != 2:
-        return NotImplemented
-    return _rows_of(weight, part, indices)
-
-
-@implements(OPERATIONS, aten.index_select.default)
-def _index_select(weight: Any, dim: int, indices: Any) -> Any:
-    return _index(weight, [indices]) if isinstance(weight, FP8Weight) and dim % weight.dim() == 0 else NotImplemented
-
-
-@implements(OPERATIONS, aten.index.Tensor)
-def _index(weight: Any, indices: Any) -> Any:
-    """Experts of a stack, indexed in FP8; rows of a matrix, dequantized."""
-    whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None
-    if not whole or indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
-        return NotImplemented
-    ids, part = indices[0], weight.part()
-    if part is None:
-        return NotImplemented
-    if weight.dim() == 2:
-        straight = part.all_columns(weight._home.layout) and not part.flipped
-        if straight and not ids.is_meta and not torch.compiler.is_compiling():
-            ids = torch.where(ids < 0, ids + weight.shape[0], ids)
-        return _rows_of(weight, part, ids) if straight else NotImplemented
-    if ids.dim() != 1 or not _every_expert(weight, part):
-        return NotImplemented
-    home = ChosenExperts(weight._home, ids)
-    chosen = FP8Weight(home, weight.dtype)
-    return chosen if part.flipped == home.layout.turned else chosen.turned_around()
-
-
-def _every_expert(weight: FP8Weight, part: Part) -> bool:
-    n, k = weight._home.layout.matrix
-    return part.rows == (0, n) and part.cols == (0, k) and part.experts == (0, weight._home.layout.shape[0])
-
-
-def _rows_of(weight: FP8Weight, part: Part, indices: torch.Tensor) -> Any:
-    """Rows ``indices`` of a matrix ``[N, K]``, dequantized: ``[..., K]``."""
-    home = weight._home
-    stored = home.settle()
-    taken = None if stored is None else part.take(stored.scaled())
-    if taken is None:
-        return NotImplemented
-    return rows_of(taken, indices, weight.dtype)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ..engines import ENGINES, PackedWeight
+from .activity import Activity
 from .watching import watched
 
-CALLS = "_fp8gemm_calls"  # attribute of a weight's bytes
+CALLS = "_fp8gemm_calls"  # attribute of a weight's bytes: its bound calls, each with the name of its kernel
+ACTIVITY = "_fp8gemm_activity"  # attribute of a weight's bytes: the counters of whoever gave them to a graph
 MOST_CALLS = 32  # the most bound calls of a weight; one more clears them
 ALIGNMENT = 16  # bytes, of inputs: the alignment that compiled kernels were specialized for
 
@@ -31,14 +33,25 @@ def remembered_linear(
     calls: dict[Any, Any] = data.__dict__.setdefault(CALLS, {})
     call = calls.get(key)
     if call:
-        y: torch.Tensor = call(x)
+        y: torch.Tensor = call[0](x)
         return y
+    engine = ENGINES[weight.engine]
     if call is None:
         if len(calls) >= MOST_CALLS:
             calls.clear()
         # Bind at the second call, as a first one may remain the only one; False if the engine has nothing to bind.
-        calls[key] = (ENGINES[weight.engine].bind(x, weight, bias, out_dtype) or False) if key in calls else None
-    return ENGINES[weight.engine].linear(x, weight, bias, out_dtype)
+        compute = engine.bind(x, weight, bias, out_dtype) if key in calls else None
+        if compute is not None:
+            calls[key] = compute, engine.kernel(x.shape[0], weight, out_dtype)
+        else:
+            calls[key] = False if key in calls else None
+    return engine.linear(x, weight, bias, out_dtype)
+
+
+def count_for(activity: Activity, data: torch.Tensor) -> None:
+    """Lets calls of compiled graphs that receive these bytes be counted: copies that still share them have one
+    counter, that of the copy which was compiled last."""
+    data.__dict__[ACTIVITY] = activity
 
 
 def forget_bound(data: torch.Tensor) -> None:

@@ -11,8 +11,10 @@ import torch
 from .. import native
 from ..engines import PackedWeight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from .chosen import ChosenExperts
 from .geometry import Layout
 from .home import Home
+from .remembered import count_for
 from .stored import Stored
 
 
@@ -48,8 +50,15 @@ class Context:
 def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
     """The names of the attributes that hold the tensors, and the rest as a ``Context``.
 
-    A weight that an engine has packed is handed over packed, without the tensors that the engine derives from it.
+    A weight that an engine has packed is handed over packed, without the tensors that the engine derives from it;
+    chosen experts are handed over as their stack and the indices.
     """
+    if isinstance(home, ChosenExperts) and (source := home.source) is not None:
+        names, context = flatten_home(source, dtype)
+        for name in names:
+            setattr(home, name.removeprefix("_"), getattr(source, name.removeprefix("_")))
+        home.inner_ids = home.ids
+        return [*names, "_inner_ids"], context
     if home.flat is not None and not home.pending:  # guards ask at every call
         return home.flat
     stored = home.settle()
@@ -79,6 +88,8 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
             packed.bare or len(packed.extra) > 0,
             stored.plain is not None,
         )
+    if native.plain(home.inner_data):
+        count_for(home.activity, home.inner_data)
     names = ["_inner_data", "_inner_scale"]
     if home.input_scale is not None:
         names.append("_inner_input_scale")
@@ -91,6 +102,9 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
 
 def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
     """Rebuilds the home that ``flatten_home`` took apart."""
+    if "_inner_ids" in tensors:
+        of_stack = {name: tensor for name, tensor in tensors.items() if name != "_inner_ids"}
+        return ChosenExperts(unflatten_home(of_stack, context), tensors["_inner_ids"])
     input_scale = tensors.get("_inner_input_scale")
     home = Home(context.options, context.layout, scheme=context.scheme, input_scale=input_scale)
     home.owned = context.owned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -36,3 +37,14 @@ def exporting() -> bool:
 def jit_tracing() -> bool:
     """Whether torch.jit.trace is recording; it treats everything except torch operations as constants."""
     return torch._C._get_tracing_state() is not None
+
+
+def warn_of_traces() -> None:
+    """Says what torch.jit.trace cannot do with FP8 weights, while it is recording."""
+    if jit_tracing():
+        warnings.warn(
+            "torch.jit.trace records products with FP8 weights without gradients, and torch.jit.save crashes on what "
+            "it makes: use torch.export, or call fp8gemm.disable_fp8_gemm(model) first",
+            torch.jit._trace.TracerWarning,
+            stacklevel=2,
+        )

@@ -23,6 +23,7 @@ from .sharding import Shardable
 from .stored import lock
 from .tracing import Flatten, flatten_home, never_traced, unflatten_home
 from .values import read
+from .watching import warn_of_traces
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset, in elements
 
@@ -231,6 +232,7 @@ class FP8Weight(Shardable, torch.Tensor):
     _inner_scale = property(attrgetter("_home.inner_scale"))
     _inner_input_scale = property(attrgetter("_home.inner_input_scale"))
     _inner_dense = property(attrgetter("_home.inner_dense"))
+    _inner_ids = property(attrgetter("_home.inner_ids"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
         if id(self) in memo:
@@ -302,6 +304,7 @@ class FP8Weight(Shardable, torch.Tensor):
                 result = handler(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            warn_of_traces()
             return func(*args, **kwargs)
 
     @classmethod

@@ -19,6 +19,10 @@ aten = torch.ops.aten
 
 @implements(OPERATIONS, None)
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func.namespace != "aten" and (handler := OPERATIONS.get(func.name())) is not None:
+        result = handler(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
     # nested tensors have kernels of their own
     if not any(isinstance(one, torch.Tensor) and one.is_nested for one in args):
         whole = func.decompose(*args, **kwargs)  # operations that inference mode does not decompose, such as to()

@@ -138,20 +138,6 @@ def test_transformers_experts_run_on_fp8(config, implementation: str, scheme: st
     assert kinds <= {type(module).__name__ for module in model.modules()} | {"Linear"}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_experts_are_compiled(implementation: str) -> None:
-    """Compiles to one graph, except for the loop over experts with tokens, which transformers runs in eager mode."""
-    model = make(qwen3_moe())
-    model.set_experts_implementation(implementation)
-    enable_fp8_gemm(model)
-    with torch.no_grad():
-        expected = model(input_ids=TOKENS, use_cache=False)[0]
-        before = {row.name: row.dequantizations for row in report(model).converted}
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=implementation != "eager")
-        assert relative(compiled(input_ids=TOKENS, use_cache=False)[0], expected) < 1e-5
-    assert {row.name: row.dequantizations for row in report(model).converted} == before
-
-
 @pytest.mark.parametrize("config", MODELS)
 def test_by_default_experts_are_converted_and_routers_are_not(config) -> None:
     model = make(config(), torch.bfloat16)

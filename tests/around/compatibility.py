@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "compatibility.md"
 HEAD = """# Compatibility
 
-What people put around a model, tried with the real libraries on small random models on a CPU. This page is written by
+What people put around a model, tried with the real libraries on small random models on a CPU;
+[more than one process](distributed.md) has a page of its own. This page is written by
 `python tests/around/compatibility.py`, which runs every row; [a test](../tests/around/test_compatibility.py) runs them
 again and compares the page. *Refused* means that an error with these words is raised, **wrong** that the library itself
 goes on with wrong values, where nothing of fp8gemm runs.

@@ -50,6 +50,16 @@ def runs(make: Callable[[], nn.Module], share: float) -> None:
     assert coverage.share > share
 
 
+@torch.no_grad()
+def features() -> None:
+    """Of layers by name, which torchvision takes from a symbolic trace."""
+    model = patched(_seeded(TORCHVISION["VisionTransformer"]), OPTIONS)
+    names = {"encoder.layers.encoder_layer_1.mlp": "mlp", "heads.head": "head"}
+    found = torchvision.models.feature_extraction.create_feature_extractor(model, names)(X)
+    assert found["mlp"].shape == (2, 17, 64)
+    assert error(found["head"], model(X)) < 1e-6
+
+
 def from_timm(name: str, share: float) -> None:
     runs(lambda: timm.create_model(name, num_classes=10, **TIMM[name]), share)
 
@@ -106,6 +116,7 @@ TRIALS = [
             TORCHVISION.items(), ("", "", "of its products, only the head runs on FP8"), strict=True
         )
     ),
+    Trial(library="torchvision", what="`create_feature_extractor` of a patched VisionTransformer", run=features),
     *(
         Trial(library="timm", what=f"`create_model({name!r})`", run=partial(from_timm, name, share))
         for name, share in zip(TIMM, (0.99, 0.99, 0.9), strict=True)

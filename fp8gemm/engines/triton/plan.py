@@ -237,8 +237,9 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
 
     They need aligned rows of y, and TMA for addresses. Without either, or with accumulators in tensor memory, 128 x 128
     is the largest tile that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte,
-    in small tiles (all compiled with Triton 3.6). On sm_120, TMA saves nothing: a step of 128 x 128 takes 208
-    instructions with it and 127 without, for 64 products (135 and 126 with Triton 3.9).
+    in small tiles (all compiled with Triton 3.6). 128 x 64 take 8 warps, except on Hopper, as Triton 3.9 spills with 4.
+    On sm_120, TMA saves nothing: a step of 128 x 128 takes 208 instructions with it and 127 without, for 64 products
+    (135 and 126 with Triton 3.9).
     """
     if k % 16:
         return Plan(path="rows", block_m=64, block_n=64, block_k=64, warps=8, stages=1)
@@ -246,10 +247,10 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
     block_m, block_n = (64 if m <= 64 else 128), 128
     if where.arch == "sm90" and m > 64 and aligned and -(-m // 128) * -(-n // 256) >= where.multiprocessors:
         block_n = 256
-    elif -(-m // block_m) * -(-n // 128) < where.multiprocessors or (where.tensor_memory and not aligned):
+    elif -(-m // block_m) * -(-n // 128) < where.multiprocessors or not (aligned or where.arch == "sm90"):
         block_n = 64
     stages = min(3 if block_n == 256 else 4, where.shared // ((block_m + block_n) * 128 + 1024))
-    warps = 8 if block_m * block_n > 64 * 128 or where.tensor_memory else 4
+    warps = 4 if block_m * block_n <= (64 * 128 if where.arch == "sm90" else 64 * 64) and not where.tensor_memory else 8
     tma = where.tma and not where.arch.startswith("sm12")
     return Plan(path="rows", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, tma=tma)
 

@@ -12,6 +12,7 @@ from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Part
 from .lookup import rows_of
+from .onnx import exporting_to_onnx
 from .product import in_forward_mode
 from .watching import jit_tracing
 from .weight import FP8Weight
@@ -35,7 +36,7 @@ def _embedding_directly(
 @implements(OPERATIONS, aten.embedding.default)
 def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
     """Gathers rows and dequantizes only those."""
-    part = weight.part() if isinstance(weight, FP8Weight) else None
+    part = weight.part() if isinstance(weight, FP8Weight) and not exporting_to_onnx() else None
     if part is None or part.flipped or not part.all_columns(weight._home.layout) or weight.dim() != 2:
         return NotImplemented
     return _rows_of(weight, part, indices)
@@ -49,7 +50,7 @@ def _index_select(weight: Any, dim: int, indices: Any) -> Any:
 @implements(OPERATIONS, aten.index.Tensor)
 def _index(weight: Any, indices: Any) -> Any:
     """Experts of a stack, indexed in FP8; rows of a matrix, dequantized."""
-    whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None
+    whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None and not exporting_to_onnx()
     if not whole or indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
         return NotImplemented
     ids, part = indices[0], weight.part()

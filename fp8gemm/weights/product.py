@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ..engines import ENGINES, PackedWeight, restore
 from ..numerics import quantize
 from .lookup import dequantized
+from .onnx import exporting_to_onnx, onnx_linear
 from .operation import call_grouped, call_linear, counted_by_caller
 from .remembered import remembered_linear
 from .watching import exporting, jit_tracing, warn_of_traces, watched
@@ -87,6 +88,8 @@ def forward(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ou
     compiling = torch.compiler.is_compiling()
     if not compiling and not watched(x, weight.data, weight.scale, bias):
         return remembered_linear(x, weight, bias, out_dtype)
+    if compiling and exporting_to_onnx():
+        return onnx_linear(x, weight, bias, out_dtype)
     if engine.traceable and not weight.bare:
         return engine.linear(x, weight, bias, out_dtype)
     rounding = weight.apart if compiling and _more_than(x.shape[0], weight.few) else None

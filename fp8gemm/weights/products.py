@@ -13,6 +13,7 @@ from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import FoldedEinsum, batched_operands, folded_operands
 from .home import Home
+from .onnx import exporting_to_onnx
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember
@@ -225,6 +226,8 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
     home, part = weight._home, weight.part()
     if isinstance(x, FP8Weight) or x.dim() != 2 or part is None or weight.dim() != 3 or not part.flipped:
         return NotImplemented
+    if exporting_to_onnx():
+        return NotImplemented  # which has no such product
     n, k = home.layout.matrix
     if part.rows != (0, n) or not part.all_columns(home.layout) or x.shape[1] != k:
         return NotImplemented

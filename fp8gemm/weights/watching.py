@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import native
+from ..errors import UnsupportedError
 
 profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
@@ -40,8 +41,17 @@ def jit_tracing() -> bool:
 
 
 def warn_of_traces() -> None:
-    """Says what torch.jit.trace cannot do with FP8 weights, while it is recording."""
+    """Says what torch.jit.trace cannot do with FP8 weights, while it is recording.
+
+    Raises:
+        UnsupportedError: it records for torch.onnx, which has no operator for what it would find.
+    """
     if jit_tracing():
+        if torch.onnx.is_in_onnx_export():
+            raise UnsupportedError(
+                "torch.onnx.export(dynamo=False) cannot write FP8 weights: use dynamo=True, or call "
+                "fp8gemm.disable_fp8_gemm(model) first"
+            )
         warnings.warn(
             "torch.jit.trace records products with FP8 weights without gradients, and torch.jit.save crashes on what "
             "it makes: use torch.export, or call fp8gemm.disable_fp8_gemm(model) first",

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,15 @@ def test_traced_modules_run_and_say_what_they_cannot_do(name: str, grad: bool) -
         traced = torch.jit.trace(model, X)
     assert any("without gradients, and torch.jit.save crashes" in str(one.message) for one in found)
     torch.testing.assert_close(traced(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_older_export_to_onnx_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UnsupportedError, match=r"use dynamo=True, or call fp8gemm\.disable_fp8_gemm\(model\) first"):
+        torch.onnx.export(made(name), (X,), str(path), dynamo=False)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -122,7 +122,7 @@ class CpuEngine(WeightOnlyEngine):
         return y.to(out_dtype)
 
     def kernel(self, m: int, weight: PackedWeight, dtype: torch.dtype) -> str:
-        library = _library(weight.data.dtype, dtype)
+        library = _loaded(weight.data.dtype, dtype)
         if library is None:
             return "torch panels"
         _, cols = weight.scheme.weight.block((weight.n, weight.k))
@@ -131,9 +131,12 @@ class CpuEngine(WeightOnlyEngine):
 
 def _library(stored: torch.dtype, dtype: torch.dtype, *operands: torch.Tensor | None) -> native.Library | None:
     """The compiled kernels, if they are available and support these dtypes and operands."""
-    if stored != torch.float8_e4m3fn or dtype == torch.float64 or not native.plain(*operands):
-        return None
-    return native.loaded()
+    return _loaded(stored, dtype) if native.plain(*operands) else None
+
+
+def _loaded(stored: torch.dtype, dtype: torch.dtype) -> native.Library | None:
+    """The compiled kernels, if they are available and support these dtypes."""
+    return native.loaded() if stored == torch.float8_e4m3fn and dtype != torch.float64 else None
 
 
 def _has_nans(library: native.Library, data: torch.Tensor) -> bool:

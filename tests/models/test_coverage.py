@@ -106,3 +106,14 @@ def test_memory_that_is_freed_and_used_again_during_the_pass() -> None:
     coverage = report(model).coverage
     assert coverage is not None
     assert coverage.fp8 == {f"{index}.weight": 5 * 16 * 64 for index in range(len(layers))}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_observed_pass_runs_the_kernels_of_later_ones(grad: bool) -> None:
+    model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))
+    kernels = []
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            model(torch.randn(3, 64))
+            kernels.append({name for name, _ in report(model).rows[0].kernels})
+    assert kernels[0] == kernels[2]

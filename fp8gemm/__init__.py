@@ -19,6 +19,7 @@ from .formats import register_format
 from .models.gated import fuse_gated
 from .models.layerwise import layerwise_casting_filter
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
+from .models.pause import paused
 from .models.selection import plan
 from .models.siblings import Fused, fuse_siblings
 from .models.warmup import warmup
@@ -78,6 +79,7 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
     "original_key_mapping",
+    "paused",
     "plan",
     "probe",
     "quantize",

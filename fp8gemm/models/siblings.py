@@ -15,7 +15,7 @@ from torch import nn
 from ..engines import PackedWeight
 from ..errors import UnsupportedError
 from ..scaled import Granularity, ScaledTensor
-from ..weights import FP8Linear, own_weights
+from ..weights import FP8Linear, FP8Weight, own_weights
 
 # Names of children of one parent that may receive the same tensor.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -165,6 +165,8 @@ class Group:
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """A member's part of the fused product of ``x``; None if it has to run alone."""
+        if not all(isinstance(member._parameters.get("weight"), FP8Weight) for member in self.members):
+            return None  # one is paused
         state = self._state(x)
         if state is None or x.device != self.members[0].device:
             return None

@@ -62,9 +62,9 @@ class Row:
     """One weight: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of the weight.
 
     ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` count
-    from patching on, in compiled graphs too, with the exceptions in docs/limits.md. ``ties`` lists other names of the same weight, for example the embedding of
-    a tied output head. ``share`` is the weight's share, from 0 to 1, of all multiply-adds with parameters in the first
-    forward pass after patching; None before that pass.
+    from patching on, in compiled graphs too, with the exceptions in docs/limits.md. ``ties`` lists other names of the
+    same weight, for example the embedding of a tied output head. ``share`` is the weight's share, from 0 to 1, of all
+    multiply-adds with parameters in the first forward pass after patching; None before that pass.
     """
 
     name: str

@@ -124,6 +124,10 @@ class ScaledTensor:
         data = self.data.view(torch.uint8).clone(memory_format=torch.contiguous_format).view(self.data.dtype)
         return ScaledTensor(data, self.scale.clone(memory_format=torch.contiguous_format), self.granularity)
 
+    def detach(self) -> ScaledTensor:
+        """The same memory as new tensor objects, without what an engine has attached to those that it runs."""
+        return ScaledTensor(self.data.detach(), self.scale.detach(), self.granularity)
+
     def to(self, device: torch.device | str) -> ScaledTensor:
         return ScaledTensor(self.data.to(device), self.scale.to(device), self.granularity)
 

@@ -144,7 +144,7 @@ class FP8Linear(nn.Linear):
 
     def scaled(self) -> ScaledTensor:
         """The plain FP8 bytes ``[N, K]`` and float32 scales, bit for bit; quantizes pending values first."""
-        return self.home.scaled()
+        return self.home.scaled().detach()
 
     def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
         """Quantizes the weight for ``device`` now (by default its own) instead of at the first call.

@@ -53,12 +53,17 @@ def linear(x: torch.Tensor, weight: FP8Weight, bias: torch.Tensor | None = None)
     run_dtype = form.dtype_for(x.dtype)
     rows = x.reshape(-1, k).to(run_dtype).contiguous()
     y = engine_forward(rows, form, bias, run_dtype)
-    if not torch.compiler.is_compiling():
+    if _runs(rows):
         kernel = ENGINES[form.engine].kernel(rows.shape[0], form, run_dtype)
         home.activity.count(kernel)
         if key is not None and x.dtype == run_dtype:
             remember(calls, key, x, form, bias, kernel)
     return y.view(*x.shape[:-1], n).to(x.dtype)
+
+
+def _runs(rows: torch.Tensor) -> bool:
+    """Whether a product is computed now, and not traced for any number of tokens."""
+    return not torch.compiler.is_compiling() and isinstance(rows.shape[0], int)
 
 
 @implements(FUNCTIONS, F.linear)
@@ -241,7 +246,7 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
     run_dtype = form.dtype_for(x.dtype)
     rows, engine = x.to(run_dtype).contiguous(), ENGINES[form.engine]
     y = grouped_forward(rows, form, ends.to(torch.int32), run_dtype)
-    if not torch.compiler.is_compiling():
+    if _runs(rows):
         home.activity.count(engine.kernel(rows.shape[0], form, run_dtype))
     return y.to(x.dtype)
 

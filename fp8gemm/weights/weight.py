@@ -135,7 +135,7 @@ class FP8Weight(Shardable, torch.Tensor):
     def scaled(self) -> ScaledTensor:
         """The FP8 bytes ``[(E,) N, K]`` and float32 scales of the whole weight; quantizes first if values are
         pending."""
-        return self._home.scaled()
+        return self._home.scaled().detach()
 
     @property
     def activity(self) -> Activity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -159,3 +160,19 @@ def test_calls_of_compiled_graphs_are_counted(name: str) -> None:
         with torch.profiler.profile():
             model(X)
         assert [row.calls for row in report(model).rows] == [calls + 6 for calls in before]
+
+
+@torch.no_grad()
+def test_bytes_that_a_graph_has_multiplied_by_can_be_saved() -> None:
+    """Calls and counters that are attached to them stay behind."""
+    torch._dynamo.reset()
+    layer = enable_fp8_gemm(nn.Linear(32, 48))
+    compiled = torch.compile(layer, backend="aot_eager")
+    for _ in range(3):
+        compiled(X)
+    file = io.BytesIO()
+    torch.save({"data": layer.scaled().data, "scale": layer.weight.scaled().scale}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded["data"].view(torch.uint8).equal(layer.scaled().data.view(torch.uint8))
+    assert loaded["scale"].equal(layer.scaled().scale)

@@ -30,7 +30,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 90  # seconds for one case
+from fp8gemm import native
+
+PATIENCE = 180  # seconds for one case
 GRACE = 5  # seconds that the other ranks get once one has failed
 
 
@@ -115,6 +117,7 @@ class Pool:
 
     def __init__(self, world: int, backend: str) -> None:
         self.folder, self.closed = tempfile.TemporaryDirectory(), False
+        native.find()  # compiled once, before every rank would
         context = get_context("spawn")
         self.pipes, self.processes, self.count = [], [], 0
         for number in range(world):

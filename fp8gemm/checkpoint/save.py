@@ -168,15 +168,24 @@ def _piece(
 def _described(
     model: nn.Module, groups: list[list[Part]], written: Mapping[str, Written]
 ) -> tuple[dict[str, Written], list[str]]:
-    """What a config describes: the FP8 layers, and the dense nn.Linears, under the names that they have in the file
-    and in the model. Some readers compare with the one, some with the other."""
+    """What a config describes: the FP8 layers, and the dense matrices, under the names that they have in the file and
+    in the model: some readers compare with the one, some with the other. A router is a matrix of a module of its own in
+    transformers and a linear layer in serving engines, which would take it for FP8 if it were not named."""
     every = [part for group in groups for part in group]
-    fp8 = {source.removesuffix("weight").rstrip("."): part for part in every if part.weight for source in part.sources}
-    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in fp8]
+    fp8 = {_module_of(source): part for part in every if part.weight for source in part.sources}
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in fp8}
     keys = {f"{name}.weight" if name else "weight" for name in dense}
-    files = {part.module for part in every if not part.weight and keys & set(part.sources)}
+    for part in (part for part in every if not part.weight):
+        is_matrix = part.name.endswith("weight") and len(part.shape) == 2 and not tables & set(part.sources)
+        if is_matrix or keys & set(part.sources):
+            dense |= {part.module, *(_module_of(source) for source in part.sources if source.endswith(".weight"))}
     layers = {name: written[part.module] for name, part in fp8.items() if part.owners[0].dim() == 2}
-    return {**written, **layers}, sorted({*dense, *files} - written.keys())
+    return {**written, **layers}, sorted(dense - written.keys() - layers.keys())
+
+
+def _module_of(name: str) -> str:
+    return name.removesuffix("weight").rstrip(".")
 
 
 def _refuse_meta(weights: Mapping[str, FP8Weight]) -> None:

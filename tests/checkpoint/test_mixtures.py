@@ -77,3 +77,23 @@ def test_experts_that_are_published_one_by_one_stay_fp8(name: str, tmp_path: Pat
     own = mixtures.build(name, meta=True)
     load_checkpoint(own, tmp_path)
     assert all(isinstance(own.get_parameter(stack), FP8Weight) for stack in stacks)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "fine-grained"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_dense_matrix_of_the_file_is_named(name: str, format: str, tmp_path: Path) -> None:
+    """A router is a linear layer in serving engines, which take for FP8 what the config does not name."""
+    if name not in KINDS:
+        pytest.skip(f"this transformers has no {name}")
+    save_checkpoint(enable_fp8_gemm(mixtures.build(name), options=DISCARD), tmp_path, format=format)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    checkpoint = open_checkpoint(tmp_path)
+    shapes = {key: checkpoint.contents.tensors[key].shape for key in checkpoint.layout.plain.values()}
+    dense = {
+        key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2
+    }
+    tables = {module for module in dense if "embed" in module}
+    named = set(config["ignore"] if format == "compressed-tensors" else config["modules_to_not_convert"])
+    assert any(module.endswith(("gate", "router")) for module in dense)
+    assert dense - tables <= named
+    assert not named & {layer.removesuffix(".weight") for layer in checkpoint.layers}

@@ -14,6 +14,7 @@ import torch
 from . import bench, doctor
 from .checkpoint import Checkpoint, WriteReport, convert_checkpoint, open_checkpoint, quantize_checkpoint
 from .checkpoint.inspection import Inspection, inspect
+from .checkpoint.readers import ReaderName
 from .errors import CheckpointError, UnsupportedError
 from .scaled import SchemeName
 
@@ -94,13 +95,23 @@ def _inspect(arguments: argparse.Namespace) -> Inspection:
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     parser.add_argument("directory", help="where to write: a folder, or for comfy a .safetensors file")
-    parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors, fine-grained or comfy")
+    parser.add_argument("--format", help="compressed-tensors (the default), fine-grained or comfy")
+    parser.add_argument(
+        "--for",
+        dest="reader",
+        choices=get_args(ReaderName),
+        help="the program that is to run it: writes the format that it takes with these scales, or says why none",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="for example 5GB or 500MiB")
 
 
 def _convert(arguments: argparse.Namespace) -> WriteReport:
     return convert_checkpoint(
-        _opened(arguments), arguments.directory, format=arguments.format, max_shard_size=arguments.max_shard_size
+        _opened(arguments),
+        arguments.directory,
+        format=arguments.format,
+        reader=arguments.reader,
+        max_shard_size=arguments.max_shard_size,
     )
 
 
@@ -123,6 +134,7 @@ def _quantize(arguments: argparse.Namespace) -> WriteReport:
         scheme=arguments.scheme,
         ignore=arguments.ignore,
         format=arguments.format,
+        reader=arguments.reader,
         max_shard_size=arguments.max_shard_size,
         device=arguments.device,
         fp8_heads=arguments.fp8_heads,

@@ -7,8 +7,9 @@ from .original import original_key_mapping
 from .pretrained import give_saving_back, redirect_saving
 from .read import Checkpoint, open_checkpoint
 from .renaming import Split, Swap
-from .rewrite import WriteReport, convert_checkpoint, quantize_checkpoint
+from .rewrite import convert_checkpoint, quantize_checkpoint
 from .save import save_checkpoint
+from .write_report import WriteReport
 
 __all__ = [
     "Checkpoint",

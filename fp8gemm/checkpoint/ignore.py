@@ -34,7 +34,7 @@ def ignored(matrices: Mapping[str, object], patterns: Sequence[str], *, fp8_head
     unmatched = set(patterns)
     for name in matrices:
         module = name.removesuffix(".weight")
-        head = any(_matches(module, pattern) for pattern in HEADS)
+        head = is_head(module)
         for pattern in (*patterns, *(() if head else IGNORE)):
             if _matches(module, pattern):
                 kept.setdefault(module, f"ignored by {pattern}")
@@ -44,6 +44,11 @@ def ignored(matrices: Mapping[str, object], patterns: Sequence[str], *, fp8_head
     if unmatched:
         raise ValueError(f"ignore patterns that match no module: {', '.join(sorted(unmatched))}")
     return kept
+
+
+def is_head(module: str) -> bool:
+    """Whether a module has the name of an output head."""
+    return any(_matches(module, pattern) for pattern in HEADS)
 
 
 def _matches(module: str, pattern: str) -> bool:

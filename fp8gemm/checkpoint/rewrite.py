@@ -5,67 +5,40 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from ..formats import Format, Layer, TensorInfo, Written, writer
+from ..formats import Format, Layer, TensorInfo, Written
 from ..formats.base import UE8M0_DTYPES
 from ..formats.config import OWN_FILES
 from ..formats.naming import expert_slices, file_name
 from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
 from ..weights.quantization import quantize_weight
-from .files import readable_size
 from .fill import powers_of_two
 from .guards import refuse_partly_read, refuse_quantized
 from .ignore import ignored
 from .read import Checkpoint, count_nan, open_checkpoint
+from .readers import ReaderName, format_for, preferred
 from .save import merged_config, refuse
 from .single import single_file, write_single_file
 from .switch import copy_into
 from .write import Piece, write_checkpoint
+from .write_report import WriteReport
 
 # Files next to the weights that are copied with them, except configs that describe the old format.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 _REPLACED = ("config.json", "params.json", *OWN_FILES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriteReport:
-    """What was written: the files, the size of all tensors before and after, the FP8 layers, and why others are dense.
-
-    Example:
-        >>> WriteReport(files=(), format="comfy", bytes_before=4, bytes_after=2, layers=("0",)).to_dict()["bytes_after"]
-        2
-    """
-
-    files: tuple[Path, ...]
-    format: str
-    bytes_before: int
-    bytes_after: int
-    layers: tuple[str, ...]
-    kept: Mapping[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
-        return {**self.__dict__, "files": [str(path) for path in self.files], "kept": dict(self.kept)}
-
-    def __str__(self) -> str:
-        sizes = f"{readable_size(self.bytes_before)} -> {readable_size(self.bytes_after)}"
-        lines = [f"{len(self.layers)} FP8 weights as {self.format}, {sizes}"]
-        lines += [f"dense: {module} ({reason})" for module, reason in self.kept.items()]
-        return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
-
-
 def convert_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     directory: str | os.PathLike[str],
     *,
-    format: str = "compressed-tensors",
+    format: str | None = None,
+    reader: ReaderName | None = None,
     max_shard_size: int | str = "5GB",
 ) -> WriteReport:
     """Writes a checkpoint in another format, under canonical names, with the same bytes and scales.
@@ -76,10 +49,14 @@ def convert_checkpoint(
     Args:
         directory: where to write; for ``"comfy"``, which is one file without a config, a path that ends with
             ``.safetensors``, or a folder for ``model.safetensors``.
-        format: what ``save_checkpoint`` accepts.
+        format: what ``save_checkpoint`` accepts; by default ``"compressed-tensors"``, or what ``reader`` takes.
+        reader: the program that is to run the checkpoint: ``"vllm"``, ``"sglang"``, ``"transformers"`` or
+            ``"comfyui"``. It takes the format that is chosen with the scales of the source; an output head that it
+            does not take in FP8 is written dense.
 
     Raises:
-        UnsupportedError: the format cannot express a layer; all reasons, before a byte is written.
+        UnsupportedError: the format cannot express a layer, or the reader does not take it; all reasons, before a byte
+            is written.
         CheckpointError: the source is broken or holds no FP8, or writing failed.
         ValueError: source and directory are the same.
 
@@ -93,22 +70,28 @@ def convert_checkpoint(
         >>> open_checkpoint(folder / "theirs").format.name
         'fine-grained'
     """
-    target = writer(format)
+    target = preferred(reader, format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     refuse_same(checkpoint, directory, target)
     refuse_partly_read(checkpoint)
     # Bare matrices are parameters of modules other than linear layers, which no reader of the format takes in FP8.
     bare = [name for name, layer in checkpoint.layers.items() if _is_bare(name) and len(layer.shape) == 2]
     layers = {name: layer for name, layer in checkpoint.layers.items() if name not in bare}
-    written = {module_of(name): _as_written(checkpoint, layer) for name, layer in layers.items()}
     if not checkpoint.layers:
         raise CheckpointError(f"{checkpoint.source.path} holds no FP8 weights; quantize_checkpoint creates them")
+    written = {module_of(name): _as_written(checkpoint, layer) for name, layer in layers.items()}
+    target, heads = format_for(reader, format, written)
+    written = {module: layer for module, layer in written.items() if module not in heads}
     refuse(target, written, "convert")
-    pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in layers]
-    pieces += [_dense_piece(checkpoint, name) for name in bare]
+    dense = dict.fromkeys(bare, torch.float32)
+    dense |= {name: _model_dtype(checkpoint) for name in layers if module_of(name) in heads}
+    fp8 = [name for name in layers if name not in dense]
+    pieces = [_layer_piece(target, checkpoint, name, written[module_of(name)]) for name in fp8]
+    pieces += [_dense_piece(checkpoint, name, dtype) for name, dtype in dense.items()]
     pieces += [plain_piece(checkpoint, name, key) for name, key in checkpoint.layout.plain.items()]
     pieces += [plain_piece(checkpoint, _kv_name(name), key) for name, key in checkpoint.layout.kv_scales.items()]
     kept = dict.fromkeys(bare, f"no weight of a linear layer, which {target.name} stores dense, in float32")
+    kept |= heads
     size = max_shard_size
     return finish(checkpoint, directory, target, pieces, written, kept=kept, max_shard_size=size, what="Converting")
 
@@ -186,10 +169,17 @@ def _is_bare(name: str) -> bool:
     return name.rpartition(".")[2] != "weight"
 
 
-def _dense_piece(checkpoint: Checkpoint, name: str) -> Piece:
-    """An FP8 weight dequantized to float32."""
-    stored = {name: TensorInfo(dtype=torch.float32, shape=checkpoint.shape(name))}
-    return Piece(tensors=stored, make=lambda: {name: checkpoint.dequantize(name)})
+def _dense_piece(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Piece:
+    """An FP8 weight dequantized."""
+    stored = {name: TensorInfo(dtype=dtype, shape=checkpoint.shape(name))}
+    return Piece(tensors=stored, make=lambda: {name: checkpoint.dequantize(name, dtype)})
+
+
+def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The 16-bit dtype that the config gives the model, else float32."""
+    config = checkpoint.model_config or {}
+    given = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(given, torch.float32)
 
 
 _KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -249,7 +239,8 @@ def quantize_checkpoint(
     *,
     scheme: SchemeName | Scheme = "row",
     ignore: Sequence[str] = (),
-    format: str = "compressed-tensors",
+    format: str | None = None,
+    reader: ReaderName | None = None,
     max_shard_size: int | str = "5GB",
     device: torch.device | str | None = None,
     fp8_heads: bool = False,
@@ -261,12 +252,13 @@ def quantize_checkpoint(
 
     Args:
         scheme: for weights and activations.
+        format, reader: as for ``convert_checkpoint``.
         ignore: more modules to leave dense: names, optionally with ``*`` and ``?``, or regexes prefixed with ``re:``.
         device: where to compute; by default the CPU.
         fp8_heads: quantize output heads too, unless the config ties them to the embeddings.
 
     Raises:
-        UnsupportedError: the format cannot express the scheme.
+        UnsupportedError: the format cannot express the scheme, or the reader does not take it.
         CheckpointError: the source is already FP8 or is broken, a matrix has non-finite values, or writing failed.
         ValueError: a static scheme, a pattern that matches nothing, or source and directory are the same.
 
@@ -282,7 +274,7 @@ def quantize_checkpoint(
     resolved = FP8GemmOptions(scheme=scheme).resolved_scheme
     if resolved.static:
         raise ValueError("static activation scales require calibration; choose a dynamic scheme")
-    target = writer(format)
+    target = preferred(reader, format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     refuse_same(checkpoint, directory, target)
     if checkpoint.layers:
@@ -295,6 +287,7 @@ def quantize_checkpoint(
     if not chosen:
         raise CheckpointError(f"{checkpoint.source.path} has no matrices to quantize: {len(kept)} are ignored")
     written = {module_of(name): Written(scheme=resolved, shape=shape) for name, (shape, _) in chosen.items()}
+    target, _ = format_for(reader, format, written, what="quantize")
     refuse(target, written, "quantize")
     kind = _kind(checkpoint)
     pieces = [

@@ -13,7 +13,12 @@ from fp8gemm.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted(ROOT.glob("C*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("docs", "examples")
+PAGES = [
+    README,
+    *sorted(ROOT.glob("C*.md")),
+    *(page for name in FOLDERS for page in sorted((ROOT / name).glob("*.md"))),
+]
 BLOCK = r"```{}\n(.*?)```"
 # Scripts of the repository, with the options that follow them.
 SCRIPT = re.compile(r"\b((?:examples|benchmarks|tests)/\w+\.py)((?: +[^\s`|]+)*)")

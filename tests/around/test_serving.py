@@ -35,6 +35,7 @@ from fp8gemm import (
 from fp8gemm.engines import ENGINES
 from fp8gemm.engines.vllm import Vllm, cpu
 
+PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
 PROMPTS = torch.randint(3, 500, (8, 64), generator=torch.Generator().manual_seed(1))
 # Weights of this size, so that layers add as much to the residual stream as embeddings do.
 SIZES: dict[str, Any] = {
@@ -55,12 +56,12 @@ ROWS, BLOCKS = SCHEMES["row"], SCHEMES["block"]
 POWERS = Scheme(weight=BLOCK_128, activation=GROUP_128, scale_format="ue8m0")
 LLAMA, MOE = "llama", "qwen3_moe"
 NO_EXPERTS = ("!*lm_head", "!*experts*")
-# name -> model, scheme, layers, format; vLLM runs rows with rounded activations on a CPU, and blocks with bfloat16 ones.
+# name -> model, scheme, layers, format. On a CPU, vLLM rounds activations for rows and not for blocks.
 SAVED: dict[str, tuple[str, Scheme, tuple[str, ...], str]] = {
     "llama, rows": (LLAMA, ROWS, ("!*lm_head",), "compressed-tensors"),
     "llama, blocks": (LLAMA, BLOCKS, ("!*lm_head",), "compressed-tensors"),
     "llama, powers of two": (LLAMA, POWERS, ("!*lm_head",), "fine-grained"),
-    "mixture, rows": (MOE, ROWS, NO_EXPERTS, "compressed-tensors"),  # there is no kernel for experts with rows
+    "mixture, rows": (MOE, ROWS, NO_EXPERTS, "compressed-tensors"),  # vLLM has no CPU kernel for experts with rows
     "mixture, blocks": (MOE, BLOCKS, ("!*lm_head",), "compressed-tensors"),
 }
 # What fp8gemm convert --for vllm makes of them.
@@ -160,7 +161,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     (folder / "prompts.json").write_text(json.dumps(PROMPTS.tolist()))
     names = [*SAVED, *CONVERTED, *MISTAKES]
     script = Path(__file__).with_name("serving.py")
-    command = [os.environ.get("VLLM_PYTHON", sys.executable), str(script), str(folder / "prompts.json")]
+    command = [PYTHON, str(script), str(folder / "prompts.json")]
     done = subprocess.run(
         [*command, *(str(folder / name) for name in names)], capture_output=True, text=True, timeout=500, check=False
     )
@@ -176,6 +177,30 @@ def skip_where_it_cannot_run(scheme: Scheme) -> None:
     machine = replace(probe("cpu"), found={"vllm": Vllm("0.32.0", cpu.OPS)})
     if scheme != ROWS and (reasons := ENGINES["vllm"].rejects(spec, machine)):
         pytest.skip("; ".join(reasons))
+
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+for words in json.loads(sys.argv[1]):
+    try:
+        parser.parse_args(words)
+        print("parsed")
+    except SystemExit:
+        print("unknown")
+"""
+
+
+def test_vllm_knows_the_options_of_the_guide() -> None:
+    text = (Path(__file__).parents[2] / "examples" / "serve_with_vllm.md").read_text()
+    commands = [line.partition("#")[0].split()[2:] for line in text.splitlines() if line.startswith("vllm serve ")]
+    given = json.dumps([*commands, ["OUT", "--no-such-option"]])
+    done = subprocess.run([PYTHON, "-c", PARSE, given], capture_output=True, text=True, check=True)
+    assert len(commands) > 5
+    said = [line for line in done.stdout.splitlines() if line in ("parsed", "unknown")]
+    assert said == [*["parsed"] * len(commands), "unknown"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", [*SAVED, *CONVERTED])

@@ -30,6 +30,7 @@ from fp8gemm import (
     convert_checkpoint,
     enable_fp8_gemm,
     probe,
+    quantize_checkpoint,
     save_checkpoint,
 )
 from fp8gemm.engines import ENGINES
@@ -66,6 +67,9 @@ SAVED: dict[str, tuple[str, Scheme, tuple[str, ...], str]] = {
 }
 # What fp8gemm convert --for vllm makes of them.
 CONVERTED = {"llama, converted": "llama, blocks", "mixture, converted": "mixture, blocks"}
+# What fp8gemm quantize --for vllm makes of dense checkpoints, which are the same layers.
+QUANTIZED = {"llama, quantized": "llama, rows", "mixture, quantized": "mixture, blocks"}
+MADE = {**CONVERTED, **QUANTIZED}
 
 
 def model(kind: str) -> Any:
@@ -156,10 +160,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         save_checkpoint(patched(name, rounded=True), folder / name, format=format)
     for name, source in CONVERTED.items():
         assert convert_checkpoint(folder / source, folder / name, reader="vllm").format == "fine-grained"
+    for name, source in QUANTIZED.items():
+        kind, scheme, _, _ = SAVED[source]
+        model(kind).save_pretrained(folder / "dense" / kind)
+        quantize_checkpoint(folder / "dense" / kind, folder / name, scheme=scheme, reader="vllm")
     for name, (source, change) in MISTAKES.items():
         changed(folder / source, folder / name, change)
     (folder / "prompts.json").write_text(json.dumps(PROMPTS.tolist()))
-    names = [*SAVED, *CONVERTED, *MISTAKES]
+    names = [*SAVED, *MADE, *MISTAKES]
     script = Path(__file__).with_name("serving.py")
     command = [PYTHON, str(script), str(folder / "prompts.json")]
     done = subprocess.run(
@@ -203,9 +211,9 @@ def test_vllm_knows_the_options_of_the_guide() -> None:
     assert said == [*["parsed"] * len(commands), "unknown"], done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", [*SAVED, *CONVERTED])
+@pytest.mark.parametrize("name", [*SAVED, *MADE])
 def test_vllm_gives_our_answers(name: str, served: dict[str, dict[str, Any]]) -> None:
-    source = CONVERTED.get(name, name)
+    source = MADE.get(name, name)
     skip_where_it_cannot_run(SAVED[source][1])
     assert "error" not in served[name], served[name]["error"]
     answers, bound = expected(source)

@@ -202,12 +202,17 @@ class Mapped:
 
     def renamed(self, name: str) -> str:
         """``name`` by the renamings alone."""
-        return str(self._loading.apply_renamings(name, self.renamings))
+        for one in self.renamings:
+            name, _ = one.rename_source_key(name)
+        return name
 
     def _renamed(self, name: str, wanted: Mapping[str, Any] | None) -> tuple[str, str | None]:
         if self.reverse:
-            new, pattern = self._loading.apply_converters(name, self.converters)
-            return (new, pattern) if pattern is not None else (self.renamed(name), None)
+            for one in self.converters:
+                new, pattern = one.rename_source_key(name)
+                if pattern is not None:
+                    return new, pattern
+            return self.renamed(name), None
         prefix = self.model.base_model_prefix
         rename = self._loading.rename_source_key
         new, pattern = rename(name, self.renamings, self.converters, prefix, wanted)

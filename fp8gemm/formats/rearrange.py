@@ -187,7 +187,9 @@ def rearranged(operation: Any, run: Run, given: Tensors) -> Tensors:
     if move.exchanged is not None and {dim % dims for dim in move.exchanged} == {dims - 1, dims - 2}:
         home = Granularity(home.cols, home.rows)
     return {
-        name: _paired(value, scale[name], lambda data, scale: Tiled(data, scale, sizes, one.dtype, home))
+        name: _paired(
+            value, scale[name], lambda data, scale: Tiled(data, _grid(scale, data, sizes), sizes, one.dtype, home)
+        )
         for name, value in data.items()
     }
 
@@ -198,6 +200,13 @@ def interleaved(weight: ScaledTensor) -> ScaledTensor:
     half = weight.shape[-2] // 2
     rows = torch.arange(2 * half, dtype=torch.int64, device=weight.device).view(2, half).T.flatten()
     return replace(tiles, data=tiles.data[..., rows, :], scale=tiles.scale[..., rows, :]).weight()
+
+
+def _grid(scale: torch.Tensor, data: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """The scale with a dimension for each of ``data``; transformers 5.19 drops those of size 1."""
+    if scale.dim() == data.dim():
+        return scale
+    return scale.reshape([-(-length // size) if size else 1 for length, size in zip(data.shape, sizes, strict=True)])
 
 
 def _spread(tiles: Tiled, dims: set[int]) -> Tiled:

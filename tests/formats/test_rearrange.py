@@ -115,3 +115,19 @@ def test_what_is_not_known_is_refused() -> None:
         rearranged(Double(), dict, {"a": [Tiled.of(weight(4, 4, granularity=ROW))]})
     dense = {"a": [torch.ones(2, 2)]}
     assert rearranged(Double(), dict, dense) == dense
+
+
+def test_an_operation_that_drops_dimensions_of_size_one() -> None:
+    """transformers 5.19 squeezes what it takes apart, and with it the dimensions of scales per tensor or row."""
+
+    class SplitModulelist:
+        dim = 0
+
+    def run(given: dict[str, Any]) -> dict[str, Any]:
+        return {f"q.{index}.": one.squeeze() for index, one in enumerate(given["a"])}
+
+    for granularity in GRANULARITIES:
+        stack = weight(3, 256, 192, granularity=granularity)
+        made = rearranged(SplitModulelist(), run, {"a": Tiled.of(stack)})
+        for index in range(3):
+            assert torch.equal(dequantize(made[f"q.{index}."].weight()), dequantize(stack)[index])

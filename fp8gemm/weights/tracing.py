@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +138,23 @@ def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
         packed = packed.split()
     home.stored = Stored(ScaledTensor(data, scale, context.scheme.weight) if plain else None, packed)
     return home
+
+
+def graph_key(weight: Any) -> str:
+    """What torch's cache of compiled graphs on disk knows a weight by: everything that a graph with it depends on."""
+    names, context = weight._flatten()
+    inner = [(name, getattr(weight, name)) for name in names]
+    facts = [(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in inner]
+    return hashlib.sha256(repr((_source(), context, weight.size(), facts)).encode()).hexdigest()
+
+
+@cache
+def _source() -> str:
+    """A hash of this package's code, which decides what graphs contain."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def never_traced(*functions: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from .geometry import Part, part_of
 from .home import Home
 from .sharding import Shardable
 from .stored import lock
-from .tracing import Flatten, flatten_home, never_traced, unflatten_home
+from .tracing import Flatten, flatten_home, graph_key, never_traced, unflatten_home
 from .values import read
 from .watching import warn_of_traces
 
@@ -200,6 +200,7 @@ class FP8Weight(Shardable, torch.Tensor):
         return new
 
     __tensor_flatten__ = Flatten()
+    _stable_hash_for_caching = graph_key
 
     def fresh(self) -> FP8Weight:
         """Marks a tensor that a cast or a move has just created; see ``Flatten``."""

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from fp8gemm import (
     FP8GemmOptions,
@@ -25,6 +27,8 @@ from fp8gemm import (
     fuse_siblings,
     report,
 )
+from fp8gemm.scaled import SchemeName
+from fp8gemm.weights import tracing
 
 WEIGHT_ONLY = FP8GemmOptions(scheme="weight_only")
 OF_TRACING = pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning", "ignore:`torch.jit.:FutureWarning")
@@ -176,3 +180,23 @@ def test_bytes_that_a_graph_has_multiplied_by_can_be_saved() -> None:
     loaded = torch.load(file, weights_only=True)
     assert loaded["data"].view(torch.uint8).equal(layer.scaled().data.view(torch.uint8))
     assert loaded["scale"].equal(layer.scaled().scale)
+
+
+def compiled_from_cache(scheme: SchemeName) -> int:
+    """Compiles a model, and returns how many graphs came from torch's cache on disk."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = enable_fp8_gemm(Owner(), options=FP8GemmOptions(scheme=scheme), module_filter=lambda name, module: True)
+    torch.compile(model)(X)
+    return counters["aot_autograd"]["autograd_cache_hit"]
+
+
+@torch.no_grad()
+def test_compiled_graphs_are_cached_for_this_code_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of subclasses that leave it to torch what a graph depends on."""
+    with fresh_cache(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*_stable_hash_for_caching.*")
+        schemes: list[SchemeName] = ["row", "row", "tensor", "row", "tensor"]
+        assert [compiled_from_cache(scheme) for scheme in schemes] == [0, 1, 0, 1, 1]
+        monkeypatch.setattr(tracing, "_source", lambda: "other code")
+        assert [compiled_from_cache("row") for _ in "ab"] == [0, 1]

@@ -196,7 +196,7 @@ def test_compiled_graphs_are_cached_for_this_code_only(monkeypatch: pytest.Monke
     """torch warns of subclasses that leave it to torch what a graph depends on."""
     with fresh_cache(), warnings.catch_warnings():
         warnings.filterwarnings("error", ".*_stable_hash_for_caching.*")
-        schemes: list[SchemeName] = ["row", "row", "tensor", "row", "tensor"]
-        assert [compiled_from_cache(scheme) for scheme in schemes] == [0, 1, 0, 1, 1]
+        schemes: list[SchemeName] = ["row", "tensor", "row"]
+        assert [compiled_from_cache(scheme) for scheme in schemes] == [0, 0, 1]
         monkeypatch.setattr(tracing, "_source", lambda: "other code")
-        assert [compiled_from_cache("row") for _ in "ab"] == [0, 1]
+        assert compiled_from_cache("row") == 0

@@ -130,3 +130,24 @@ def test_compiled_products_stay_on_fp8_whoever_owns_the_weight(backend: str) -> 
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
         assert sum(row.dequantizations for row in report(model).rows) <= before + 1  # the write itself
         disable_fp8_gemm(model)
+
+
+INPUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "nested, strided": lambda: torch.nested.nested_tensor([X[:2], X[2:]]),
+    "nested, jagged": lambda: torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged),
+    "sparse, COO": lambda: X.relu().to_sparse(),
+    "sparse, CSR": lambda: X.relu().to_sparse_csr(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype:UserWarning", "ignore:.*beta state:UserWarning")
+@pytest.mark.parametrize("kind", INPUTS)
+@torch.no_grad()
+def test_nested_and_sparse_inputs(kind: str) -> None:
+    """As torch's own layer takes them."""
+    found = []
+    for model in pair():
+        y = model[0](INPUTS[kind]())
+        y = torch.cat(y.unbind()) if y.is_nested else y
+        found.append(y.to_dense() if y.layout != torch.strided else y)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

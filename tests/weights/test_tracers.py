@@ -116,6 +116,7 @@ def test_a_symbolic_trace_with_keywords_and_shared_layers() -> None:
     assert traced(X).equal(model(X))
 
 
+@OF_TRACING
 @pytest.mark.parametrize("name", MODELS)
 def test_scripting_is_refused_until_the_model_is_dense_again(name: str) -> None:
     model = made(name)

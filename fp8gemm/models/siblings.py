@@ -116,7 +116,8 @@ class SiblingLinear(FP8Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         place = self.__dict__.get("_place")
         y: torch.Tensor | None = None
-        if place is not None and not torch.compiler.is_compiling():
+        # Something else than a tensor is recorded by a symbolic trace, in which the layer is a leaf.
+        if place is not None and isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
             group, index = place
             y = group.output(index, input)
         # Not super(): the group may just have dissolved, and this object may be an FP8Linear again.

@@ -100,6 +100,24 @@ def test_layers_are_leaves_of_symbolic_traces(name: str, fused: bool) -> None:
         assert fp8_weights(graph)
 
 
+@torch.no_grad()
+def test_fused_siblings_are_leaves_too() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in "qkv")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q_proj(x) + self.k_proj(x) * self.v_proj(x)
+
+    model = enable_fp8_gemm(Attention())
+    assert fuse_siblings(model).groups
+    expected = [model(X) for _ in range(3)][-1]
+    traced = fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["q_proj", "k_proj", "v_proj"]
+    torch.testing.assert_close(traced(X), expected)
+
+
 def test_a_symbolic_trace_with_keywords_and_shared_layers() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

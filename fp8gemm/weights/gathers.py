@@ -12,9 +12,8 @@ from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .geometry import Part
 from .lookup import rows_of
-from .onnx import exporting_to_onnx
 from .product import in_forward_mode
-from .watching import jit_tracing
+from .watching import exporting_to_onnx, jit_tracing
 from .weight import FP8Weight
 
 aten = torch.ops.aten

@@ -14,11 +14,6 @@ from ..engines import PackedWeight, restore
 from ..scaled import ScaledTensor
 
 
-def exporting_to_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is tracing the model."""
-    return torch.onnx.is_in_onnx_export()
-
-
 def onnx_linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:

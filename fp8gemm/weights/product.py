@@ -15,10 +15,10 @@ from torch.autograd import forward_ad
 from ..engines import ENGINES, PackedWeight, restore
 from ..numerics import quantize
 from .lookup import dequantized
-from .onnx import exporting_to_onnx, onnx_linear
+from .onnx import onnx_linear
 from .operation import call_grouped, call_linear, counted_by_caller
 from .remembered import remembered_linear
-from .watching import exporting, jit_tracing, warn_of_traces, watched
+from .watching import exporting, exporting_to_onnx, jit_tracing, warn_of_traces, watched
 
 
 def multiply(

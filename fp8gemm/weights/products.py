@@ -13,12 +13,11 @@ from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import FoldedEinsum, batched_operands, folded_operands
 from .home import Home
-from .onnx import exporting_to_onnx
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember
 from .values import taken_by_value
-from .watching import jit_tracing
+from .watching import exporting_to_onnx, jit_tracing
 from .weight import FP8Weight
 
 aten = torch.ops.aten

@@ -40,11 +40,11 @@ def remembered_linear(
         if len(calls) >= MOST_CALLS:
             calls.clear()
         # Bind at the second call, as a first one may remain the only one; False if the engine has nothing to bind.
-        compute = engine.bind(x, weight, bias, out_dtype) if key in calls else None
-        if compute is not None:
-            calls[key] = compute, engine.kernel(x.shape[0], weight, out_dtype)
+        if key not in calls:
+            calls[key] = None
         else:
-            calls[key] = False if key in calls else None
+            compute = engine.bind(x, weight, bias, out_dtype)
+            calls[key] = compute is not None and (compute, engine.kernel(x.shape[0], weight, out_dtype))
     return engine.linear(x, weight, bias, out_dtype)
 
 

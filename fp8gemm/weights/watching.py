@@ -35,6 +35,11 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is tracing the model."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def jit_tracing() -> bool:
     """Whether torch.jit.trace is recording; it treats everything except torch operations as constants."""
     return torch._C._get_tracing_state() is not None
@@ -47,7 +52,7 @@ def warn_of_traces() -> None:
         UnsupportedError: it records for torch.onnx, which has no operator for what it would find.
     """
     if jit_tracing():
-        if torch.onnx.is_in_onnx_export():
+        if exporting_to_onnx():
             raise UnsupportedError(
                 "torch.onnx.export(dynamo=False) cannot write FP8 weights: use dynamo=True, or call "
                 "fp8gemm.disable_fp8_gemm(model) first"

@@ -19,13 +19,14 @@ PACKAGE = Path(fp8gemm.__file__).parent
 
 # From the lowest layer up. A room imports only rooms on lower floors, never on its own or above.
 FLOORS = [
-    {"errors", "scaled", "progress"},
+    {"errors", "scaled", "progress", "pages"},
     {"native", "numerics"},
     {"engines", "formats"},
     {"weights"},
     {"checkpoint"},
     {"models"},
     {"bench", "doctor"},
+    {"analysis"},
     {"cli"},
     {"__init__"},
 ]

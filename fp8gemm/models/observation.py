@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..scaled import FP8_DTYPES
 from ..weights import FP8Weight
 from ..weights.geometry import Layout
 from ..weights.report import Coverage
+from .batches import Batch, evaluating
 from .multiplies import factors_of, is_layer, is_view, multiply_adds, tokens
 from .owners import Role
 
@@ -258,17 +259,7 @@ def watch(model: nn.Module, inputs: object) -> Observer:
     ``inputs`` is a tensor, a tuple of positional arguments, or a mapping of keyword arguments. The state of the random
     number generators is restored afterwards.
     """
-    args: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    if not isinstance(inputs, (tuple, list, Mapping)):
-        args = (inputs,)
-    observer, trains = Observer(model), [module for module in model.modules() if module.training]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), observer:
-            model(*args, **kwargs)
-    finally:
-        for module in trains:
-            module.training = True
+    observer = Observer(model)
+    with evaluating(model), observer:
+        Batch.of(inputs).run(model)
     return observer

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: tables, trees, heat maps and plots as inline SVG."""

@@ -18,7 +18,7 @@
 
 constexpr int64_t CHUNK = 512;    // codes of a row that are decoded before they are multiplied
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 2;     // strips of a panel
+constexpr int64_t STRIPS = 6;     // strips of a panel: tokens with long rows are read from afar once for all of them
 constexpr int64_t PANEL = STRIPS * ROWS;
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);

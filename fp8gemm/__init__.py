@@ -20,6 +20,7 @@ from .models.gated import fuse_gated
 from .models.layerwise import layerwise_casting_filter
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
 from .models.pause import paused
+from .models.recipe import Recipe
 from .models.selection import plan
 from .models.siblings import Fused, fuse_siblings
 from .models.warmup import warmup
@@ -61,6 +62,7 @@ __all__ = [
     "LoadReport",
     "Machine",
     "MatmulSpec",
+    "Recipe",
     "Report",
     "ScaledTensor",
     "Scheme",

@@ -24,7 +24,8 @@ from .first_forward import FirstForward, Then, remove
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
 from .observation import Observer, watch
-from .selection import Conversion, ModuleFilter, complain, planned
+from .recipe import Options, Recipe
+from .selection import Conversion, ModuleFilter, complain, planned, unmet
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def enable_fp8_gemm(
     model: Model,
     *,
-    options: FP8GemmOptions | None = None,
+    options: Options = None,
     module_filter: ModuleFilter | None = None,
     inplace: bool = True,
     example_inputs: object = None,
@@ -54,7 +55,8 @@ def enable_fp8_gemm(
     with a dequantized one; the error and a warning then say how many those are.
 
     Args:
-        options: see ``FP8GemmOptions``.
+        options: see ``FP8GemmOptions``. A ``Recipe``, its dict or the path of its JSON file also says which layers get
+            another scheme or are kept.
         module_filter: the layers to convert: a callable ``(name, module) -> bool``, or one or more glob patterns over
         the
             full names (``"*.mlp.*"``); a pattern that begins with ``!`` excludes.
@@ -67,7 +69,8 @@ def enable_fp8_gemm(
         ``model`` itself, or the copy.
 
     Raises:
-        ValueError: nothing to convert, or a pattern that matches no layer (warnings with ``strict=False``).
+        ValueError: nothing to convert, a pattern that matches no layer, or a recipe that names a layer which the model
+            does not have or which cannot be converted (warnings with ``strict=False``).
         UnsupportedError: the requested engine cannot run a layer. The model is then unchanged.
         TypeError: ``model`` is not an nn.Module, such as a pipeline, whose parts are patched one by one.
 
@@ -79,13 +82,14 @@ def enable_fp8_gemm(
         ('FP8Linear', 'Linear', torch.Size([3, 64]))
     """
     _refuse_other_objects(model)
-    options = options or FP8GemmOptions()
+    recipe = Recipe.of(options)
+    options = recipe.options
     waits = isinstance(example_inputs, str) and example_inputs == FIRST_CALL
     seen = {} if example_inputs is None or waits else watch(model, example_inputs).roles()
-    steps, wanted = planned(model, options, module_filter, seen)
+    steps, wanted = planned(model, recipe, module_filter, seen)
     if not waits:
-        complain(wanted, steps, model, options)
-    first = FirstForward(_ConvertSeen(options, module_filter) if waits else _note_coverage)
+        complain(wanted, steps, model, recipe)
+    first = FirstForward(_ConvertSeen(recipe, module_filter) if waits else _note_coverage)
     if inplace:
 
         def convert(interrupts: Interrupts) -> None:
@@ -125,15 +129,17 @@ def _note_coverage(model: nn.Module, observer: Observer) -> None:
 class _ConvertSeen:
     """Converts what the first forward pass has shown, and observes the next one to measure the coverage."""
 
-    options: FP8GemmOptions
+    recipe: Recipe
     module_filter: ModuleFilter | None
 
     def __call__(self, model: nn.Module, observer: Observer) -> None:
         _note_coverage(model, observer)
-        steps, wanted = planned(model, self.options, self.module_filter, observer.roles())
-        undisturbed(lambda interrupts: _convert_all(model, steps, self.options, interrupts))
-        if not any(isinstance(held(parameter), FP8Weight) for parameter in model.parameters()):
-            complain(wanted, steps, model, replace(self.options, strict=False))
+        steps, wanted = planned(model, self.recipe, self.module_filter, observer.roles())
+        undisturbed(lambda interrupts: _convert_all(model, steps, self.recipe.options, interrupts))
+        converted = any(isinstance(held(parameter), FP8Weight) for parameter in model.parameters())
+        if not converted or unmet(self.recipe, steps, model):
+            options = replace(self.recipe.options, strict=False)
+            complain(wanted, steps, model, replace(self.recipe, options=options))
         FirstForward(_note_coverage).install(model)
 
     def __reduce__(self) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..engines import choose, probe
 from ..errors import UnsupportedError
-from ..scaled import COMPUTE_DTYPES, SCHEMES, FP8GemmOptions
+from ..scaled import COMPUTE_DTYPES, ROW, SCHEMES, FP8GemmOptions, SchemeName
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
 from ..weights.managed import refusal
@@ -22,6 +22,7 @@ from ..weights.sharding import held
 from ..weights.shares import is_split
 from ..weights.structure import routers
 from .owners import Role, is_plain_linear, role_of
+from .recipe import KEPT_BY_RECIPE, ORIGINAL, Options, Recipe, no_layer
 
 ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
@@ -54,11 +55,13 @@ class Holder:
 class Conversion:
     """What will happen to one matrix, or one stack of experts: it is converted, or kept with a reason.
 
-    ``ties`` are the other occurrences of the same parameter in the model.
+    ``ties`` are the other occurrences of the same parameter in the model. ``scheme`` is what a recipe says; None leaves
+    it to the options.
     """
 
     places: tuple[Holder, ...]
     reason: str = ""
+    scheme: SchemeName | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ class Conversion:
 
     def make(self, options: FP8GemmOptions) -> nn.Parameter:
         """The FP8 parameter; the module is not changed."""
+        options = options if self.scheme is None else replace(options, scheme=self.scheme)
         if not any(place.role.multiplied for place in self.places):  # an embedding table: one scale per row
             options = replace(options, scheme=SCHEMES["row"])
         found: nn.Parameter = made(self.module, self.parameter, options, layout=self.places[0].role.layout)
@@ -89,9 +93,7 @@ class Conversion:
         return not self.reason
 
 
-def plan(
-    model: nn.Module, *, options: FP8GemmOptions | None = None, module_filter: ModuleFilter | None = None
-) -> list[Conversion]:
+def plan(model: nn.Module, *, options: Options = None, module_filter: ModuleFilter | None = None) -> list[Conversion]:
     """What ``enable_fp8_gemm`` would do with each layer, without touching any. Raises what it would raise.
 
     Example:
@@ -99,25 +101,27 @@ def plan(
         >>> [(step.name, step.reason) for step in plan(model, module_filter="a")]
         [('a', ''), ('b', 'module_filter')]
     """
-    options = options or FP8GemmOptions()
-    steps, wanted = planned(model, options, module_filter, {})
-    complain(wanted, steps, model, options)
+    recipe = Recipe.of(options)
+    steps, wanted = planned(model, recipe, module_filter, {})
+    complain(wanted, steps, model, recipe)
     return steps
 
 
 def planned(
-    model: nn.Module, options: FP8GemmOptions, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
+    model: nn.Module, recipe: Recipe, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
 ) -> tuple[list[Conversion], Filter]:
     """The plan, given the observed roles of parameters; does not raise if there is nothing to convert."""
     wanted = Filter(module_filter)
     kept = _KeptModules(routers(model), _adapters(model))
-    found = [step for places in _places(model, seen) if (step := _step(places, wanted, kept, options)) is not None]
+    found = [step for places in _places(model, seen) if (step := _step(places, wanted, kept, recipe)) is not None]
     return found, wanted
 
 
-def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options: FP8GemmOptions) -> None:
-    """Raises, or with ``strict=False`` warns, if the filter or the model leaves nothing to do."""
+def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, recipe: Recipe) -> None:
+    """Raises, or with ``strict=False`` warns, if the filter or the model leaves nothing to do, or the recipe cannot be
+    followed."""
     problems = [f"module_filter pattern {pattern!r} matches no layer" for pattern in wanted.unmatched()]
+    problems += unmet(recipe, steps, model)
     if not any(step.converts for step in steps):
         already = sum(isinstance(held(parameter), FP8Weight) for parameter in model.parameters())
         found = "; ".join(f"{step.name or 'the model itself'}: {step.reason}" for step in steps[:5])
@@ -129,9 +133,33 @@ def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options:
         )
     if not problems:
         return
-    if options.strict:
+    if recipe.options.strict:
         raise ValueError("; ".join(problems) + ". FP8GemmOptions(strict=False) makes this a warning")
     warnings.warn("; ".join(problems), stacklevel=3)
+
+
+def unmet(recipe: Recipe, steps: list[Conversion], model: nn.Module) -> list[str]:
+    """What the recipe says of layers that the model does not have, or that cannot become what it says."""
+    reasons = {place.name: step.reason for step in steps for place in step.places}
+    matrices = {
+        prefix if name == "weight" else f"{prefix}.{name}".strip("."): (name, held(tensor))
+        for prefix, module in model.named_modules()
+        for name, tensor in module._parameters.items()
+    }
+    problems = []
+    for layer, treatment in recipe.layers.items():
+        name, weight = matrices.get(layer, ("", None))
+        reason = reasons.get(layer, "" if layer in reasons else "it is not a factor of a matrix product")
+        if layer not in reasons and weight is None:
+            problems.append(no_layer(layer, reasons))
+        elif isinstance(weight, FP8Weight):
+            home = weight._home
+            options = recipe.options if treatment == ORIGINAL else replace(recipe.options, scheme=treatment)
+            if treatment == ORIGINAL or home.scheme != scheme_for(options, name, home.layout.shape):
+                problems.append(f"the recipe says {treatment!r} for {layer!r}, which is on FP8 already: {home.scheme}")
+        elif treatment != ORIGINAL and reason and not reason.startswith("module_filter"):
+            problems.append(f"the recipe says {treatment!r} for {layer!r}, which cannot be converted: {reason}")
+    return problems
 
 
 def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]]:
@@ -173,30 +201,38 @@ class _KeptModules:
         return self.adapters.get(id(module), "")
 
 
-def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, options: FP8GemmOptions) -> Conversion | None:
+def _step(places: list[Holder], wanted: Filter, kept: _KeptModules, recipe: Recipe) -> Conversion | None:
     """What will happen to one parameter; None if it is neither converted nor listed."""
+    treatment, options = recipe.treatment(place.name for place in places), recipe.options
+    scheme = None if treatment == ORIGINAL else treatment
+    options = options if scheme is None else replace(options, scheme=scheme)
     factors = [place for place in places if place.role.multiplied]
     tables = [place for place in places if place.role.looked_up]
-    if not factors and tables and len(tables) == len(places) and not options.embeddings:
+    only_table = not factors and len(tables) == len(places)
+    if only_table and not options.embeddings and treatment is None:
         return None
     first = (factors or places)[0]
     reason = wanted.reason_of_tied([(place.name, place.module) for place in factors or places])
     for place in tables if factors else ():
         reason = reason or wanted.exclusion(place.name)
+    reason = reason or (KEPT_BY_RECIPE if treatment == ORIGINAL else "")
+    if only_table and scheme is not None and SCHEMES[scheme].weight != ROW:
+        reason = reason or "an embedding table has one scale per row"
     for place in places:
-        named = wanted.names(place.name, place.module)
+        by_name = scheme is not None or wanted.names(place.name, place.module)
         role = place.role
-        reason = reason or ("" if named else kept.reason(place.module))
-        reason = reason or ("" if named and role.by_name else role.reason)
+        reason = reason or ("" if by_name else kept.reason(place.module))
+        reason = reason or ("" if by_name and role.by_name else role.reason)
         if not reason and role.layout is None:
             reason = f"it is also {place.full_name}, which is not a factor of a matrix product"
     layouts = {place.role.layout for place in places}
     if not reason and len(layouts) > 1:
         reason = f"{' and '.join(place.full_name for place in places)} are one tensor, used in two layouts"
     reason = reason or _keep_reason(first, options)
-    if reason and not any(place.role.listed for place in places):
+    named = only_table and treatment is not None
+    if reason and not named and not any(place.role.listed for place in places):
         return None
-    return Conversion((first, *(place for place in places if place is not first)), reason)
+    return Conversion((first, *(place for place in places if place is not first)), reason, scheme)
 
 
 def _keep_reason(place: Holder, options: FP8GemmOptions) -> str:

@@ -71,7 +71,7 @@ def routers(model: nn.Module) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for parent_name, parent in model.named_modules():
-        counts = dict(_expert_counts(parent))
+        counts = dict(expert_counts(parent))
         if not counts:
             continue
         for name, child in parent._modules.items():
@@ -89,7 +89,7 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() == 2
 
 
-def _expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
+def expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
     """The names of a module's experts, stacked or in a ModuleList, and their number."""
     for name, child in parent._modules.items():
         if isinstance(child, nn.ModuleList) and len(child) > 1:

@@ -1,5 +1,7 @@
 """fp8gemm: one line makes any PyTorch model run its matrix products on FP8 weights."""
 
+from .analysis.measure import measure
+from .analysis.measurement import LayerError, Measurement
 from .checkpoint import (
     Checkpoint,
     LoadReport,
@@ -59,9 +61,11 @@ __all__ = [
     "FP8Weight",
     "Fused",
     "Granularity",
+    "LayerError",
     "LoadReport",
     "Machine",
     "MatmulSpec",
+    "Measurement",
     "Recipe",
     "Report",
     "ScaledTensor",
@@ -79,6 +83,7 @@ __all__ = [
     "fuse_siblings",
     "layerwise_casting_filter",
     "load_checkpoint",
+    "measure",
     "open_checkpoint",
     "original_key_mapping",
     "paused",

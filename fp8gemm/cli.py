@@ -6,17 +6,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
 
 import torch
 
 from . import bench, doctor
+from .analysis.calibration import model_and_inputs
+from .analysis.measure import measure
+from .analysis.measurement import Measurement
 from .checkpoint import Checkpoint, WriteReport, convert_checkpoint, open_checkpoint, quantize_checkpoint
 from .checkpoint.inspection import Inspection, inspect
 from .checkpoint.readers import ReaderName
 from .errors import CheckpointError, UnsupportedError
-from .scaled import SchemeName
+from .models.recipe import Recipe
+from .scaled import FP8GemmOptions, SchemeName
 
 
 class Found(Protocol):
@@ -190,6 +194,33 @@ def _bench(arguments: argparse.Namespace) -> bench.Comparison | bench.Tuning:
     return bench.tune(what, **given)
 
 
+def _measure_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a folder or an id on the Hub that transformers loads")
+    parser.add_argument(
+        "--data", required=True, help="a text file, each line a sequence; or a .safetensors file of inputs by name"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="for weights and activations")
+    how.add_argument("--recipe", help="the file of a recipe, instead of a scheme")
+    parser.add_argument("--engine", default="reference", help="what computes; by default exactly what the scheme says")
+    parser.add_argument("--filter", action="append", help="only layers of this pattern; with ! in front all others")
+    parser.add_argument("--max-tokens", type=int, default=512, help="where longer lines are cut")
+    parser.add_argument("--device", type=_device, default="cpu", help="where to compute, by default the CPU")
+    parser.add_argument("--html", help="also write a page with heat maps to this file")
+    _hub_arguments(parser)
+
+
+def _measure(arguments: argparse.Namespace) -> Measurement:
+    recipe = Recipe.of(arguments.recipe or FP8GemmOptions(scheme=arguments.scheme))
+    recipe = replace(recipe, options=replace(recipe.options, engine=arguments.engine))
+    where = {name: getattr(arguments, name) for name in ("revision", "cache_dir", "offline", "device", "max_tokens")}
+    model, inputs = model_and_inputs(arguments.model, arguments.data, **where)
+    found = measure(model, inputs, options=recipe, module_filter=arguments.filter)
+    if arguments.html:
+        found.to_html(arguments.html)
+    return found
+
+
 COMMANDS: dict[str, Command] = {
     "bench": Command(
         help="time bfloat16 and every engine; with --tune, tune the Triton engine's plans for this GPU",
@@ -210,6 +241,11 @@ COMMANDS: dict[str, Command] = {
         help="show what this machine can run, with which engine, and why not with the others",
         arguments=lambda parser: None,
         run=lambda arguments: doctor.examine(),
+    ),
+    "measure": Command(
+        help="measure what FP8 does to the output of each layer of a model, given texts or other inputs",
+        arguments=_measure_arguments,
+        run=_measure,
     ),
     "quantize": Command(
         help="make an FP8 checkpoint from a bfloat16 one",

@@ -38,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Counter(Protocol):
-    """What ``byte_progress`` yields: call ``update`` with the number of bytes just processed."""
+    """What ``byte_progress`` and ``counting`` yield: call ``update`` with the number of bytes or units just done."""
 
     def update(self, n: float = 1) -> object: ...
 
@@ -52,6 +52,13 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
 def byte_progress(total: int, *, what: str) -> Iterator[Counter]:
     """A bar labeled ``what`` over ``total`` bytes; call ``update(nbytes)`` after each piece."""
     with _Bar(desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=DELAY, leave=False) as bar:
+        yield bar
+
+
+@contextmanager
+def counting(total: int, *, what: str, unit: str) -> Iterator[Counter]:
+    """A bar labeled ``what`` over ``total`` units; call ``update()`` after each."""
+    with _Bar(desc=what, total=total, unit=f" {unit}", delay=DELAY, leave=False) as bar:
         yield bar
 
 

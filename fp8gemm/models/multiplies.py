@@ -25,7 +25,7 @@ FACTORS: Mapping[Any, tuple[int, int]] = {
     aten._grouped_mm.default: (0, 1),
     aten.linear.default: (0, 1),
 }
-_CONVOLUTIONS = (aten.convolution.default, aten._convolution.default, aten.mkldnn_convolution.default)
+CONVOLUTIONS = (aten.convolution.default, aten._convolution.default, aten.mkldnn_convolution.default)
 # Operations that run whole layers: each 2-D weight is multiplied once per token of the first operand.
 _LAYERS = (
     *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.mkldnn_rnn_layer.default),
@@ -38,7 +38,7 @@ def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
     """The operands of an operation that are multiplied as matrices; empty if it is not a product."""
     if func in FACTORS:
         return [args[place] for place in FACTORS[func] if place < len(args)]
-    if func in _CONVOLUTIONS:
+    if func in CONVOLUTIONS:
         return [args[1]]
     if func is aten._trilinear.default:
         return [args[1]]
@@ -52,7 +52,7 @@ def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
     if func in FACTORS:
         a = args[FACTORS[func][0]]
         return int(y.numel() * a.shape[-1]) if isinstance(y, torch.Tensor) else 0
-    if func in _CONVOLUTIONS:
+    if func in CONVOLUTIONS:
         x, weight = args[0], args[1]
         turned = func is not aten.mkldnn_convolution.default and len(args) > 6 and bool(args[6])
         return int((x if turned else y).numel() * math.prod(weight.shape[1:]))

@@ -22,6 +22,7 @@ from .models.gated import fuse_gated
 from .models.layerwise import layerwise_casting_filter
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
 from .models.pause import paused
+from .models.precision import precision_schedule, set_precision
 from .models.recipe import Recipe
 from .models.selection import plan
 from .models.siblings import Fused, fuse_siblings
@@ -88,6 +89,7 @@ __all__ = [
     "original_key_mapping",
     "paused",
     "plan",
+    "precision_schedule",
     "probe",
     "quantize",
     "quantize_checkpoint",
@@ -95,5 +97,6 @@ __all__ = [
     "register_format",
     "report",
     "save_checkpoint",
+    "set_precision",
     "warmup",
 ]

@@ -17,6 +17,7 @@ SchemeName = Literal["row", "tensor", "block", "weight_only"]
 WeightStorage = Literal["keep", "cpu_offload", "discard"]
 Accumulate = Literal["auto", "fast", "precise"]
 Rounding = Literal["nearest", "stochastic"]
+Precision = Literal["fp8", "weight_only", "original"]
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -153,6 +154,10 @@ class Scheme:
     def weight_only(self) -> Scheme:
         """The same scheme for weights, with activations left unquantized."""
         return replace(self, activation=None, static=False)
+
+    def at(self, precision: Precision) -> Scheme:
+        """The scheme of products at this precision: weight-only if that is asked for, else the same."""
+        return self.weight_only() if precision == "weight_only" else self
 
     def __str__(self) -> str:
         how = "kept" if self.activation is None else f"{'static ' if self.static else ''}{self.activation}"

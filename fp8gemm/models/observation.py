@@ -160,6 +160,7 @@ class Observer(TorchDispatchMode):
             return y
         if count:
             table = self.fp8 if home.activity.dequantizations == before else self.dequantized
+            table = self.dense if home.precision == "original" else table
             table[name] += count
         elif all(isinstance(tensor, FP8Weight) or self.source(tensor) is not None for tensor in tensors):
             for made in tree_leaves(y):  # dequantized values

@@ -168,6 +168,8 @@ class Group:
         """A member's part of the fused product of ``x``; None if it has to run alone."""
         if not all(isinstance(member._parameters.get("weight"), FP8Weight) for member in self.members):
             return None  # one is paused
+        if len(precisions := {member.home.precision for member in self.members}) > 1 or "original" in precisions:
+            return None
         state = self._state(x)
         if state is None or x.device != self.members[0].device:
             return None
@@ -290,7 +292,7 @@ def join(members: Sequence[FP8Linear]) -> FP8Linear:
     """A layer that computes the concatenated outputs of ``members``: their FP8 bytes and scales, bit for bit."""
     first = members[0]
     weights = [member.scaled() for member in members]
-    scheme = first.scheme
+    scheme = first.scheme.at(first.home.precision)
     if scheme.weight.rows is None:  # one scale per tensor becomes one per row
         scheme = replace(scheme, weight=Granularity(1, scheme.weight.cols))
         weights = [ScaledTensor(w.data, w.scale.expand(w.shape[0], -1).contiguous(), scheme.weight) for w in weights]

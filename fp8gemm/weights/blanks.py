@@ -12,6 +12,7 @@ from .copies import COPIES_ARE_DENSE, is_8_bits, own, part_taken, with_smaller_b
 from .dispatch import OPERATIONS, implements
 from .geometry import Layout, swapped
 from .home import Home
+from .precision import refuse_original
 from .sharding import shard_scheme
 from .stored import Stored
 from .weight import FP8Weight
@@ -24,6 +25,8 @@ def _empty_like(
     weight: FP8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **others: Any
 ) -> Any:
     """An empty FP8 weight of the same shape, for ``to_empty``. Pending writes stay pending."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        refuse_original(weight._home)  # DTensor is about to send a part to it
     weight = with_smaller_blocks(weight)
     part = weight.part()
     if part is None or (dtype is not None and (not dtype.is_floating_point or is_8_bits(dtype))):
@@ -35,8 +38,9 @@ def _empty_like(
     if part.take(_blank(weight._home, weight._home.layout.shape, torch.device("meta"))) is None:
         return NotImplemented
     where = weight.device if device is None else torch.device(device)
-    blank = _blank(weight._home, shape, where)
-    return own(weight, blank, part, dtype or weight.dtype).fresh()
+    empty = own(weight, _blank(weight._home, shape, where), part, dtype or weight.dtype).fresh()
+    empty._home.precision = "fp8" if empty._home.precision == "original" else empty._home.precision
+    return empty
 
 
 def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Scheme | None = None) -> ScaledTensor:
@@ -49,6 +53,7 @@ def _blank(home: Home, shape: tuple[int, ...], device: torch.device, scheme: Sch
 def _new_zeros(weight: FP8Weight, size: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:
     """An empty weight for FSDP2: some rows of a matrix, or some experts of a stack."""
     home, part, size = weight._home, weight.part(), tuple(size)
+    refuse_original(home)
     flipped = len(size) == 3 and home.layout.turned
     if len(size) != weight.dim() or dtype not in (None, weight.dtype) or home.layout.folded is not None:
         return NotImplemented
@@ -77,6 +82,8 @@ def _pad(weight: FP8Weight, pad: Any, value: Any = 0) -> Any:
     """Pads with zeros after the last rows or columns, as DTensor does to make shards even."""
     weight = with_smaller_blocks(weight)
     home = weight._home
+    if home.precision == "original":
+        return NotImplemented
     taken = None if home.stored is None or COPIES_ARE_DENSE in weight.__dict__ else part_taken(weight)
     nothing = weight.numel() == 0 and home.stored is not None and COPIES_ARE_DENSE not in weight.__dict__
     if (taken is None and not nothing) or value != 0 or any(pad[::2]) or min(pad) < 0 or home.layout.folded is not None:

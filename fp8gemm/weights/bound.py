@@ -110,6 +110,7 @@ def _bind(layer: Layer, weight: FP8Weight, x: torch.Tensor) -> Bound | Unbound |
     packed = None if stored is None else stored.packed
     if (
         home.pending
+        or home.precision == "original"
         or type(home) is not Home  # FSDP2 frees its weight after the layer has run
         or stored is None
         or packed is None

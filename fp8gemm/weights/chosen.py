@@ -29,7 +29,7 @@ class ChosenExperts(Home):
         self._seen = source.version
         self._stored: Stored | None = None
         super().__init__(source.options, layout, scheme=source.scheme)
-        self.activity = source.activity
+        self.activity, self.precision = source.activity, source.precision
 
     @property
     def source(self) -> Home | None:

@@ -202,6 +202,7 @@ def _clone(weight: FP8Weight, *, memory_format: Any = None) -> Any:
         values = part.cut(home.layout.plain(values))
         values = (values.transpose(-1, -2) if part.flipped else values).contiguous().clone()
         separate._home.hold_original(torch.nn.Parameter(values, home.original.requires_grad))
+        separate._home.precision = home.precision
     return separate
 
 
@@ -226,6 +227,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
         or a.stored is None
         or b.stored is None
         or a.original is not None
+        or b.precision == "original"
     ):
         return NotImplemented
     if b.settle() is None or a.dense is not None:

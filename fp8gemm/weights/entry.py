@@ -74,6 +74,7 @@ class FP8Entry(torch.Tensor):
         assert stored is not None
         twin = home.copy(stored)
         twin.activity = home.activity
+        twin.precision = "fp8" if twin.precision == "original" else twin.precision  # it is the bytes
         scaled = stored.scaled()
         data = home.layout.shaped(scaled.data)
         entry = _entry(data.detach(), weight.like(home=twin))

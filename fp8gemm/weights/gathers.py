@@ -35,7 +35,8 @@ def _embedding_directly(
 @implements(OPERATIONS, aten.embedding.default)
 def _embedding(weight: Any, indices: Any, *padding: Any) -> Any:
     """Gathers rows and dequantizes only those."""
-    part = weight.part() if isinstance(weight, FP8Weight) and not exporting_to_onnx() else None
+    taken = isinstance(weight, FP8Weight) and weight._home.precision != "original" and not exporting_to_onnx()
+    part = weight.part() if taken else None
     if part is None or part.flipped or not part.all_columns(weight._home.layout) or weight.dim() != 2:
         return NotImplemented
     return _rows_of(weight, part, indices)
@@ -50,7 +51,9 @@ def _index_select(weight: Any, dim: int, indices: Any) -> Any:
 def _index(weight: Any, indices: Any) -> Any:
     """Experts of a stack, indexed in FP8; rows of a matrix, dequantized."""
     whole = isinstance(weight, FP8Weight) and len(indices) == 1 and indices[0] is not None and not exporting_to_onnx()
-    if not whole or indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
+    if not whole or weight._home.precision == "original":
+        return NotImplemented
+    if indices[0].dtype not in (torch.int64, torch.int32) or weight._home.settle() is None:
         return NotImplemented
     ids, part = indices[0], weight.part()
     if part is None:

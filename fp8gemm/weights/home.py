@@ -14,7 +14,7 @@ from torch import nn
 from .. import native
 from ..engines import PackedWeight
 from ..errors import UnsupportedError
-from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from ..scaled import FP8GemmOptions, Precision, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout, Part
 from .kept import watch
@@ -38,7 +38,11 @@ class Home:
         original: the dense parameter that was converted, if it is kept.
         owned: whether the weight is a parameter. A temporary copy is not: it stays dense once it was written to.
         version: incremented at every change; calls that were bound for an earlier version are no longer valid.
+        aside: the weight as it is packed for the other of the precisions ``"fp8"`` and ``"weight_only"``.
     """
+
+    precision: Precision = "fp8"  # of products: see ``precision.switch``
+    aside: Stored | None = None
 
     def __init__(
         self,
@@ -61,9 +65,8 @@ class Home:
         self.owned = False
         self.version = 0
         self.returned: tuple[int, nn.Parameter, bool] | None = None  # the dense parameter that undo gave for a version
-        # what traced graphs receive for this version: attribute names and context
         self.calls: dict[Any, Any] = {}  # bound calls of this version: see ``remembered_call``
-        self.flat: tuple[list[str], Any] | None = None
+        self.flat: tuple[list[str], Any] | None = None  # what traced graphs receive: attribute names and context
         self.inner_data: torch.Tensor | None = None  # these tensors are set together with ``flat``
         self.inner_scale: torch.Tensor | None = None
         self.inner_input_scale: torch.Tensor | None = None
@@ -164,7 +167,7 @@ class Home:
     def touch(self) -> None:
         """Marks a change: calls and graph inputs of earlier versions are no longer valid."""
         self.version += 1
-        self.flat = None
+        self.flat = self.aside = None
         self.calls = {}
         self.inner_data = self.inner_scale = self.inner_input_scale = self.inner_dense = None
 
@@ -255,19 +258,17 @@ class Home:
         with lock():
             if (found := stored.forms.get(key)) is not None:
                 return found
-            weight, scheme = stored.scaled(), self.scheme
+            weight, scheme = stored.scaled(), self.scheme.at(self.precision)
             if part is not None:
                 taken = part.take_finer(weight) if part.all_columns(self.layout) else None
                 if taken is None:
                     return None
                 weight, scheme = taken, replace(scheme, weight=taken.granularity)
-            scale = self.input_scale
+            scale = None if self.input_scale is None or not scheme.static else self.input_scale.to(device)
             try:
-                form = prepare_for(
-                    weight.to(device), self.options, dtype, None if scale is None else scale.to(device), scheme
-                )
+                form = prepare_for(weight.to(device), self.options, dtype, scale, scheme)
             except UnsupportedError:
-                if scheme == self.scheme:
+                if scheme.weight == self.scheme.weight:
                     raise
                 return None  # no engine supports blocks of so few rows
             if not native.plain(weight.data):  # inside a trace
@@ -308,6 +309,7 @@ class Home:
         if stored is None:
             with lock():
                 twin.stored, twin.dense = self.stored, None if self.dense is None else self.dense.clone()
+        twin.precision = self.precision
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Home:
@@ -325,7 +327,7 @@ class Home:
                 (twin.follow if self.follows else twin.hold_original)(original)
                 twin.original_version = None if self.changed else original._version
             twin.input_scale = None if self.input_scale is None else self.input_scale.clone()
-            twin.activity, twin.owned = copy.deepcopy(self.activity), self.owned
+            twin.activity, twin.owned, twin.precision = copy.deepcopy(self.activity), self.owned, self.precision
         memo[id(self)] = twin
         return twin
 
@@ -336,13 +338,13 @@ class Home:
     @property
     def fp8_nbytes(self) -> int:
         """Bytes of the FP8 weight and its scales; 0 before they exist."""
-        if self.stored is None:
-            return 0
-        return math.prod(self.layout.shape) + 4 * math.prod(self.scheme.weight.scale_shape(self.layout.shape))
+        shape = self.layout.shape
+        return 0 if self.stored is None else math.prod(shape) + 4 * math.prod(self.scheme.weight.scale_shape(shape))
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything held: FP8 data, scales, pending writes and a kept original."""
         dense, original = self.dense, self.original
         waiting = 0 if dense is None or self.dense_is_original() else dense.nbytes
-        return self.fp8_nbytes + waiting + (0 if original is None else original.nbytes)
+        held = 0 if original is None else original.nbytes
+        return self.fp8_nbytes + waiting + held + (0 if self.aside is None else self.aside.nbytes_beside(self.stored))

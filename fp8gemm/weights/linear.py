@@ -15,6 +15,7 @@ from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
 from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
 from .home import Home
+from .precision import ORIGINAL_KERNEL, original_values
 from .product import in_forward_mode, multiply, wants_derivative
 from .sharding import held
 from .watching import counted, exporting, jit_tracing, profiling
@@ -170,7 +171,8 @@ class FP8Linear(nn.Linear):
             "on meta until fp8gemm.load_checkpoint(model, folder) fills it" if self.home.is_meta else "not materialized"
         )
         engine = self.engine or f"{self.options.engine}, {waits}"
-        return f"{super().extra_repr()}, {self.scheme}, engine={engine}"
+        precision = "" if self.home.precision == "fp8" else f", precision={self.home.precision}"
+        return f"{super().extra_repr()}, {self.scheme}, engine={engine}{precision}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self._parameters.get("weight")
@@ -201,12 +203,10 @@ class FP8Linear(nn.Linear):
 
         Of rows, since torch adds the bias to a rounded product where an input of more dimensions is not contiguous.
         """
-        if x.dim() > 2 and x.layout is torch.strided and not x.is_nested and x.shape[-1] == weight.shape[-1]:
+        rows = weight._home.precision != "original"
+        if rows and x.dim() > 2 and x.layout is torch.strided and not x.is_nested and x.shape[-1] == weight.shape[-1]:
             return self._as_operation(x.flatten(0, -2), weight).reshape(*x.shape[:-1], weight.shape[0])
-        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, weight, self.bias)
-        out_dtype, given = _dtypes(x, weight.dtype, weight._home.options)
-        return F.linear(x.to(out_dtype), weight, self.bias).to(given)
+        return _cast(x, weight, self.bias, weight._home.options)
 
     def _recorded(self, x: fx.Proxy) -> Any:
         """The node of a symbolic trace: a call of this layer, as torch's own layers are leaves of every tracer."""
@@ -225,6 +225,9 @@ class FP8Linear(nn.Linear):
         if x.dim() == 0 or x.shape[-1] != weight.shape[-1] or x.is_meta or not weight.is_whole():
             return F.linear(x, weight, bias)  # raises the error of nn.Linear
         home = weight._home
+        if home.precision == "original":
+            home.activity.count(ORIGINAL_KERNEL)
+            return _cast(x, original_values(home, weight.dtype), bias, home.options)
         form = _form(home, weight, x.device)
         out_dtype, given = _dtypes(x, weight.dtype, home.options)
         run_dtype = form.dtype_for(out_dtype)
@@ -250,6 +253,8 @@ class FP8Linear(nn.Linear):
         """The product inside a trace: the graph receives the tensors of the packed weight instead of the wrapper."""
         if isinstance(weight, FP8Weight):
             home = weight._home
+            if home.precision == "original":
+                return _cast(x, weight, self.bias, home.options)
             if home.dense is None and home.stored is not None and home.stored.packed is not None and not exporting():
                 out_dtype, given = _dtypes(x, weight.dtype, home.options)
                 form = home.stored.packed
@@ -282,6 +287,8 @@ class FP8Linear(nn.Linear):
         needs = wants_derivative(gate, bias) or wants_derivative(up, None)
         if torch.is_autocast_enabled(kind) or needs or gate.numel() == 0:
             return None
+        if self.home.precision == "original":
+            return None
         packed = self.form(gate.device)
         if gate.dtype not in packed.dtypes or faster_kept(self.home, gate, bias, packed) is not None:
             return None
@@ -305,6 +312,14 @@ def _form(home: Home, weight: Any, device: torch.device) -> PackedWeight:
     if (stored := home.stored) is not None and stored.device != weight.device:
         weight.data = FP8Weight(home, weight.dtype)  # a lazily quantized weight moves to the device of its first input
     return form
+
+
+def _cast(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, options: FP8GemmOptions) -> torch.Tensor:
+    """torch's own linear, with the casts that ``FP8GemmOptions`` ask for."""
+    if x.dtype == w.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, w, bias)
+    out_dtype, given = _dtypes(x, w.dtype, options)
+    return F.linear(x.to(out_dtype), w, bias).to(given)
 
 
 def _dtypes(x: torch.Tensor, compute_dtype: torch.dtype, options: FP8GemmOptions) -> tuple[torch.dtype, torch.dtype]:

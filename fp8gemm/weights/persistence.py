@@ -193,6 +193,8 @@ def _problem(parameter: Any, key: str, data: torch.Tensor, scale: torch.Tensor |
             f"size mismatch for {key}_scale: scheme {home.scheme} has {expected}, the state dict {tuple(scale.shape)}; "
             "patch the model with the scheme that was saved."
         )
+    if scale is not None and home.precision == "original":
+        return f"{key} runs on its original, which FP8 bytes are not: call set_precision(model, pattern, 'fp8') first."
     if weight.is_meta and not assign:
         return f"{key} is on meta: call to_empty(device=...) first, or load with assign=True."
     return ""

@@ -33,6 +33,7 @@ def _reduced(home: Home) -> Any:
             "input_scale": home.input_scale,
             "activity": home.activity,
             "owned": home.owned,
+            "precision": home.precision,
             "original": None if home.follows else home.original,
             "behind": home.changed,
         }
@@ -54,7 +55,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
         stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
     home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
     home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
-    original = facts["original"]
+    home.precision, original = facts.get("precision", "fp8"), facts["original"]
     if original is not None:
         watch(original)
         home.hold_original(original, behind=facts["behind"])

@@ -13,10 +13,11 @@ from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import FoldedEinsum, batched_operands, folded_operands
 from .home import Home
+from .precision import ORIGINAL_KERNEL
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember
-from .values import taken_by_value
+from .values import read_of, taken_by_value
 from .watching import exporting_to_onnx, jit_tracing
 from .weight import FP8Weight
 
@@ -72,6 +73,9 @@ def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None) 
         return NotImplemented
     if getattr(weight, "_is_param", False):
         weight._home.owned = True
+    if weight._home.precision == "original":
+        weight._home.activity.count(ORIGINAL_KERNEL)
+        return F.linear(input, read_of(weight), bias)
     return linear(input, weight, bias)
 
 
@@ -155,7 +159,7 @@ def _bmm(a: Any, b: Any) -> Any:
     if not isinstance(b, FP8Weight):
         y = _bmm(b.transpose(1, 2), a.turned_around())
         return y if y is NotImplemented else y.transpose(1, 2)
-    if isinstance(a, FP8Weight) or a.dim() != 3 or a.shape[0] != b.shape[0]:
+    if isinstance(a, FP8Weight) or a.dim() != 3 or a.shape[0] != b.shape[0] or b._home.precision == "original":
         return NotImplemented
     if b.stride(0) == 0 or b.size(0) == 1:  # one matrix for the whole batch
         shared = b.like((tuple(b.shape[1:]), b.stride()[1:], b.offset))
@@ -230,6 +234,8 @@ def grouped(x: Any, weight: FP8Weight, ends: torch.Tensor) -> Any:
     home, part = weight._home, weight.part()
     if isinstance(x, FP8Weight) or x.dim() != 2 or part is None or weight.dim() != 3 or not part.flipped:
         return NotImplemented
+    if home.precision == "original":
+        return NotImplemented
     if exporting_to_onnx():
         return NotImplemented  # which has no such product
     n, k = home.layout.matrix
@@ -258,6 +264,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if not isinstance(equation, str) or len(operands) != 2 or len(stacks) != 1:
         return NotImplemented
     stack, x = operands[stacks[0]], operands[1 - stacks[0]]
+    if stack._home.precision == "original":
+        return NotImplemented
     if not torch.compiler.is_compiling() and (folded := folded_operands(equation, stacks[0])) is not None:
         return _folded_product(x, stack, *folded)
     part = stack.part() if stack.dim() == 3 else None

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..scaled import Precision
 from .linear import FP8Linear
+from .precision import ORIGINAL_KERNEL
 from .sharding import held
 from .structure import STACK_NAMES, stacks
 from .weight import FP8Weight
@@ -64,7 +66,8 @@ class Row:
     ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` count
     from patching on, in compiled graphs too, with the exceptions in docs/limits.md. ``ties`` lists other names of the
     same weight, for example the embedding of a tied output head. ``share`` is the weight's share, from 0 to 1, of all
-    multiply-adds with parameters in the first forward pass after patching; None before that pass.
+    multiply-adds with parameters in the first forward pass after patching; None before that pass. ``precision`` is
+    what ``set_precision`` has said last: ``"fp8"``, ``"weight_only"`` or ``"original"``.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Row:
     dequantizations: int = 0
     ties: tuple[str, ...] = ()
     share: float | None = None
+    precision: Precision = "fp8"
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,7 @@ def _converted_row(names: list[str], weight: FP8Weight) -> Row:
         calls=activity.calls,
         kernels=tuple(Counter(activity.kernels).most_common()),
         dequantizations=activity.dequantizations,
+        precision=home.precision,
     )
 
 
@@ -246,7 +251,9 @@ def _kept_row(name: str, module: nn.Module, parameter: str, reason: str) -> Row:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    runs_on = row.engine or "not materialized" if row.status == "fp8" else f"kept: {row.reason}"
+    engine = row.engine or "not materialized"
+    at = {"fp8": engine, "weight_only": f"{engine}, weight-only", "original": ORIGINAL_KERNEL}
+    runs_on = at[row.precision] if row.status == "fp8" else f"kept: {row.reason}"
     kernels = ", ".join(f"{name} x{count}" for name, count in row.kernels)
     shape = "x".join(str(size) for size in row.shape)
     calls, dequantized = (str(row.calls), str(row.dequantizations)) if row.status == "fp8" else ("", "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..numerics import dequantize, quantize
-from ..scaled import FP8GemmOptions, Granularity, ScaledTensor, Scheme
+from ..scaled import FP8GemmOptions, Granularity, Precision, ScaledTensor, Scheme
 from .activity import Activity
 from .geometry import Layout
 from .home import Home
@@ -131,6 +131,7 @@ class Facts:
     trains: bool
     input_scale: torch.Tensor | None
     activity: Activity
+    precision: Precision
 
 
 class Shardable:
@@ -171,6 +172,7 @@ class Shardable:
             home.trains,
             home.input_scale,
             home.activity,
+            home.precision,
         )
         return (raw, scale) if mesh.size() > 1 else (raw,), facts  # a mesh of one rank receives only the first tensor
 
@@ -202,7 +204,7 @@ class Shardable:
             scheme=scheme,
             trains=facts.trains,
         )
-        home.owned, home.activity = True, facts.activity
+        home.owned, home.activity, home.precision = True, facts.activity, facts.precision
         if out is not None:
             weight = held(out)  # ``out`` may be a DTensor, under tensor parallelism
             weight._home.lease.renew(home)

@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..scaled import Granularity, ScaledTensor, Scheme
 from .geometry import Layout
 from .home import Home
+from .precision import refuse_original
 from .sharding import Sharded, refined, whole_scheme
 from .stored import Stored
 from .weight import FP8Weight
@@ -59,6 +60,7 @@ def share(weight: FP8Weight, parameter: Any, grid: Granularity | None = None) ->
         UnsupportedError: the placements do not split a matrix or a stack along its own dimensions.
     """
     home, device, layout = weight._home, device_of(parameter, weight), weight._home.layout
+    refuse_original(home)
     mine = parts_of(parameter, layout)
     own = layout_of(parameter, layout, mine)
     scaled = taken(weight.scaled(), mine, grid or _grid(parameter, layout, home.scheme.weight))

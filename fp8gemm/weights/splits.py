@@ -71,6 +71,7 @@ def joined(tensors: Any, dim: int) -> FP8Weight | None:
     if (
         len(parts) < len(found)
         or home.layout.folded is not None
+        or home.precision == "original"
         or home.settle() is None
         or any(p.single for p in parts)
     ):

@@ -69,6 +69,11 @@ class Stored:
         assert self.packed is not None
         return restore(self.packed)
 
+    def nbytes_beside(self, other: Stored | None) -> int:
+        """The FP8 bytes that are held in addition to those of ``other``."""
+        shares = other is not None and self.holder.data.data_ptr() == other.holder.data.data_ptr()
+        return 0 if shares else self.holder.data.nbytes
+
     def forget_calls(self) -> None:
         """Drops calls that were bound for these bytes and may hold them; see ``remembered_linear``."""
         for holder in (self.plain, self.packed):

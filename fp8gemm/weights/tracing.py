@@ -13,10 +13,11 @@ import torch
 
 from .. import native
 from ..engines import PackedWeight
-from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
+from ..scaled import FP8GemmOptions, Precision, ScaledTensor, Scheme
 from .chosen import ChosenExperts
 from .geometry import Layout
 from .home import Home
+from .precision import original_values
 from .remembered import count_for
 from .stored import Stored
 
@@ -45,6 +46,7 @@ class Context:
     layout: Layout
     owned: bool
     packed: tuple[Any, ...] | None  # of the engine's packed weight, without its tensors
+    precision: Precision = "fp8"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return self  # guards keep a copy, and compare by identity first
@@ -64,6 +66,12 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
         return [*names, "_inner_ids"], context
     if home.flat is not None and not home.pending:  # guards ask at every call
         return home.flat
+    if home.precision == "original":
+        home.inner_dense = original_values(home, dtype)
+        names = ["_inner_dense"]
+        context = Context(home.options, home.scheme, home.layout, home.owned, None, home.precision)
+        home.flat = (names, context) if native.plain(home.inner_dense) else None
+        return names, context
     stored = home.settle()
     if stored is not None and stored.packed is None and native.plain(stored.scaled().data) and not home.is_meta:
         home.form(dtype)
@@ -97,7 +105,7 @@ def flatten_home(home: Home, dtype: torch.dtype) -> tuple[list[str], Context]:
     if home.input_scale is not None:
         names.append("_inner_input_scale")
         home.inner_input_scale = home.input_scale
-    context = Context(home.options, home.scheme, home.layout, home.owned, facts)
+    context = Context(home.options, home.scheme, home.layout, home.owned, facts, home.precision)
     if native.plain(home.inner_data):
         home.flat = (names, context)
     return names, context
@@ -110,7 +118,7 @@ def unflatten_home(tensors: dict[str, torch.Tensor], context: Context) -> Home:
         return ChosenExperts(unflatten_home(of_stack, context), tensors["_inner_ids"])
     input_scale = tensors.get("_inner_input_scale")
     home = Home(context.options, context.layout, scheme=context.scheme, input_scale=input_scale)
-    home.owned = context.owned
+    home.owned, home.precision = context.owned, context.precision
     if "_inner_dense" in tensors:
         home.dense = tensors["_inner_dense"]
         return home

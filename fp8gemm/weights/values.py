@@ -11,6 +11,7 @@ from ..scaled import ScaledTensor
 from .geometry import Part, part_of
 from .home import Home
 from .lookup import dequantized
+from .precision import original_values
 from .stored import lock
 
 
@@ -20,7 +21,10 @@ def kept(home: Home) -> bool:
 
 
 def taken_by_value(weight: Any) -> bool:
-    """Whether reads and products take the original: the weight is ``data``, by which adapters merge, or a view."""
+    """Whether reads and products take the original: the weight's precision is that, or it is ``data``, by which
+    adapters merge, or a view."""
+    if weight._home.precision == "original":
+        return True
     return "_by_value" in weight.__dict__ and not getattr(weight, "_is_param", False) and kept(weight._home)
 
 
@@ -28,6 +32,8 @@ def read_of(weight: Any) -> torch.Tensor:
     """``read`` of a weight's values; of ``data`` the original where that is kept, so that what is computed from it and
     written back stays exact."""
     home, view = weight._home, (weight.size(), weight.stride(), weight.offset)
+    if home.precision == "original":
+        return window(original_values(home, weight.dtype), *view)
     if not taken_by_value(weight) or home.dense is not None:
         return read(home, *view, weight.dtype)
     home.activity.dequantizations += 1

@@ -19,6 +19,7 @@ from .activity import Activity
 from .dispatch import FUNCTIONS, OPERATIONS
 from .geometry import Part, part_of
 from .home import Home
+from .precision import carry_over
 from .sharding import Shardable
 from .stored import lock
 from .tracing import Flatten, flatten_home, graph_key, never_traced, unflatten_home
@@ -197,6 +198,7 @@ class FP8Weight(Shardable, torch.Tensor):
                 with torch.no_grad():
                     mine.original.data = home.original.data  # so that undo returns the same object
                 home.hold_original(mine.original)
+            carry_over(new, mine.precision)
         return new
 
     __tensor_flatten__ = Flatten()

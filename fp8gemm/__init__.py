@@ -18,6 +18,7 @@ from .checkpoint import (
 from .engines import ENGINES, Choice, Machine, MatmulSpec, choose, probe, register_engine
 from .errors import CheckpointError, UnsupportedError
 from .formats import register_format
+from .models.calibration import CalibratedLayer, Calibration, calibrate, count_saturation
 from .models.gated import fuse_gated
 from .models.layerwise import layerwise_casting_filter
 from .models.patch import disable_fp8_gemm, enable_fp8_gemm
@@ -53,6 +54,8 @@ __all__ = [
     "ROW",
     "SCHEMES",
     "TENSOR",
+    "CalibratedLayer",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "Choice",
@@ -75,8 +78,10 @@ __all__ = [
     "Swap",
     "UnsupportedError",
     "WriteReport",
+    "calibrate",
     "choose",
     "convert_checkpoint",
+    "count_saturation",
     "dequantize",
     "disable_fp8_gemm",
     "enable_fp8_gemm",

@@ -61,6 +61,87 @@ def block_scale(
     return round_up_to_power_of_two(scale) if scale_format == "ue8m0" else scale
 
 
+# Two binades of scales around amax's, the plain one first. An FP8 grid times two is the same grid but for its ends, so
+# factors from 1 to 2 are all there are to choose from, unless values are lost below the smallest FP8 number: then
+# smaller scales, which clip the largest values, may be better.
+SCALE_FACTORS = (1.0, *(2.0 ** (step / 8) for step in (*range(1, 8), *range(-8, 0))))
+
+
+def search_scale(
+    x: torch.Tensor,
+    granularity: Granularity,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "float32",
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scales, float32 ``granularity.scale_shape(x.shape)``, with the least ``rounding_error`` among a few.
+
+    They are the scales of ``block_scale`` times ``SCALE_FACTORS`` (``"ue8m0"``: 1 and 1/2, the others round alike), so
+    the error of no block exceeds that of ``quantize(x)``. Blocks of zeros keep the scale that they have there.
+
+    Args:
+        importance: ``[..., K]``, not negative: how much an error in each column counts, such as the second moment of
+            the activation that it is multiplied by. All columns count alike without it.
+
+    Example:
+        >>> w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+        >>> scale = search_scale(w, ROW)
+        >>> searched, plain = dequantize(quantize(w, scale=scale)), dequantize(quantize(w))
+        >>> bool((searched - w).square().sum() < (plain - w).square().sum())
+        True
+    """
+    plain = block_scale(x, granularity, dtype=dtype, scale_format=scale_format)
+    best, least = plain, rounding_error(x, plain, granularity, dtype=dtype, importance=importance)
+    for candidate in candidate_scales(plain, scale_format)[1:]:
+        error = rounding_error(x, candidate, granularity, dtype=dtype, importance=importance)
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best
+
+
+def candidate_scales(plain: torch.Tensor, scale_format: ScaleFormat = "float32") -> list[torch.Tensor]:
+    """The scales among which ``search_scale`` chooses: ``plain``, those of ``block_scale``, and multiples of them."""
+    factors = (1.0, 0.5) if scale_format == "ue8m0" else SCALE_FACTORS
+    return [(plain * factor).clamp(min=SCALE_FLOOR) for factor in factors]
+
+
+def rounding_error(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    granularity: Granularity,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``sum_k importance_k (x_nk - q_nk)^2`` over the finite elements of each block of ``x [..., N, K]``.
+
+    ``q`` is ``x`` quantized with ``scale``; the result is float64 ``granularity.scale_shape(x.shape)``.
+    """
+    x32 = x.to(torch.float32)
+    largest = torch.finfo(dtype).max
+    spread = expand_scale(scale, granularity, x.shape)
+    rounded = nearest_value((x32 / spread).clamp_(-largest, largest), dtype).mul_(spread)
+    error = rounded.sub_(x32).nan_to_num_(0.0, 0.0, 0.0).square_()
+    if importance is not None:
+        error = error.mul_(importance.to(torch.float32).unsqueeze(-2))
+    if error.numel() == 0:
+        return error.new_zeros(granularity.scale_shape(x.shape), dtype=torch.float64)
+    return _blocks(error, granularity).sum(dim=(-3, -1), dtype=torch.float64)
+
+
+def nearest_value(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+    """``x.to(dtype).to(torch.float32)`` for float32 ``x`` within the range of ``dtype``, in a third of the time on a
+    CPU.
+
+    Normal numbers are split as Veltkamp does (Dekker 1971, https://doi.org/10.1007/BF01397083), and a constant whose
+    last bit is the smallest step rounds those below.
+    """
+    info = torch.finfo(dtype)
+    wide = x * (2.0**23 * info.eps + 1)
+    shift = 1.5 * 2**23 * info.smallest_normal * info.eps
+    return torch.where(x.abs() < info.smallest_normal, (x + shift) - shift, wide - (wide - x))
+
+
 def dequantize(scaled: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``data * scale [..., N, K]``, computed in float32 and rounded once to ``dtype``; exact if that is float64.
 
@@ -127,15 +208,20 @@ def block_amax(magnitude: torch.Tensor, granularity: Granularity) -> torch.Tenso
     if magnitude.numel() == 0:
         return magnitude.new_zeros(granularity.scale_shape(magnitude.shape))
     rows, cols = granularity.block(magnitude.shape)
-    n, k = magnitude.shape[-2:]
-    if cols == k and rows == 1:
+    if cols == magnitude.shape[-1] and rows == 1:
         return magnitude.amax(dim=-1, keepdim=True)
+    return _blocks(magnitude, granularity).amax(dim=(-3, -1))
+
+
+def _blocks(values: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    """``values [..., N, K]``, padded with zeros, as ``[..., N / rows, rows, K / cols, cols]``."""
+    rows, cols = granularity.block(values.shape)
+    n, k = values.shape[-2:]
     ragged_rows, ragged_cols = -n % rows, -k % cols
     if ragged_rows or ragged_cols:
-        magnitude = torch.nn.functional.pad(magnitude, (0, ragged_cols, 0, ragged_rows))
-    n, k = magnitude.shape[-2:]
-    blocks = magnitude.reshape(*magnitude.shape[:-2], n // rows, rows, k // cols, cols)
-    return blocks.amax(dim=(-3, -1))
+        values = torch.nn.functional.pad(values, (0, ragged_cols, 0, ragged_rows))
+    n, k = values.shape[-2:]
+    return values.reshape(*values.shape[:-2], n // rows, rows, k // cols, cols)
 
 
 def round_stochastically(

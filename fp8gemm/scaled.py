@@ -18,6 +18,7 @@ WeightStorage = Literal["keep", "cpu_offload", "discard"]
 Accumulate = Literal["auto", "fast", "precise"]
 Rounding = Literal["nearest", "stochastic"]
 Precision = Literal["fp8", "weight_only", "original"]
+WeightSearch = Literal["none", "scales", "rounding"]
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -159,6 +160,23 @@ class Scheme:
         """The scheme of products at this precision: weight-only if that is asked for, else the same."""
         return self.weight_only() if precision == "weight_only" else self
 
+    def calibrated(self) -> Scheme:
+        """The same scheme with one static scale for all activations; itself if it keeps them, or scales groups.
+
+        Example:
+            >>> print(SCHEMES["row"].calibrated())
+            weight row, activation static tensor
+        """
+        if self.activation is None or self.activation.cols is not None:
+            return self
+        return replace(self, activation=TENSOR, static=True)
+
+    def dynamic(self) -> Scheme:
+        """The same scheme with activations that are scaled by their own maximum, one for each scale of a weight row."""
+        if not self.static:
+            return self
+        return replace(self, activation=TENSOR if self.weight.rows is None else ROW, static=False)
+
     def __str__(self) -> str:
         how = "kept" if self.activation is None else f"{'static ' if self.static else ''}{self.activation}"
         ue8m0 = ", ue8m0" if self.scale_format == "ue8m0" else ""
@@ -198,6 +216,10 @@ class FP8GemmOptions:
             ``"auto"``, fast up to K = 8192. Engines that cannot do what was asked are skipped.
         rounding: how values written into a quantized weight (merged adapters, for example) are rounded: ``"nearest"``,
             or ``"stochastic"``, which on average preserves changes that are small relative to the weight.
+        weight_search: how scales and codes of weights are chosen, at the same bytes: ``"none"``, scales from the
+            largest values and rounding to nearest; ``"scales"``, among a few scales those with the least squared error,
+            weighted by what ``enable_fp8_gemm``'s ``calibration_inputs`` give each input channel; ``"rounding"``, which
+            needs them, error-compensated rounding (GPTQ). See docs/calibrate.md.
         embeddings: also convert embedding tables, whose rows are then looked up in FP8. A table that is tied to a head
             is converted with it in any case.
         generator: the random number generator for stochastic rounding; by default torch's own.
@@ -220,6 +242,7 @@ class FP8GemmOptions:
     weight_dtype: torch.dtype = field(default=torch.float8_e4m3fn)
     accumulate: Accumulate = "auto"
     rounding: Rounding = "nearest"
+    weight_search: WeightSearch = "none"
     embeddings: bool = False
     generator: torch.Generator | None = field(default=None, compare=False, repr=False)
 
@@ -235,6 +258,10 @@ class FP8GemmOptions:
             raise ValueError(f"accumulate must be one of {', '.join(get_args(Accumulate))}, found {self.accumulate!r}")
         if self.rounding not in get_args(Rounding):
             raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, found {self.rounding!r}")
+        if self.weight_search not in get_args(WeightSearch):
+            raise ValueError(
+                f"weight_search must be one of {', '.join(get_args(WeightSearch))}, found {self.weight_search!r}"
+            )
         if self.weight_dtype not in FP8_DTYPES:
             raise ValueError(f"weight_dtype must be one of {_names(FP8_DTYPES)}, found {self.weight_dtype}")
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..models.filters import Filter, ModuleFilter
 from ..models.recipe import Options, Recipe
-from ..models.selection import Conversion, Filter, ModuleFilter, complain, planned
+from ..models.selection import Conversion, complain, planned
 from ..scaled import FP8GemmOptions, Granularity
 from ..weights import FP8Weight, Home
 from ..weights.report import report

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..models.batches import Batch, batches, evaluating
+from ..models.filters import ModuleFilter
 from ..models.interrupts import Interrupts, undisturbed
 from ..models.recipe import Options
-from ..models.selection import ModuleFilter
 from ..progress import counting
 from .layers import ITSELF, Layer, layers_of, uncounted
 from .measurement import LayerError, Measurement, OutputError

@@ -147,7 +147,7 @@ def _dense(name: str, tensor: FP8Weight | torch.Tensor, part: Slice) -> Part:
 
 
 def _part_of(tensor: FP8Weight | torch.Tensor, part: Slice) -> torch.Tensor:
-    return part.of(values(tensor))
+    return part.of(_written(tensor))
 
 
 def values(tensor: FP8Weight | torch.Tensor) -> torch.Tensor:
@@ -157,6 +157,13 @@ def values(tensor: FP8Weight | torch.Tensor) -> torch.Tensor:
     home = tensor._home
     exact = home.original is not None and home.dense is None and home.original.dtype == tensor.dtype
     return home.original.detach() if exact and home.original is not None else tensor.dequantize()
+
+
+def _written(tensor: FP8Weight | torch.Tensor) -> torch.Tensor:
+    """``values``, but what an FP8 weight stands for where rounding the original would not give its bytes again."""
+    home = tensor._home if isinstance(tensor, FP8Weight) else None
+    again = home is None or home.search is None or home.search.repeats
+    return values(tensor) if again else tensor.dequantize()
 
 
 def _unstacked(model: nn.Module, tensors: Names, method: str) -> dict[str, Slice]:
@@ -317,9 +324,9 @@ class _Results:
     def _take(self, source: str) -> torch.Tensor | Tiled:
         tensor = self._inputs[source]
         if not isinstance(tensor, FP8Weight):
-            return values(tensor)[self._one]
+            return _written(tensor)[self._one]
         if not self._fp8 and (self._all or tensor._home.original is not None):
-            return values(tensor)[self._one]
+            return _written(tensor)[self._one]
         tiles = Tiled.of(tensor._home.scaled(), flipped=tensor._home.layout.turned)
         tiles = replace(tiles, data=tiles.data[self._one], scale=tiles.scale[self._one])
         return tiles if self._fp8 else dequantize(tiles.weight(), tensor.dtype)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,13 +20,16 @@ from ..progress import progress
 from ..scaled import FP8GemmOptions
 from ..weights import Change, FP8Weight, leave, own_weights, revert
 from ..weights.report import COVERAGE, KEPT, Report, Row
+from ..weights.search import Search
 from ..weights.sharding import held, is_distributed
+from .filters import ModuleFilter
 from .first_forward import FirstForward, Then, remove
 from .gated import split_gated
 from .interrupts import Interrupts, undisturbed
+from .moments import refuse, searches
 from .observation import Observer, watch
 from .recipe import Options, Recipe
-from .selection import Conversion, ModuleFilter, complain, planned, unmet
+from .selection import Conversion, complain, planned, unmet
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,6 +41,7 @@ def enable_fp8_gemm(
     module_filter: ModuleFilter | None = None,
     inplace: bool = True,
     example_inputs: object = None,
+    calibration_inputs: object = None,
 ) -> Model:
     """Converts every matrix that ``model`` multiplies by to FP8.
 
@@ -64,13 +69,17 @@ def enable_fp8_gemm(
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments, on which ``model``
             is run once before anything is converted; or ``"first call"``, to observe the first call instead and convert
             what it shows right after it.
+        calibration_inputs: with a ``weight_search`` other than ``"none"``: a tensor, a tuple of positional arguments, a
+            mapping of keyword arguments, or an iterable of those, on which the dense model is run first, to see what
+            each weight is multiplied by.
 
     Returns:
         ``model`` itself, or the copy.
 
     Raises:
         ValueError: nothing to convert, a pattern that matches no layer, or a recipe that names a layer which the model
-            does not have or which cannot be converted (warnings with ``strict=False``).
+            does not have or which cannot be converted (warnings with ``strict=False``); calibration inputs that are
+            missing, have no effect, or give a weight NaN or infinite values.
         UnsupportedError: the requested engine cannot run a layer. The model is then unchanged.
         TypeError: ``model`` is not an nn.Module, such as a pipeline, whose parts are patched one by one.
 
@@ -85,22 +94,24 @@ def enable_fp8_gemm(
     recipe = Recipe.of(options)
     options = recipe.options
     waits = isinstance(example_inputs, str) and example_inputs == FIRST_CALL
+    refuse(options, calibration_inputs, waits=waits)
     seen = {} if example_inputs is None or waits else watch(model, example_inputs).roles()
     steps, wanted = planned(model, recipe, module_filter, seen)
     if not waits:
         complain(wanted, steps, model, recipe)
+    found = searches(model, steps, options, calibration_inputs)
     first = FirstForward(_ConvertSeen(recipe, module_filter) if waits else _note_coverage)
     if inplace:
 
         def convert(interrupts: Interrupts) -> None:
-            _convert_all(model, steps, options, interrupts)
+            _convert_all(model, steps, options, interrupts, found)
             first.install(model)
 
         undisturbed(convert)
         if options.fp16_weight_storage == "discard":
             _return_freed_memory()
     else:
-        model = _converted_copy(model, steps, options)
+        model = _converted_copy(model, steps, options, found)
         first.install(model)
     return model
 
@@ -196,7 +207,13 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     return rows
 
 
-def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOptions, interrupts: Interrupts) -> None:
+def _convert_all(
+    model: nn.Module,
+    steps: list[Conversion],
+    options: FP8GemmOptions,
+    interrupts: Interrupts,
+    found: Mapping[int, Search] = MappingProxyType({}),
+) -> None:
     todo = [step for step in steps if step.converts]
     reasons = [(place.module, dict(place.module.__dict__.get(KEPT, {}))) for step in steps for place in step.places]
     begun: list[Change] = []
@@ -204,7 +221,7 @@ def _convert_all(model: nn.Module, steps: list[Conversion], options: FP8GemmOpti
         for step in progress(todo, what="quantizing to FP8", total=len(todo)):
             try:
                 interrupts.open = True
-                parameter = step.make(options)  # changes nothing
+                parameter = step.make(options, found.get(id(step.tensor)))  # changes nothing
             finally:
                 interrupts.open = False
             change = Change(*((place.module, place.parameter, place.kind) for place in step.places))
@@ -261,13 +278,15 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _converted_copy(model: Model, steps: list[Conversion], options: FP8GemmOptions) -> Model:
+def _converted_copy(
+    model: Model, steps: list[Conversion], options: FP8GemmOptions, found: Mapping[int, Search]
+) -> Model:
     """A deep copy with FP8 weights in place of the dense ones, which are not copied."""
     todo = [step for step in steps if step.converts]
     memo: dict[int, Any] = {}
     twins: list[nn.Parameter] = []
     for step in progress(todo, what="quantizing to FP8", total=len(todo)):
-        twin = step.make(options)
+        twin = step.make(options, found.get(id(step.tensor)))
         home = held(twin)._home
         if home.original is not None or home.dense is not None:
             twin = copy.deepcopy(twin)  # a copy of its own, where it has the original

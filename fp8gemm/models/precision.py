@@ -16,8 +16,8 @@ from ..weights import FP8Weight
 from ..weights.precision import refusal, repacked, switch
 from ..weights.sharding import held, is_distributed
 from ..weights.stored import Stored
+from .filters import Filter, ModuleFilter
 from .interrupts import undisturbed
-from .selection import Filter, ModuleFilter
 
 _SHOWN = 8  # names in an error
 

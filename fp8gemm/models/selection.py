@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -16,15 +14,16 @@ from ..errors import UnsupportedError
 from ..scaled import COMPUTE_DTYPES, ROW, SCHEMES, FP8GemmOptions, SchemeName
 from ..weights import FP8Linear, FP8Weight, made
 from ..weights.convert import scheme_for
+from ..weights.geometry import Layout
 from ..weights.managed import refusal
 from ..weights.packed import spec_of
+from ..weights.search import Search
 from ..weights.sharding import held
 from ..weights.shares import is_split
 from ..weights.structure import routers
+from .filters import Filter, ModuleFilter
 from .owners import Role, is_plain_linear, role_of
 from .recipe import KEPT_BY_RECIPE, ORIGINAL, Options, Recipe, no_layer
-
-ModuleFilter = Callable[[str, nn.Module], bool] | str | Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,41 @@ class Conversion:
     def ties(self) -> tuple[Holder, ...]:
         return self.places[1:]
 
-    def make(self, options: FP8GemmOptions) -> nn.Parameter:
-        """The FP8 parameter; the module is not changed."""
-        options = options if self.scheme is None else replace(options, scheme=self.scheme)
-        if not any(place.role.multiplied for place in self.places):  # an embedding table: one scale per row
-            options = replace(options, scheme=SCHEMES["row"])
-        found: nn.Parameter = made(self.module, self.parameter, options, layout=self.places[0].role.layout)
+    def make(self, options: FP8GemmOptions, search: Search | None = None) -> nn.Parameter:
+        """The FP8 parameter; the module is not changed. ``search`` is as in ``made``."""
+        options = self.effective(options)
+        found: nn.Parameter = made(self.module, self.parameter, options, layout=self.layout, search=search)
         return found
+
+    def effective(self, options: FP8GemmOptions) -> FP8GemmOptions:
+        """``options`` with the scheme that this matrix gets."""
+        if not self.multiplied:  # an embedding table: one scale per row
+            return replace(options, scheme=SCHEMES["row"])
+        return options if self.scheme is None else replace(options, scheme=self.scheme)
+
+    @property
+    def full_name(self) -> str:
+        """The parameter's name in the model."""
+        return self.places[0].full_name
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The dense parameter."""
+        found = self.module._parameters[self.parameter]
+        assert found is not None
+        return found
+
+    @property
+    def layout(self) -> Layout:
+        """How its memory is a matrix or a stack, of one that converts."""
+        found = self.places[0].role.layout
+        assert found is not None
+        return found
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether the matrix is a factor of products, and not only a table of embeddings."""
+        return any(place.role.multiplied for place in self.places)
 
     @property
     def converts(self) -> bool:
@@ -286,53 +313,3 @@ def _engine_reason(
             return str(error).replace("\n", ";")
         raise UnsupportedError(f"{name or 'the model itself'}: {error}") from None
     return ""
-
-
-class Filter:
-    """The user's selection of layers, and which of its patterns have matched."""
-
-    def __init__(self, module_filter: ModuleFilter | None) -> None:
-        self.chosen = module_filter if callable(module_filter) else None
-        patterns: list[str] = []
-        if isinstance(module_filter, str):
-            patterns = [module_filter]
-        elif module_filter is not None and not callable(module_filter):
-            patterns = list(module_filter)
-        self.included = [pattern for pattern in patterns if not pattern.startswith("!")]
-        self.excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-        self.hits: Counter[str] = Counter()
-
-    def reason(self, name: str, module: nn.Module) -> str:
-        """Why a layer is excluded; empty if it is selected."""
-        if self.chosen is not None:
-            return "" if self.chosen(name, module) else "module_filter"
-        included = [pattern for pattern in self.included if fnmatch.fnmatchcase(name, pattern)]
-        excluded = [pattern for pattern in self.excluded if fnmatch.fnmatchcase(name, pattern)]
-        self.hits.update(included + excluded)
-        if excluded:
-            return f"module_filter: !{excluded[0]}"
-        return "" if included or not self.included else "module_filter"
-
-    def reason_of_tied(self, places: list[tuple[str, nn.Module]]) -> str:
-        """Why a weight that several layers share is excluded: a pattern that names one of them selects it; a pattern
-        that excludes one of them, or a callable that returns False, does not."""
-        reasons = [self.reason(name, module) for name, module in places]
-        against = [reason for reason in reasons if reason]
-        excluded = [reason for reason in against if self.chosen is not None or "!" in reason]
-        return excluded[0] if excluded else "" if len(against) < len(reasons) else against[0]
-
-    def exclusion(self, name: str) -> str:
-        """Why an occurrence that is converted along with a layer is excluded; empty if nothing excludes it."""
-        excluded = [pattern for pattern in self.excluded if fnmatch.fnmatchcase(name, pattern)]
-        self.hits.update(excluded)
-        return f"module_filter: !{excluded[0]}" if excluded else ""
-
-    def names(self, name: str, module: nn.Module) -> bool:
-        """Whether the user selected this layer explicitly, rather than only not excluding it."""
-        if self.chosen is not None:
-            return bool(self.chosen(name, module))
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.included)
-
-    def unmatched(self) -> list[str]:
-        patterns = [*self.included, *(f"!{pattern}" for pattern in self.excluded)]
-        return [pattern for pattern in patterns if not self.hits[pattern.removeprefix("!")]]

@@ -15,6 +15,7 @@ from .kept import unwatch, watch
 from .managed import manager, padded_share, tell
 from .packed import quantized
 from .persistence import hooked, install_hooks, remove_hooks
+from .search import Search, unweighted
 from .sharding import held
 from .shares import is_split, like, share, whole
 from .stored import Stored, lock
@@ -65,10 +66,12 @@ def made(
     layout: Layout | None = None,
     weight: ScaledTensor | None = None,
     input_scale: torch.Tensor | None = None,
+    search: Search | None = None,
 ) -> Any:
     """The parameter that ``convert`` would install; the module is not changed.
 
     A DTensor is gathered and quantized as a whole, which is a collective call; each rank keeps its own part.
+    ``search`` is how its scales and codes are chosen, if ``options.weight_search`` asks for that.
     """
     parameter = module._parameters.get(name)
     if parameter is None or not parameter.dtype.is_floating_point or parameter.dtype in FP8_DTYPES:
@@ -85,11 +88,16 @@ def made(
     scheme = options.resolved_scheme if given else scheme_for(options, name, layout.shape)
     home = Home(options, layout, scheme=scheme, input_scale=input_scale, trains=parameter.requires_grad)
     home.owned = True
+    if weight is None and options.weight_search != "none" and not parameter.is_meta:
+        if search is None and options.weight_search == "rounding":
+            raise ValueError("weight_search='rounding' needs calibration_inputs: use enable_fp8_gemm")
+        search = search or unweighted()
+        home.search = search.kept()
     if weight is None:
         values = whole(parameter).detach()
         if split or parameter.is_meta or options.materialize_fp8_on_wrap:
             plain = layout.plain(values if layout.folded is None else values.contiguous())
-            weight = quantized(plain, options, scheme, values.device)
+            weight = quantized(plain, options, scheme, values.device, search)
         else:
             home.dense = values.contiguous()
     home.stored = None if weight is None else Stored(weight)

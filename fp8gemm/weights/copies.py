@@ -278,4 +278,5 @@ def write_part(target: FP8Weight, scaled: ScaledTensor) -> None:
         assert taken is not None
         taken.data.view(torch.uint8).copy_(scaled.data.view(torch.uint8))
         taken.scale.copy_(scaled.scale)
+        home.search = None if home.search is None else home.search.written()
         home.take_bytes(new)

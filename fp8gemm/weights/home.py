@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -21,10 +20,12 @@ from .kept import watch
 from .lookup import dequantized
 from .packed import prepare_for, quantized
 from .rounding import rounded_again, warn_of_loss
+from .search import Search
+from .sizes import Sizes
 from .stored import Stored, lock
 
 
-class Home:
+class Home(Sizes):
     """The bytes and scales of a weight, its pending writes, its packed weights and its original.
 
     A weight may start unquantized, with only ``dense``. It is quantized once, when a product, a copy or a save first
@@ -37,6 +38,7 @@ class Home:
         dense: the values including pending writes, in the parameter's own layout; None if no write is pending.
         original: the dense parameter that was converted, if it is kept.
         owned: whether the weight is a parameter. A temporary copy is not: it stays dense once it was written to.
+        search: how scales and codes were chosen, where not just by rounding to nearest.
         version: incremented at every change; calls that were bound for an earlier version are no longer valid.
         aside: the weight as it is packed for the other of the precisions ``"fp8"`` and ``"weight_only"``.
     """
@@ -62,6 +64,7 @@ class Home:
         self.original_version: int | None = None
         self.trains = trains  # whether the converted parameter required gradients
         self.activity = Activity()
+        self.search: Search | None = None
         self.owned = False
         self.version = 0
         self.returned: tuple[int, nn.Parameter, bool] | None = None  # the dense parameter that undo gave for a version
@@ -154,10 +157,12 @@ class Home:
             assert after is not None
             w = self.layout.plain(after)
             if self.stored is None or original is not None:
-                scaled = quantized(w, self.options, self.scheme, device or self.device)
+                scaled = quantized(w, self.options, self.scheme, device or self.device, self.search)
             else:
                 scaled, lost = rounded_again(self.stored.scaled(), w, self.options, self.scheme)
                 warn_of_loss(lost, tuple(self.layout.size))
+            if self.stored is not None and self.search is not None:
+                self.search = self.search.written(whole=original is not None)
             self._publish(Stored(scaled))
             self.original_version = version
             self.dense = None
@@ -289,7 +294,7 @@ class Home:
     def forget(self) -> None:
         """Drops what can be computed again: the FP8 bytes if the original is kept, else only the packed weights."""
         with lock():
-            if self.original is not None:
+            if self.original is not None and (self.search is None or self.search.repeats):
                 self.dense = self.dense if self.dense is not None else self.values(self.original.dtype)
                 self.stored = None
             elif self.stored is not None:
@@ -306,6 +311,7 @@ class Home:
             scheme=self.scheme,
             trains=self.trains,
         )
+        twin.search = self.search
         if stored is None:
             with lock():
                 twin.stored, twin.dense = self.stored, None if self.dense is None else self.dense.clone()
@@ -327,24 +333,7 @@ class Home:
                 (twin.follow if self.follows else twin.hold_original)(original)
                 twin.original_version = None if self.changed else original._version
             twin.input_scale = None if self.input_scale is None else self.input_scale.clone()
-            twin.activity, twin.owned, twin.precision = copy.deepcopy(self.activity), self.owned, self.precision
+            twin.activity, twin.owned = copy.deepcopy(self.activity), self.owned
+            twin.precision, twin.search = self.precision, self.search
         memo[id(self)] = twin
         return twin
-
-    def dense_is_original(self) -> bool:
-        dense, original = self.dense, self.original
-        return original is not None and dense is not None and dense.data_ptr() == original.data_ptr()
-
-    @property
-    def fp8_nbytes(self) -> int:
-        """Bytes of the FP8 weight and its scales; 0 before they exist."""
-        shape = self.layout.shape
-        return 0 if self.stored is None else math.prod(shape) + 4 * math.prod(self.scheme.weight.scale_shape(shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything held: FP8 data, scales, pending writes and a kept original."""
-        dense, original = self.dense, self.original
-        waiting = 0 if dense is None or self.dense_is_original() else dense.nbytes
-        held = 0 if original is None else original.nbytes
-        return self.fp8_nbytes + waiting + held + (0 if self.aside is None else self.aside.nbytes_beside(self.stored))

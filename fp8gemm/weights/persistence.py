@@ -214,6 +214,7 @@ def _loaded(
     data = taken(data)
     data = home.layout.plain(data).contiguous()
     scaled = ScaledTensor(data, taken(scale).to(torch.float32), home.scheme.weight)
-    new = Home(home.options, home.layout, stored=Stored(scaled), scheme=home.scheme, trains=home.trains)
+    scheme = home.scheme if input_scale is None else home.scheme.calibrated()
+    new = Home(home.options, home.layout, stored=Stored(scaled), scheme=scheme, trains=home.trains)
     new.input_scale = home.input_scale if input_scale is None else taken(input_scale)
     return FP8Weight(new, weight.dtype)

@@ -15,6 +15,7 @@ from .chosen import ChosenExperts
 from .geometry import Layout
 from .home import Home
 from .kept import watch
+from .search import Search
 from .sharding import Gathered, Sharded
 from .stored import Stored, lock
 from .weight import weight_from
@@ -31,6 +32,7 @@ def _reduced(home: Home) -> Any:
             "scheme": home.scheme,
             "trains": home.trains,
             "input_scale": home.input_scale,
+            "search": home.search,
             "activity": home.activity,
             "owned": home.owned,
             "precision": home.precision,
@@ -55,6 +57,7 @@ def _rebuild(facts: dict[str, Any]) -> Home:
         stored = Stored(ScaledTensor(data, facts["scale"], facts["scheme"].weight))
     home = Home(facts["options"], facts["layout"], stored=stored, scheme=facts["scheme"], trains=facts["trains"])
     home.input_scale, home.activity, home.owned = facts["input_scale"], facts["activity"], facts["owned"]
+    home.search = facts.get("search")  # which earlier versions did not write
     home.precision, original = facts.get("precision", "fp8"), facts["original"]
     if original is not None:
         watch(original)
@@ -69,5 +72,5 @@ for kind in (Home, ChosenExperts, Gathered):
 
 # What torch.load(weights_only=True) needs to rebuild a weight that was saved directly, for example a shard.
 torch.serialization.add_safe_globals(
-    [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Sharded]
+    [_rebuild, weight_from, Activity, Counter, FP8GemmOptions, Granularity, Layout, Scheme, Search, Sharded]
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,7 +67,9 @@ class Row:
     from patching on, in compiled graphs too, with the exceptions in docs/limits.md. ``ties`` lists other names of the
     same weight, for example the embedding of a tied output head. ``share`` is the weight's share, from 0 to 1, of all
     multiply-adds with parameters in the first forward pass after patching; None before that pass. ``precision`` is
-    what ``set_precision`` has said last: ``"fp8"``, ``"weight_only"`` or ``"original"``.
+    what ``set_precision`` has said last: ``"fp8"``, ``"weight_only"`` or ``"original"``. ``search`` says how
+    ``FP8GemmOptions.weight_search`` found its scales and codes. ``saturated`` of ``checked`` activations were beyond
+    its static range in ``count_saturation``.
     """
 
     name: str
@@ -84,6 +86,9 @@ class Row:
     ties: tuple[str, ...] = ()
     share: float | None = None
     precision: Precision = "fp8"
+    search: str = ""
+    saturated: int = 0
+    checked: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,10 @@ class Report:
     def __str__(self) -> str:
         header = ("layer", "weight", "runs on", "MB before", "after", "calls", "kernels", "dequantized")
         table = [header, *(_cells(row) for row in self.rows), self._total()]
-        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        for title, text in _OPTIONAL.items():  # where there is something to say
+            if any(cells := [text(row) for row in self.rows]):
+                table = [(*line, cell) for line, cell in zip(table, (title, *cells, ""), strict=True)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         return "\n".join([*(line.rstrip() for line in lines), *([] if self.coverage is None else [str(self.coverage)])])
 
@@ -231,6 +239,9 @@ def _converted_row(names: list[str], weight: FP8Weight) -> Row:
         kernels=tuple(Counter(activity.kernels).most_common()),
         dequantizations=activity.dequantizations,
         precision=home.precision,
+        search="" if home.search is None else home.search.text,
+        saturated=activity.saturated,
+        checked=activity.checked,
     )
 
 
@@ -267,6 +278,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         kernels,
         dequantized,
     )
+
+
+def _saturation(row: Row) -> str:
+    return f"{row.saturated} of {row.checked}" if row.checked else ""
+
+
+_OPTIONAL: dict[str, Callable[[Row], str]] = {"weight search": lambda row: row.search, "saturated": _saturation}
 
 
 def _percent(share: float) -> str:

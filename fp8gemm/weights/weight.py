@@ -184,9 +184,9 @@ class FP8Weight(Shardable, torch.Tensor):
             dense = values.dequantize() if isinstance(values, FP8Weight) else values.detach()
             if not dense.dtype.is_floating_point or dense.dtype in FP8_DTYPES:
                 raise ValueError(f"the FP8 weight takes floating-point values, found {dense.dtype}")
-            dense = dense.contiguous()
-            layout = mine.layout.like(dense.shape)
-            home = Home(mine.options, layout, dense=dense, scheme=mine.scheme, trains=mine.trains)
+            dense, like = dense.contiguous(), mine.layout.like(dense.shape)
+            home = Home(mine.options, like, dense=dense, scheme=mine.scheme, trains=mine.trains)
+            home.input_scale = mine.input_scale
             if mine.original is not None and not mine.follows:
                 home.keep(nn.Parameter(dense, mine.original.requires_grad))
             new = FP8Weight(home, dense.dtype)

@@ -148,3 +148,28 @@ def test_a_patched_model_takes_what_another_saved(tmp_path: Path) -> None:
     assert model.head.weight is model.table.weight
     y, expected = model(*inputs(dtype)), other(*inputs(dtype))
     assert (y - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("storage", ["discard", "keep"])
+@pytest.mark.parametrize("search", ["scales", "rounding"])
+@torch.no_grad()
+def test_scales_that_were_searched_for_are_in_the_metadata(search: str, storage: str, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    options = FP8GemmOptions(weight_search=search, fp16_weight_storage=storage)  # type: ignore[arg-type]
+    given = inputs(dtype)
+    model = enable_fp8_gemm(Model(dtype).eval(), options=options, example_inputs=given, calibration_inputs=given)
+    save_checkpoint(model, tmp_path)
+    loaded = empty(dtype)
+    load_checkpoint(loaded, tmp_path)
+    assert torch.equal(loaded(*given), model(*given))
+    save_checkpoint(loaded, tmp_path / "again")  # of which nobody knows how its scales were found
+    again = empty(dtype)
+    load_checkpoint(again, tmp_path / "again")
+    assert torch.equal(again(*given), model(*given))
+
+
+@pytest.mark.parametrize("scale", ["", "AAAA", "?", "AADAfw==", 7])
+def test_scales_that_are_none_are_refused(scale: object, tmp_path: Path) -> None:
+    _rewritten(tmp_path, lambda text: json.dumps({**json.loads(text), "scale": scale}))
+    with pytest.raises(CheckpointError, match=r"how to quantize patches\.weight"):
+        load_checkpoint(empty(torch.bfloat16), tmp_path)

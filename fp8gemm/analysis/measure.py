@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,22 +78,26 @@ def measure(
         raise TypeError(f"measure takes an nn.Module, found {type(model).__name__}")
     data = batches(calibration_inputs)
     layers, kept = layers_of(model, options, module_filter)
-    with uncounted(layers):
-        found = roles(model, Batch(duplicate(data[0].args), duplicate(data[0].kwargs)))
-        whole = undisturbed(lambda interrupts: _run(model, data, layers, interrupts))
+    found, whole = undisturbed(lambda interrupts: _run(model, data, layers, interrupts))
     rows = tuple(_row(layer, found.get("" if layer.name == ITSELF else layer.name, "")) for layer in layers)
     return Measurement(layers=rows, output=OutputError(**_percentiles(whole)), kept=kept)
 
 
-def _run(model: nn.Module, data: list[Batch], layers: list[Layer], interrupts: Interrupts) -> ErrorTally:
-    """Runs all batches; Ctrl-C interrupts only what is restored here."""
+def _run(
+    model: nn.Module, data: list[Batch], layers: list[Layer], interrupts: Interrupts
+) -> tuple[Mapping[str, str], ErrorTally]:
+    """Runs all batches: the role of each layer, and the error of the model's output.
+
+    Ctrl-C interrupts only what is restored here afterwards.
+    """
     whole = ErrorTally()
     total = len(data) * sum(len(layer.runs) for layer in layers)
     with counting(total, what="measuring", unit="layer") as bar:
         passing = Pass(layers, bar.update)
-        with evaluating(model), passing.installed(), _step_by_step(), passing:
+        with evaluating(model), uncounted(layers), passing.installed(), _step_by_step(), passing:
             try:
                 interrupts.open = True
+                found = roles(model, Batch(duplicate(data[0].args), duplicate(data[0].kwargs)))
                 for number, batch in enumerate(data, start=1):
                     passing.where = f"batch {number} of {len(data)}"
                     y, y8 = (first_tensor(each) for each in passing.run(model, batch))
@@ -102,7 +106,7 @@ def _run(model: nn.Module, data: list[Batch], layers: list[Layer], interrupts: I
                         whole.add(y.where(kept, 0), y8.where(kept, 0))
             finally:
                 interrupts.open = False
-    return whole
+    return found, whole
 
 
 @contextmanager

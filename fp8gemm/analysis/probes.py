@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class Pass(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers, self.done = layers, done
         self.running: Layer | None = None  # the layer that runs in FP8
-        self.all_fp8 = False  # whether the model runs on FP8 now, not on its originals
+        self.on: Literal["as it is", "originals", "fp8"] = "as it is"  # what the model runs on
         self.storages: dict[int, Layer] = {}
         self.where = ""  # the batch, for messages
 
@@ -58,21 +58,22 @@ class Pass(TorchDispatchMode):
             yield
         finally:
             for module, forward in forwards.items():
-                module.__dict__.pop("forward", None)
-                if forward is not None:
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
                     module.__dict__["forward"] = forward
             for module, parameters in owners.items():
                 module._parameters.update(parameters)
 
     def run(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
         """The outputs of ``model`` on its originals, while its layers are measured, and with all layers in FP8."""
-        self.all_fp8 = False
+        self.on = "originals"
         with ExitStack() as originals, torch.random.fork_rng(_devices()):
             for layer in self.layers:
                 originals.enter_context(layer.originals())
             self.storages = _storages(self.layers)
             y = Batch(duplicate(batch.args), duplicate(batch.kwargs)).run(model)
-        self.all_fp8 = True
+        self.on = "fp8"
         with torch.random.fork_rng(_devices()):
             return y, Batch(duplicate(batch.args), duplicate(batch.kwargs)).run(model)
 
@@ -81,11 +82,13 @@ class Pass(TorchDispatchMode):
 
         @functools.wraps(inner)  # others ask for its signature
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.on == "as it is":
+                return inner(*args, **kwargs)
             with ExitStack() as stack:
                 for layer in layers:
                     if layer is not self.running:
-                        stack.enter_context(layer.fp8() if self.all_fp8 else layer.dense())
-                if self.all_fp8 or self.running is not None:  # the latter within a module that runs in FP8
+                        stack.enter_context(layer.fp8() if self.on == "fp8" else layer.dense())
+                if self.on == "fp8" or self.running is not None:  # the latter within a module that runs in FP8
                     return inner(*args, **kwargs)
                 return self._measured(module, layers, inner, args, kwargs)
 
@@ -141,7 +144,7 @@ class Pass(TorchDispatchMode):
     ) -> Any:
         if self.running is not None:
             _note_inputs(func, args, self.running)
-        elif not self.all_fp8:
+        elif self.on == "originals":
             self._note_use(func, args)
         return func(*args, **(kwargs or {}))
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import random
+import signal
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -332,3 +337,34 @@ def test_patched_models_are_measured_as_they_are() -> None:
     with pytest.raises(ValueError, match="pattern 'y' matches no layer in FP8"):
         measure(model, torch.ones(1, 8), module_filter=["0", "y"])
     assert measure(model, torch.ones(1, 8)).kept == {"1": "module_filter"}
+
+
+@pytest.mark.parametrize("storage", ["dense", "keep"])
+def test_interrupts_at_any_time(storage: str) -> None:
+    """SIGINT from another thread, again and again: the model is as before, whenever it comes."""
+    model = nn.Sequential(Tied(), nn.Dropout(0.5)).train()
+    if storage == "keep":
+        enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage="keep"), module_filter=everything)
+    before, chance, caught = state(model), random.Random(0), []
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is measure.__code__:
+                raise KeyboardInterrupt
+            frame = frame.f_back
+
+    handler = signal.signal(signal.SIGINT, interrupt)
+    try:
+        for _ in range(15):
+            timer = threading.Timer(chance.random() * 0.06, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            try:
+                measure(model, [IDS, IDS[:1]], module_filter=everything)
+            except KeyboardInterrupt:
+                caught.append(1)
+            timer.join()
+            assert state(model) == before
+            assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert caught

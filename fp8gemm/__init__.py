@@ -43,6 +43,7 @@ from .scaled import (
 )
 from .weights import FP8Linear, FP8Weight
 from .weights.report import Coverage, Report, report
+from .weights.strict import strict
 
 __version__ = "0.1.0"
 
@@ -103,5 +104,6 @@ __all__ = [
     "report",
     "save_checkpoint",
     "set_precision",
+    "strict",
     "warmup",
 ]

@@ -17,6 +17,7 @@ from .analysis.measure import measure
 from .analysis.measurement import Measurement
 from .checkpoint import Checkpoint, WriteReport, convert_checkpoint, open_checkpoint, quantize_checkpoint
 from .checkpoint.inspection import Inspection, inspect
+from .checkpoint.outline import CheckpointReport, outline
 from .checkpoint.readers import ReaderName
 from .errors import CheckpointError, UnsupportedError
 from .models.recipe import Recipe
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[arguments.command]
     try:
         found = command.run(arguments)
-    except (CheckpointError, UnsupportedError, ValueError) as error:
+    except (CheckpointError, UnsupportedError, ValueError, OSError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         print(f"fp8gemm {arguments.command}: {error}", file=sys.stderr)
@@ -94,6 +95,18 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> Inspection:
     return inspect(_opened(arguments), check=arguments.check)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write the report as a page to this file")
+
+
+def _report(arguments: argparse.Namespace) -> CheckpointReport:
+    found = outline(_opened(arguments))
+    if arguments.html:
+        found.to_html(arguments.html)
+    return found
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +259,11 @@ COMMANDS: dict[str, Command] = {
         help="measure what FP8 does to the output of each layer of a model, given texts or other inputs",
         arguments=_measure_arguments,
         run=_measure,
+    ),
+    "report": Command(
+        help="show each matrix of a checkpoint: FP8 or dense, its scheme and size, as text or a page",
+        arguments=_report_arguments,
+        run=_report,
     ),
     "quantize": Command(
         help="make an FP8 checkpoint from a bfloat16 one",

@@ -14,7 +14,7 @@ from ..engines import MatmulSpec, choose, probe
 from ..errors import UnsupportedError
 from ..progress import byte_progress
 from ..scaled import TENSOR, FP8GemmOptions, Granularity, ScaledTensor
-from ..weights import Change, FP8Linear, FP8Weight, convert, leave, made
+from ..weights import Change, FP8Linear, FP8Weight, convert, leave, made, passes
 from ..weights.geometry import swapped
 from ..weights.packed import spec_of
 from ..weights.report import KEPT, Report, report
@@ -145,8 +145,11 @@ def load_checkpoint(
     redirect_saving(model)
     filled = {name for transfer in transfers for name in transfer.sources}
     own = {checkpoint.layout.plain.get(name) or checkpoint.spare.get(name) for name in filled}
+    rows = report(model).rows
+    if any(row.status == "fp8" for row in rows):
+        passes.install(model)
     return LoadReport(
-        report(model).rows,
+        rows,
         format=checkpoint.format.name,
         missing=tuple(left.missing),
         unexpected=tuple(left.unexpected),

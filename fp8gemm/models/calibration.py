@@ -33,8 +33,8 @@ class CalibratedLayer:
     """One FP8 weight: ``scale`` is its static activation scale, or None where ``reason`` says why it stays dynamic.
 
     ``amax`` is the largest magnitude, or the percentile of magnitudes, of the ``tokens`` that it was given, before the
-    margin. ``used`` is False where the engine on this machine does not quantize activations, so that the scale is only
-    saved, and used elsewhere.
+    margin. ``used`` is False where activations are not quantized at present, by the engine on this machine or because
+    ``set_precision`` says so: the scale is then only saved, and used elsewhere or later.
 
     Example:
         >>> layer = CalibratedLayer(name="up", shape=(64, 32), reason="no product with it was seen")
@@ -89,7 +89,7 @@ class Calibration:
 
 def _cells(layer: CalibratedLayer) -> tuple[str, ...]:
     numbers = ("" if value is None else f"{value:.9g}" for value in (layer.amax, layer.scale))
-    idle = f"static, not quantized by engine {layer.engine}" if layer.engine and not layer.used else "static"
+    idle = f"static, not quantized here by {layer.engine}" if layer.engine and not layer.used else "static"
     said = idle if layer.scale is not None else f"unchanged: {layer.reason}"
     return (layer.name, "x".join(map(str, layer.shape)), str(layer.tokens), *numbers, said)
 
@@ -238,6 +238,7 @@ def _layer(
         return CalibratedLayer(name=name, shape=shape, tokens=seen.tokens, engine=home.engine or "", reason=reason)
     scheme = home.scheme.calibrated()
     engine = _engine(name, weight, scheme)
+    runs = ENGINES[engine].effective(scheme.at(home.precision))
     return CalibratedLayer(
         name=name,
         shape=shape,
@@ -245,7 +246,7 @@ def _layer(
         amax=amax,
         scale=scale,
         engine=engine,
-        used=ENGINES[engine].effective(scheme).activation is not None,
+        used=runs.activation is not None and home.precision != "original",
     )
 
 

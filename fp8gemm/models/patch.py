@@ -18,7 +18,7 @@ from ..checkpoint import give_saving_back, redirect_saving
 from ..errors import UnsupportedError
 from ..progress import progress
 from ..scaled import FP8GemmOptions
-from ..weights import Change, FP8Weight, leave, own_weights, revert
+from ..weights import Change, FP8Weight, leave, own_weights, passes, revert
 from ..weights.report import COVERAGE, KEPT, Report, Row
 from ..weights.search import Search
 from ..weights.sharding import held, is_distributed
@@ -105,6 +105,7 @@ def enable_fp8_gemm(
 
         def convert(interrupts: Interrupts) -> None:
             _convert_all(model, steps, options, interrupts, found)
+            passes.install(model)
             first.install(model)
 
         undisturbed(convert)
@@ -112,6 +113,7 @@ def enable_fp8_gemm(
             _return_freed_memory()
     else:
         model = _converted_copy(model, steps, options, found)
+        passes.install(model)
         first.install(model)
     return model
 
@@ -147,6 +149,7 @@ class _ConvertSeen:
         _note_coverage(model, observer)
         steps, wanted = planned(model, self.recipe, self.module_filter, observer.roles())
         undisturbed(lambda interrupts: _convert_all(model, steps, self.recipe.options, interrupts))
+        passes.install(model)  # the pass that has just run was dense
         converted = any(isinstance(held(parameter), FP8Weight) for parameter in model.parameters())
         if not converted or unmet(self.recipe, steps, model):
             options = replace(self.recipe.options, strict=False)
@@ -190,6 +193,7 @@ def disable_fp8_gemm(model: Model) -> tuple[Model, Report]:
 def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     rows = []
     remove(model)
+    passes.remove(model)
     model.__dict__.pop(COVERAGE, None)
     give_saving_back(model)
     split_gated(model)

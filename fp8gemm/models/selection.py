@@ -135,18 +135,20 @@ def plan(model: nn.Module, *, options: Options = None, module_filter: ModuleFilt
 
 
 def planned(
-    model: nn.Module, recipe: Recipe, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
+    model: nn.Module, options: Options, module_filter: ModuleFilter | None, seen: Mapping[str, Role]
 ) -> tuple[list[Conversion], Filter]:
     """The plan, given the observed roles of parameters; does not raise if there is nothing to convert."""
+    recipe = Recipe.of(options)
     wanted = Filter(module_filter)
     kept = _KeptModules(routers(model), _adapters(model))
     found = [step for places in _places(model, seen) if (step := _step(places, wanted, kept, recipe)) is not None]
     return found, wanted
 
 
-def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, recipe: Recipe) -> None:
+def complain(wanted: Filter, steps: list[Conversion], model: nn.Module, options: Options) -> None:
     """Raises, or with ``strict=False`` warns, if the filter or the model leaves nothing to do, or the recipe cannot be
     followed."""
+    recipe = Recipe.of(options)
     problems = [f"module_filter pattern {pattern!r} matches no layer" for pattern in wanted.unmatched()]
     problems += unmet(recipe, steps, model)
     if not any(step.converts for step in steps):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from .markup import Html, element
+from .markup import Html, breakable, element
 from .numbers import number
 from .style import STEPS
 from .tables import scrolled
@@ -47,7 +47,7 @@ def heat_map(
             return element("td", class_="none")
         return element("td", text(value), class_=_step(value, low, high, strong))
 
-    head = [element("th", name, scope="col") for name in (corner, *columns)]
+    head = [element("th", breakable(name), scope="col") for name in (corner, *columns)]
     lines = [
         element("tr", element("th", name, scope="row"), *map(cell, line))
         for name, line in zip(rows, values, strict=True)

@@ -25,6 +25,16 @@ def escape(text: str) -> Html:
     return text if isinstance(text, Html) else Html(html.escape(_FORBIDDEN.sub("\ufffd", text)))
 
 
+def breakable(text: str) -> Html:
+    """``text`` with places after dots where a line may be broken, as names of layers have no spaces.
+
+    Example:
+        >>> breakable("a.b")
+        'a.<wbr/>b'
+    """
+    return text if isinstance(text, Html) else Html(re.sub(r"\.(?=.)", ".<wbr/>", escape(text)))
+
+
 def element(tag: str, *content: str, **attributes: str | float | None) -> Html:
     """One element. ``class_`` is the attribute ``class``, ``_`` in other names is ``-``; None leaves an attribute out.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .markup import Html, element
+from .markup import Html, breakable, element
 from .numbers import size
 
 
@@ -32,9 +32,11 @@ class Node:
 def nest(leaves: Iterable[tuple[str, float, str]], *, separator: str = ".") -> tuple[Node, ...]:
     """A tree from (dotted name, size, note), in the order given; a name may have both a size and parts below it.
 
+    A name with nothing but one part below it is joined with that.
+
     Example:
-        >>> [(node.name, node.total) for node in nest([("a.b", 1, ""), ("c", 5, ""), ("a.d", 2, "")])]
-        [('a', 3), ('c', 5)]
+        >>> [(node.name, node.total) for node in nest([("a.b", 1, ""), ("c.e", 5, ""), ("a.d", 2, "")])]
+        [('a', 3), ('c.e', 5)]
     """
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for name, amount, note in leaves:
@@ -45,6 +47,8 @@ def nest(leaves: Iterable[tuple[str, float, str]], *, separator: str = ".") -> t
 
 def _group(name: str, inside: list[tuple[str, float, str]], separator: str) -> Node:
     own = [(amount, note) for rest, amount, note in inside if not rest]
+    if not own and len(below := nest(inside, separator=separator)) == 1:
+        return replace(below[0], name=f"{name}{separator}{below[0].name}")
     return Node(
         name=name,
         amount=sum(amount for amount, _ in own),
@@ -57,7 +61,7 @@ def tree(nodes: Sequence[Node], *, text: Callable[[float], str] = size, open_lev
     """Nested lists that fold; the first ``open_levels`` levels are unfolded.
 
     Example:
-        >>> tree(nest([("a.b", 1000, "FP8")])).count("<details")
+        >>> tree(nest([("a.b", 1000, "FP8"), ("a.c", 1, "")])).count("<details")
         1
     """
     return element("ul", *(_item(node, text, open_levels) for node in nodes), class_="tree")
@@ -65,7 +69,7 @@ def tree(nodes: Sequence[Node], *, text: Callable[[float], str] = size, open_lev
 
 def _item(node: Node, text: Callable[[float], str], open_levels: int) -> Html:
     line = Html(
-        element("span", node.name, class_="name")
+        element("span", breakable(node.name), class_="name")
         + element("span", text(node.total), class_="size")
         + (element("span", node.note, class_="note") if node.note else "")
     )

@@ -68,7 +68,7 @@ def scatter(
     left_out = [f"{point.name} ({x_text(point.x)}, {y_text(point.y)})" for point in points if point not in drawn]
     parts = []
     if drawn:
-        across = _Axis(tuple(ticks(min(p.x for p in drawn), max(p.x for p in drawn), most=4)))
+        across = _Axis(tuple(ticks(min(p.x for p in drawn), max(p.x for p in drawn), most=3)))
         up = _Axis(tuple(ticks(min(p.y for p in drawn), max(p.y for p in drawn))))
         marks = [*_grid(across, up, x, y, x_text, y_text), *_marks(drawn, across, up, set(front))]
         parts.append(element("div", element("svg", *marks, role="img", aria_label=f"{y} over {x}"), class_="plot"))

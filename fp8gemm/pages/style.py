@@ -59,6 +59,7 @@ table{{border-collapse:collapse;font-size:.85rem}}
 th,td{{text-align:left;vertical-align:top;padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line)}}
 thead th{{color:var(--faint);font-weight:600;white-space:nowrap;vertical-align:bottom}}
 td.number,th.number{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+td.short{{white-space:nowrap}}
 tbody th{{font-weight:400;min-width:9rem;overflow-wrap:anywhere}}
 .facts{{display:flex;flex-wrap:wrap;gap:.6rem;margin:0 0 2rem}}
 .facts div{{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem;min-width:0}}
@@ -69,12 +70,14 @@ tbody th{{font-weight:400;min-width:9rem;overflow-wrap:anywhere}}
 .tree li{{padding:.1rem 0}}
 .tree summary{{cursor:pointer}}
 .tree .name{{font-weight:600;overflow-wrap:anywhere}}
-.tree .size{{color:var(--text);font-variant-numeric:tabular-nums;margin:0 .5rem}}
+.tree .size{{color:var(--text);white-space:nowrap;font-variant-numeric:tabular-nums;margin:0 .5rem}}
 .tree .note{{color:var(--faint);overflow-wrap:anywhere}}
 .heat{{border-collapse:separate;border-spacing:2px}}
 .heat th,.heat td{{border:0;padding:.15rem .5rem}}
+.heat thead th{{vertical-align:bottom}}
 .heat tbody th{{min-width:0;white-space:nowrap;text-align:right;color:var(--faint)}}
 .heat thead th,.heat td{{text-align:center}}
+.heat thead th{{white-space:normal;max-width:8rem}}
 .heat td{{min-width:3.2rem;border-radius:.2rem;font-variant-numeric:tabular-nums;white-space:nowrap}}
 .none{{outline:1px dashed var(--line);outline-offset:-1px;color:var(--faint)}}
 .nan{{outline:2px solid var(--chosen);outline-offset:-2px;font-weight:700;color:var(--text);
@@ -84,7 +87,9 @@ background:repeating-linear-gradient(45deg,transparent 0 4px,var(--line) 4px 6px
 .legend .scale span{{width:1.4rem;height:1rem}}
 .legend .key{{padding:0 .5rem;border-radius:.2rem}}
 .bars td{{vertical-align:middle}}
+table.bars{{width:100%;max-width:46rem}}
 .bars td.bar{{width:100%;min-width:6rem}}
+.bars tbody th{{min-width:min(16rem,36vw)}}
 .bars svg{{display:block;width:100%;height:.9rem}}
 .bars rect{{fill:var(--accent)}}
 .plot{{padding:.5rem 2rem 2.6rem 4.4rem;max-width:46rem}}

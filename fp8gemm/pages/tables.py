@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .markup import Html, element
+from .markup import Html, breakable, element
 from .numbers import number
 
 Cell = str | float | None
+_SHORT = 14  # letters of a cell that is kept on one line
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Cell]], *, caption: str = "") -> Html:
@@ -25,8 +26,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]], *, caption: str
     for row in body:
         if len(row) != len(header):
             raise ValueError(f"a row has {len(row)} cells, expected {len(header)}, one for each of {list(header)}")
-    right = [_numeric([row[column] for row in body]) for column in range(len(header))]
-    kinds = ["number" if flag else None for flag in right]
+    kinds = [_kind([row[column] for row in body]) for column in range(len(header))]
     head = [element("th", name, scope="col", class_=kind) for name, kind in zip(header, kinds, strict=True)]
     lines = [element("tr", *map(_cell, range(len(row)), row, kinds)) for row in body]
     return scrolled(
@@ -51,7 +51,7 @@ def bars(values: Mapping[str, float], *, text: Callable[[float], str] = number, 
     lines = [
         element(
             "tr",
-            element("th", name, scope="row"),
+            element("th", breakable(name), scope="row"),
             element("td", _bar(value / most), class_="bar"),
             element("td", text(value), class_="number"),
         )
@@ -70,11 +70,14 @@ def _bar(share: float) -> Html:
     return element("svg", element("rect", width=f"{100 * width:.6g}%", height="100%"), aria_hidden="true")
 
 
-def _numeric(cells: Sequence[Cell]) -> bool:
+def _kind(cells: Sequence[Cell]) -> str | None:
+    """The class of a column: of numbers, of short texts that are not broken into lines, or neither."""
     present = [cell for cell in cells if cell is not None]
-    return bool(present) and not any(isinstance(cell, str) for cell in present)
+    if present and not any(isinstance(cell, str) for cell in present):
+        return "number"
+    return "short" if all(isinstance(cell, str) and len(cell) <= _SHORT for cell in present) else None
 
 
 def _cell(column: int, value: Cell, kind: str | None) -> Html:
     text = "" if value is None else value if isinstance(value, str) else number(value)
-    return element("td", text, class_=kind) if column else element("th", text, class_=kind, scope="row")
+    return element("td", text, class_=kind) if column else element("th", breakable(text), class_=kind, scope="row")

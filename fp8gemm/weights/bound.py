@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..engines import ENGINES, PackedWeight
+from .activity import KEPT_KERNEL
 from .home import Home
 from .product import in_forward_mode, wants_derivative
 from .remembered import ALIGNMENT
@@ -21,7 +22,6 @@ from .weight import FP8Weight
 
 Key = tuple[torch.Size, torch.dtype, torch.device]
 SHAPES = 32  # the most shapes that a layer keeps bound; one more clears them
-KEPT_KERNEL = "kept 16-bit weight"  # its name in the report
 
 
 class Layer(Protocol):

@@ -23,7 +23,8 @@ from .weight import FP8Weight
 
 _OURS = ("_home", "_fresh", "_source", "_by_value", "_is_param")  # attributes of an FP8Weight
 _FORMER = "_fp8gemm_former_class"  # attribute of a module whose class was changed
-_OWN = (_FORMER, "_bound")  # attributes that such a module is given
+CONVERTED = "_fp8gemm_converted"  # attribute of a module: the names of the parameters that became FP8
+_OWN = (_FORMER, "_bound", CONVERTED)  # attributes that a converted module is given
 
 
 def convert(
@@ -159,6 +160,7 @@ class _Before:
     def put(self, parameter: nn.Parameter) -> None:
         module, kind = self.module, self.kind
         install_hooks(module)
+        module.__dict__[CONVERTED] = module.__dict__.get(CONVERTED, frozenset()) | {self.name}
         module._parameters[self.name] = parameter
         tell(module, self.name)
         if kind is not None and type(module) is not kind:
@@ -238,7 +240,9 @@ def _made_dense(weight: Any) -> tuple[Any, bool]:
 
 def leave(module: nn.Module) -> None:
     """Restores the former class of a module that has no FP8 weight left, and removes its hooks."""
-    if any(isinstance(held(parameter), FP8Weight) for parameter in module._parameters.values()):
+    left = frozenset(name for name, parameter in module._parameters.items() if isinstance(held(parameter), FP8Weight))
+    if left:
+        module.__dict__[CONVERTED] = left
         return
     former = module.__dict__.get(_FORMER)
     if former is not None:

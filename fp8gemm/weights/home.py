@@ -124,7 +124,7 @@ class Home(Sizes):
             if values.device != self.device or values.dtype != dtype:
                 values = values.to(self.device, dtype)
             return values.contiguous()
-        self.activity.dequantizations += 1
+        self.activity.dequantized()
         assert self.stored is not None
         w = dequantized(self.stored.scaled(), dtype)
         return self.layout.shaped(w)

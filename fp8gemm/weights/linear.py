@@ -12,10 +12,11 @@ from torch import fx, nn
 from .. import native
 from ..engines import ENGINES, PackedWeight
 from ..scaled import FP8GemmOptions, ScaledTensor, Scheme
-from .bound import KEPT_KERNEL, UNBOUND, Bound, faster_kept, notice
+from .activity import KEPT_KERNEL, ORIGINAL_KERNEL
+from .bound import UNBOUND, Bound, faster_kept, notice
 from .convert import convert, revert
 from .home import Home
-from .precision import ORIGINAL_KERNEL, original_values
+from .precision import original_values
 from .product import in_forward_mode, multiply, wants_derivative
 from .sharding import held
 from .watching import counted, exporting, jit_tracing, profiling

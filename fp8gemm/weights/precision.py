@@ -14,8 +14,6 @@ from .home import Home
 from .packed import prepare_for, spec_of
 from .stored import Stored, lock
 
-ORIGINAL_KERNEL = "original weight"  # its name in the report
-
 
 def original_values(home: Home, dtype: torch.dtype) -> torch.Tensor:
     """The dense values, in the parameter's own layout, of a weight whose products run on its original; not a copy

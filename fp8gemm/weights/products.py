@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from .. import native
 from ..engines import ENGINES
+from .activity import ORIGINAL_KERNEL
 from .chosen import ChosenExperts
 from .dispatch import FUNCTIONS, OPERATIONS, implements
 from .einsum import FoldedEinsum, batched_operands, folded_operands
 from .home import Home
-from .precision import ORIGINAL_KERNEL
 from .product import forward as engine_forward
 from .product import grouped_forward, in_forward_mode, wants_derivative
 from .remembered import bias_key, remember

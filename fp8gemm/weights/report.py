@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..scaled import Precision
-from .linear import FP8Linear
-from .precision import ORIGINAL_KERNEL
-from .sharding import held
-from .structure import STACK_NAMES, stacks
-from .weight import FP8Weight
+from .activity import ORIGINAL_KERNEL
+from .ran import failure, problems
+from .report_page import Errors, report_page
+from .rows import KEPT, Row, rows
+
+__all__ = ["COVERAGE", "KEPT", "Coverage", "Report", "Row", "report"]
 
 COVERAGE = "_fp8gemm_coverage"  # attribute of a model: the coverage of its first forward pass
-KEPT = "_fp8gemm_kept"  # attribute of a module: why each of its dense parameters was kept, by name
+_UNSEEN = (
+    "no forward pass was seen yet: run the patched model itself once, not compiled, first; for compiled models use "
+    "fp8gemm.strict(model), and for loaded ones, whose multiply-adds are not counted, check(coverage=None)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,38 +63,6 @@ class Coverage:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One weight: ``status`` is ``"fp8"`` or ``"kept"`` (with the ``reason``); bytes are those of the weight.
-
-    ``bytes_after`` counts FP8 data, scales and a kept original. ``calls``, ``kernels`` and ``dequantizations`` count
-    from patching on, in compiled graphs too, with the exceptions in docs/limits.md. ``ties`` lists other names of the
-    same weight, for example the embedding of a tied output head. ``share`` is the weight's share, from 0 to 1, of all
-    multiply-adds with parameters in the first forward pass after patching; None before that pass. ``precision`` is
-    what ``set_precision`` has said last: ``"fp8"``, ``"weight_only"`` or ``"original"``. ``search`` says how
-    ``FP8GemmOptions.weight_search`` found its scales and codes. ``saturated`` of ``checked`` activations were beyond
-    its static range in ``count_saturation``.
-    """
-
-    name: str
-    status: str
-    shape: tuple[int, ...]
-    reason: str = ""
-    engine: str = ""
-    scheme: str = ""
-    bytes_before: int = 0
-    bytes_after: int = 0
-    calls: int = 0
-    kernels: tuple[tuple[str, int], ...] = ()
-    dequantizations: int = 0
-    ties: tuple[str, ...] = ()
-    share: float | None = None
-    precision: Precision = "fp8"
-    search: str = ""
-    saturated: int = 0
-    checked: int = 0
-
-
 @dataclass(frozen=True)
 class Report:
     """Every Linear of a model, converted or kept; ``str(report)`` is a table.
@@ -105,22 +77,52 @@ class Report:
     rows: tuple[Row, ...]
     coverage: Coverage | None = None
 
-    def check(self, *, coverage: float = 0.99) -> None:
-        """Checks that at least this share of the multiply-adds of the first forward pass ran on FP8.
+    def check(self, *, coverage: float | None = 0.99, allow_uncalled: bool | str | Sequence[str] = False) -> None:
+        """Checks that every converted layer ran on FP8 in the last forward pass, and that at least the share
+        ``coverage`` of the multiply-adds of the first one did.
+
+        The last pass is the last one that has returned and was not compiled; ``strict`` sees compiled ones too. A layer
+        that also was dequantized passes, unlike in ``strict``.
+
+        Args:
+            coverage: from 0 to 1; None does not check it, for models whose first pass was not observed.
+            allow_uncalled: the layers that need not be called, such as experts without tokens: True for all, or one or
+                more glob patterns over their names.
 
         Raises:
-            ValueError: the share is smaller; the message lists the dense and dequantized weights, the largest first,
-            with
-                the reasons. Or the whole model has not run yet.
+            ValueError: a layer was not called, was dequantized instead, multiplied by a kept original, or its weight
+                was replaced; or the share is smaller. The message names all of these, and the dense and dequantized
+                weights, the largest first, with the reasons. Or the whole model has not run yet, or a pattern matches
+                no layer.
+
+        Example:
+            >>> from fp8gemm import enable_fp8_gemm
+            >>> model = enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))
+            >>> y = model(torch.randn(2, 64))
+            >>> report(model).check()
+            >>> model[0].forward = nn.Identity()
+            >>> y = model(torch.randn(2, 64))
+            >>> report(model).check(coverage=None)
+            Traceback (most recent call last):
+            ...
+            ValueError: 1 of 1 converted layers did not run on FP8 in the last forward pass:
+              0: not called: its forward was replaced on the object
+            layers that need not be called, such as experts without tokens: allow_uncalled=True or patterns
         """
-        found = self.coverage
-        if found is None:
-            raise ValueError("no forward pass was seen yet: run the patched model itself once, not compiled, first")
-        if found.share >= coverage:
+        unseen = bool(self.converted) and all(row.last is None for row in self.converted)
+        if unseen or (self.coverage is None and coverage is not None):
+            raise ValueError(_UNSEEN)
+        if wrong := problems(self.rows, allow_uncalled):
+            raise ValueError(failure(self.rows, wrong, "in the last forward pass"))
+        if coverage is not None and self.coverage is not None:
+            self._check_coverage(self.coverage, coverage)
+
+    def _check_coverage(self, found: Coverage, wanted: float) -> None:
+        if found.share >= wanted:
             return
         reasons = {key: row.reason for row in self.rows for key in (row.name, f"{row.name}.weight") if row.reason}
         slow = sorted([*found.dense.items(), *found.dequantized.items()], key=lambda item: -item[1])
-        lines = [f"{found}; asked for {_percent(coverage)}"]
+        lines = [f"{found}; asked for {_percent(wanted)}"]
         for name, count in slow[:20]:
             what = "dequantized at each call" if name in found.dequantized else reasons.get(name, "dense")
             lines.append(f"  {name}: {_percent(count / found.total)}, {what}")
@@ -143,11 +145,52 @@ class Report:
     def bytes_after(self) -> int:
         return sum(row.bytes_after for row in self.rows)
 
+    @property
+    def title(self) -> str:
+        """The title of the page."""
+        return "FP8 report"
+
+    @property
+    def former(self) -> str:
+        """What ``bytes_before`` are, on the page."""
+        return "before"
+
     def to_dict(self) -> dict[str, Any]:
         """The whole report in plain Python types."""
         rows = [{**asdict(row), "kernels": dict(row.kernels)} for row in self.rows]
         found = None if self.coverage is None else {**asdict(self.coverage), "share": self.coverage.share}
         return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": found, "rows": rows}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """``to_dict`` as JSON text, which is also written to ``path`` if that is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, errors: Errors | None = None) -> str:
+        """One self-contained page, which is also written to ``path`` if that is given.
+
+        It shows the tree of layers with their sizes, engines and calls, a heat map over the depth of the model, what
+        did not run on FP8 in the last forward pass, and what was kept and why.
+
+        Args:
+            errors: what ``measure`` found for the same layers, for heat maps of the errors; otherwise the map shows
+                the sizes of the weights.
+
+        Raises:
+            ValueError: ``errors`` has no layer of this report.
+
+        Example:
+            >>> from fp8gemm import enable_fp8_gemm
+            >>> report(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))).to_html().startswith("<!DOCTYPE html>")
+            True
+        """
+        share = None if self.coverage is None else self.coverage.share
+        text = report_page(self.rows, share, errors, title=self.title, former=self.former)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def __str__(self) -> str:
         header = ("layer", "weight", "runs on", "MB before", "after", "calls", "kernels", "dequantized")
@@ -176,89 +219,10 @@ def report(model: nn.Module) -> Report:
         (32, 64)
     """
     coverage: Coverage | None = model.__dict__.get(COVERAGE)
-    rows = tuple(_rows(model))
+    found = tuple(rows(model))
     if coverage is not None:
-        rows = tuple(replace(row, share=coverage.of(row.name) + coverage.of(f"{row.name}.weight")) for row in rows)
-    return Report(rows, coverage)
-
-
-def _rows(model: nn.Module) -> Iterator[Row]:
-    modules = list(model.named_modules())
-    patched = any(_weights(one) or KEPT in one.__dict__ or isinstance(one, FP8Linear) for _, one in modules)
-    places: dict[int, list[tuple[str, nn.Module]]] = {}  # by home, so that a tied weight has one row
-    for name, module in modules:
-        for parameter, weight in _weights(module):
-            places.setdefault(id(weight._home), []).append((_layer_name(name, parameter), module))
-    for name, module in modules:
-        for _, weight in _weights(module):
-            if (found := places.pop(id(weight._home), None)) is not None:
-                found.sort(key=lambda place: not isinstance(place[1], nn.Linear))  # an output head before its embedding
-                yield _converted_row([place for place, _ in found], weight)
-        reasons = module.__dict__.get(KEPT, {})
-        for parameter, reason in reasons.items():
-            if not isinstance(held(module._parameters.get(parameter)), FP8Weight):
-                yield _kept_row(_layer_name(name, parameter), module, parameter, reason)
-        if patched:
-            yield from _later_rows(name, module, reasons)
-
-
-def _layer_name(module: str, parameter: str) -> str:
-    return module if parameter == "weight" else f"{module}.{parameter}".strip(".")
-
-
-def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
-    """A module's own FP8 weights; for distributed ones, the local shard."""
-    parts = [(name, held(parameter)) for name, parameter in module._parameters.items()]
-    return [(name, part) for name, part in parts if isinstance(part, FP8Weight)]
-
-
-def _later_rows(name: str, module: nn.Module, known: Collection[str]) -> Iterator[Row]:
-    """Dense Linears and stacks of experts that were added to the model after patching."""
-    own = held(module._parameters.get("weight"))
-    if isinstance(module, nn.Linear) and "weight" not in known and own is not None and not isinstance(own, FP8Weight):
-        replaced = isinstance(module, FP8Linear)
-        reason = "its weight was replaced by a dense one after patching" if replaced else "added after patching"
-        yield _kept_row(name, module, "weight", reason)
-    for stack in stacks(module):
-        if stack in STACK_NAMES and stack not in known and not isinstance(held(module._parameters[stack]), FP8Weight):
-            yield _kept_row(f"{name}.{stack}".strip("."), module, stack, "added after patching")
-
-
-def _converted_row(names: list[str], weight: FP8Weight) -> Row:
-    home, activity = weight._home, weight._home.activity
-    return Row(
-        name=names[0] or "(the model itself)",
-        ties=tuple(names[1:]),
-        status="fp8",
-        shape=tuple(home.layout.shape),
-        engine=home.engine or "",
-        scheme=str(home.scheme),
-        bytes_before=weight.numel() * weight.dtype.itemsize,
-        bytes_after=home.nbytes,
-        calls=activity.calls,
-        kernels=tuple(Counter(activity.kernels).most_common()),
-        dequantizations=activity.dequantizations,
-        precision=home.precision,
-        search="" if home.search is None else home.search.text,
-        saturated=activity.saturated,
-        checked=activity.checked,
-    )
-
-
-def _kept_row(name: str, module: nn.Module, parameter: str, reason: str) -> Row:
-    matrix = module._parameters.get(parameter)
-    if matrix is None or isinstance(matrix, nn.UninitializedParameter):
-        matrix = getattr(module, parameter, None)  # computed at each access, as by weight_norm
-    known = isinstance(matrix, torch.Tensor) and not isinstance(matrix, nn.UninitializedParameter)
-    size = matrix.nbytes if matrix is not None and known else 0
-    return Row(
-        name=name or "(the model itself)",
-        status="kept",
-        shape=tuple(matrix.shape) if matrix is not None and known else (),
-        reason=reason,
-        bytes_before=size,
-        bytes_after=size,
-    )
+        found = tuple(replace(row, share=coverage.of(row.name) + coverage.of(f"{row.name}.weight")) for row in found)
+    return Report(found, coverage)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

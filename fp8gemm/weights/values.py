@@ -36,14 +36,14 @@ def read_of(weight: Any) -> torch.Tensor:
         return window(original_values(home, weight.dtype), *view)
     if not taken_by_value(weight) or home.dense is not None:
         return read(home, *view, weight.dtype)
-    home.activity.dequantizations += 1
+    home.activity.dequantized()
     with lock():
         return window(home.values(weight.dtype), *view).clone()
 
 
 def read(home: Home, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
     """The dense values of a view in new memory; counted as a dequantization."""
-    home.activity.dequantizations += 1
+    home.activity.dequantized()
     size, stride = tuple(size), tuple(stride)
     if home.dense is not None:  # pending or never quantized: the exact values, before rounding
         with lock():  # not during a write

@@ -25,6 +25,7 @@ from fp8gemm import (
     quantize,
     report,
     save_checkpoint,
+    set_precision,
 )
 from fp8gemm.scaled import BLOCK_128, TENSOR, Scheme
 
@@ -183,7 +184,7 @@ def test_an_engine_that_keeps_activations_keeps_the_scale() -> None:
     expected = model(X)
     found = calibrate(model, X)
     assert {(layer.used, layer.engine) for layer in found.layers} == {(False, "cpu")}
-    assert "static, not quantized by engine cpu" in str(found)
+    assert "static, not quantized here by cpu" in str(found)
     assert model(X).equal(expected)
 
 
@@ -216,6 +217,26 @@ def test_files_state_dicts_copies_and_pickles_keep_it(scheme: str, tmp_path: Pat
         assert other(2 * X).equal(expected)
     model.bfloat16()
     assert model[2].input_scale.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_layers_that_run_at_another_precision_use_it_later() -> None:
+    options = FP8GemmOptions(engine="reference", fp16_weight_storage="keep")
+    model, expected = enable_fp8_gemm(network(), options=options), patched()
+    set_precision(model, "2", "weight_only")
+    set_precision(model, "4", "original")
+    layers = calibrate(model, X).layers
+    assert [layer.used for layer in layers] == [True, False, False]
+    set_precision(model, "*", "fp8")
+    calibrate(expected, X)
+    assert model[0](X).equal(expected[0](X))
+    for name, layer in zip(("2", "4"), layers[1:], strict=True):
+        found = model.get_submodule(name)
+        assert found.scheme.static
+        assert found.input_scale.item() == layer.scale
+        x = torch.randn(3, found.in_features)
+        rounded = dequantize(quantize(x, TENSOR, scale=found.input_scale))
+        assert found(x).equal(F.linear(rounded, dequantize(found.scaled()), found.bias))
 
 
 def test_writes_and_undo_keep_and_drop_it() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fp8gemm import FP8GemmOptions, FP8Linear, enable_fp8_gemm, report
+from fp8gemm import TENSOR, FP8GemmOptions, FP8Linear, Recipe, enable_fp8_gemm, report
 from fp8gemm.models import moments
 from fp8gemm.models.batches import batches
 from fp8gemm.models.inputs import run
@@ -222,6 +222,16 @@ def test_in_groups_rounding_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(moments, "run", lambda *args: passes.append(len(args[2])) or run(*args))
     assert same(patched("rounding"), expected)
     assert passes == [1] * 6
+
+
+def test_recipes_choose_the_scheme_of_each_layer() -> None:
+    options = FP8GemmOptions(weight_search="rounding")
+    recipe = Recipe(options=options, layers={"layer.linear1": "tensor", "layer.linear2": "original", "spare": "block"})
+    model = enable_fp8_gemm(Model().eval(), options=recipe, calibration_inputs=IDS)
+    assert model.layer.linear1.scheme.weight == TENSOR
+    tensor = patched("rounding", scheme="tensor")
+    assert model.layer.linear1.scaled().data.float().equal(tensor.layer.linear1.scaled().data.float())
+    assert {row.name: row.search for row in report(model).rows}["layer.linear1"] == "rounding, 64 tokens"
 
 
 @pytest.mark.parametrize("search", ["scales", "rounding"])

@@ -120,6 +120,9 @@ def test_tables_align_columns_of_numbers_and_leave_gaps() -> None:
     assert texts(root, "th") == ["name", "calls", "what", "a", "b"]
     assert texts(root, "td") == ["3", "x", "", "4"]
     assert texts(root, "td", "number") == ["3", ""]
+    assert texts(parsed(page("", table(["a", "b", "c"], [["x", "148.99 kB", "w " * 9]]))), "td", "short") == [
+        "148.99 kB"
+    ]
     with pytest.raises(ValueError, match=r"a row has 1 cells, expected 2, one for each of \['a', 'b'\]"):
         table(["a", "b"], [["c"]])
 
@@ -142,6 +145,8 @@ def test_a_tree_adds_sizes_up_and_folds() -> None:
     assert texts(root, "span", "size") == ["7 B", "3 B", "1 B", "4 B", "10 B"]
     assert texts(root, "span", "note") == ["y", "x", "z"]
     assert nest([]) == ()
+    (joined,) = nest([("a.b.c", 1, "x"), ("a.b.d.e", 2, "y")])
+    assert (joined.name, joined.total, [child.name for child in joined.children]) == ("a.b", 3, ["c", "d.e"])
 
 
 def test_a_heat_map_shows_each_value_and_what_is_missing() -> None:

@@ -16,7 +16,8 @@ from fp8gemm import FP8GemmOptions, FP8Linear, disable_fp8_gemm, enable_fp8_gemm
 from fp8gemm.engines import ENGINES, Engine, PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 from fp8gemm.weights import Activity, bound
-from fp8gemm.weights.bound import KEPT_KERNEL, SHAPES, UNBOUND, Bound
+from fp8gemm.weights.activity import KEPT_KERNEL
+from fp8gemm.weights.bound import SHAPES, UNBOUND, Bound
 
 BF16 = torch.bfloat16
 

@@ -1,5 +1,7 @@
 """fp8gemm: one line makes any PyTorch model run its matrix products on FP8 weights."""
 
+from .analysis.estimate import estimate
+from .analysis.gain import Estimate, LayerEstimate
 from .analysis.measure import measure
 from .analysis.measurement import LayerError, Measurement
 from .checkpoint import (
@@ -61,12 +63,14 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Coverage",
+    "Estimate",
     "FP8GemmOptions",
     "FP8Linear",
     "FP8Weight",
     "Fused",
     "Granularity",
     "LayerError",
+    "LayerEstimate",
     "LoadReport",
     "Machine",
     "MatmulSpec",
@@ -86,6 +90,7 @@ __all__ = [
     "dequantize",
     "disable_fp8_gemm",
     "enable_fp8_gemm",
+    "estimate",
     "fuse_gated",
     "fuse_siblings",
     "layerwise_casting_filter",

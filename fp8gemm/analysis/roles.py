@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from ..models.owners import CONVOLUTIONS, role_of
+from ..models.recipe import Recipe
 from ..models.selection import Holder, planned
 from ..scaled import FP8GemmOptions
 from ..weights import FP8Weight
@@ -88,7 +89,7 @@ def roles(model: nn.Module, example_inputs: object = None) -> dict[str, Role]:
 
 def matrices(model: nn.Module) -> list[Matrix]:
     """All matrices that the model multiplies by or looks up, dense or in FP8, in the order of its modules."""
-    steps, _ = planned(model, FP8GemmOptions(embeddings=True), None, {})
+    steps, _ = planned(model, Recipe(options=FP8GemmOptions(embeddings=True, strict=False)), None, {})
     places = [list(step.places) for step in steps]
     shared: dict[int, list[Holder]] = {}
     for path, module in model.named_modules():

@@ -4,6 +4,9 @@ from .analysis.estimate import estimate
 from .analysis.gain import Estimate, LayerEstimate
 from .analysis.measure import measure
 from .analysis.measurement import LayerError, Measurement
+from .analysis.roles import roles
+from .analysis.tune import tune
+from .analysis.tuning import Tuning
 from .checkpoint import (
     Checkpoint,
     LoadReport,
@@ -81,6 +84,7 @@ __all__ = [
     "Scheme",
     "Split",
     "Swap",
+    "Tuning",
     "UnsupportedError",
     "WriteReport",
     "calibrate",
@@ -107,8 +111,10 @@ __all__ = [
     "register_engine",
     "register_format",
     "report",
+    "roles",
     "save_checkpoint",
     "set_precision",
     "strict",
+    "tune",
     "warmup",
 ]

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ..engines import probe
 from ..errors import UnsupportedError
 from ..models.batches import Batch, evaluating
+from ..models.filters import ModuleFilter
 from ..models.recipe import Options, Recipe
-from ..models.selection import Conversion, ModuleFilter, complain, planned
+from ..models.selection import Conversion, complain, planned
 from ..scaled import FP8GemmOptions
 from ..weights import FP8Weight
 from ..weights.convert import scheme_for

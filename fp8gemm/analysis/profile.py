@@ -74,7 +74,7 @@ class Profile:
     kept: dict[str, float] = field(default_factory=dict)
 
 
-class Recorder(Observer):
+class Recorder(Observer):  # type: ignore[no-untyped-call]
     """Records products and times operations one by one, each without what the recorder itself does."""
 
     def __init__(self, model: nn.Module, steps: Sequence[Conversion], options: FP8GemmOptions, clock: Clock) -> None:

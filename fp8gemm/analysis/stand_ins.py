@@ -138,7 +138,8 @@ def pair(geometry: Geometry) -> Pair:
     bias = torch.zeros(n if geometry.kind in ("layer", "linear") else rows, **place) if geometry.bias else None
     if geometry.kind == "layer":
         linear = nn.Linear(k, n, bias=geometry.bias, dtype=geometry.dtype, device="meta")
-        linear.weight, linear.bias = weight, None if bias is None else nn.Parameter(bias, False)
+        linear.weight = weight
+        linear.bias = None if bias is None else nn.Parameter(bias, False)  # type: ignore[assignment]
         layer = FP8Linear.from_linear(linear, geometry.options)
         return Pair(lambda x, settings: linear(x), lambda x, settings: layer(x), layer.engine or "")
     owner.register_parameter(geometry.parameter, weight)

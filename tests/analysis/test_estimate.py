@@ -400,7 +400,7 @@ def test_inputs_that_do_not_fit() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(ValueError, match="unexpected keyword argument 'hidden'"):
         estimate(nn.Linear(32, 32), hidden=torch.randn(2, 32))
-    with pytest.raises(TypeError, match="estimate takes an nn.Module, found dict"):
+    with pytest.raises(TypeError, match=r"estimate takes an nn\.Module, found dict"):
         estimate({}, torch.ones(1))  # type: ignore[arg-type]
 
 

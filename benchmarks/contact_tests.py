@@ -6,6 +6,7 @@ that come after it.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,8 @@ def said(arguments: Sequence[str], end: float, root: Path) -> tuple[str, bool]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            # Whoever runs this may want theirs side by side; these are read as they come, one by one.
+            env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
             timeout=max(1.0, end - time.monotonic()),
             check=False,
         )

@@ -324,7 +324,7 @@ def pairs() -> Iterator[Any]:
     yield "grouped", stack, torch.randn(8, 32).bfloat16(), (2, 2, 5, 8)
 
 
-@pytest.mark.parametrize(("kind", "layout", "x", "settings"), pairs())
+@pytest.mark.parametrize(("kind", "layout", "x", "settings"), list(pairs()))
 def test_stand_ins_compute_the_same_on_fp8(kind: Any, layout: Layout, x: torch.Tensor, settings: Any) -> None:
     geometry = Geometry(
         kind=kind,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from ..models.filters import Filter, ModuleFilter
@@ -94,10 +95,11 @@ class DenseLayer(Layer):
 
     @contextmanager
     def fp8(self) -> Iterator[None]:
-        weight: Any = self.step.make(self.options)
-        original = self.places[0].module._parameters[self.places[0].parameter]
-        if not self.engine and original is not None:
-            self.describe(weight, original)
+        with unobserved():
+            weight: Any = self.step.make(self.options)
+            original = self.places[0].module._parameters[self.places[0].parameter]
+            if not self.engine and original is not None:
+                self.describe(weight, original)
         with _standing_in(self.places, weight):
             yield
 
@@ -128,7 +130,8 @@ class PatchedLayer(Layer):
     @contextmanager
     def fp8(self) -> Iterator[None]:
         if not self.engine:
-            self.describe(self.weight, self.home.values(self.weight.dtype))
+            with unobserved():
+                self.describe(self.weight, self.home.values(self.weight.dtype))
         with _standing_in(self.places, self.weight):
             yield
 
@@ -143,6 +146,11 @@ class PatchedLayer(Layer):
         values = nn.Parameter(self.home.values(self.weight.dtype), requires_grad=False)
         with _standing_in(self.places, values):
             yield
+
+
+def unobserved() -> AbstractContextManager[object]:
+    """Within it no dispatch mode sees the operations, so that compiled kernels may run, as they do otherwise."""
+    return _disable_current_modes()
 
 
 @contextmanager

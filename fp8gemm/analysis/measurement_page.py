@@ -40,7 +40,11 @@ def measurement_page(found: Measurement) -> str:
     ]
     others = [(layer.name, layer.reason) for layer in found.layers if not layer.measured]
     others += list(found.kept.items())
-    sections = [facts(top), section("By depth", *_maps(measured)), section("Layers, worst first", table(header, rows))]
+    sections = [
+        facts(top),
+        section("By depth", *_maps([layer for layer in found.layers if layer.measured])),
+        section("Layers, worst first", table(header, rows)),
+    ]
     if others:
         sections.append(section("Not measured", table(("layer", "reason"), others)))
     return page("Output error of FP8 layers", *sections)

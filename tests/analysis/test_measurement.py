@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,16 @@ def test_tables_begin_with_the_worst_layer() -> None:
     assert [layer.name for layer in found.worst(1, by="p50")] == ["a"]
     with pytest.raises(ValueError, match="by must be one of sqnr, p50, p1, worst, found 'mean'"):
         found.worst(by="mean")
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """Real weights: the median token finds the layers whose sums one large token dominates."""
+    script, page = Path(__file__).parents[2] / "examples" / "measure.py", tmp_path / "page.html"
+    done = subprocess.run([sys.executable, script, page], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("weight row, activation row on reference\n")
+    assert "median token worst: encoder.layer.0.output.dense 2" in done.stdout
+    root = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
+    heat = next(table for table in root.iter("table") if table.get("class") == "heat")
+    head, *lines = [[cell.text for cell in line] for line in heat.iter("tr")]
+    assert head[:3] == ["depth", "attention.self.query", "attention.self.key"]
+    assert [line[0] for line in lines] == ["0", "1", "2", "3", "4", "5", "outside of blocks"]

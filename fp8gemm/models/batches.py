@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..weights.passes import unnoted
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,12 +62,13 @@ def batches(inputs: object, *, what: str = "calibration_inputs") -> list[Batch]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and the state of the random number generators are restored."""
+    """Evaluation mode without gradients; modes, the state of the random number generators and what the report says of
+    the last forward pass are restored."""
     trains = [module for module in model.modules() if module.training]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     model.eval()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), unnoted(model):
             yield
     finally:
         for module in trains:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..weights import FP8Weight
-from ..weights.passes import passes_of
+from ..weights.passes import unnoted
 from ..weights.sharding import held, is_distributed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,17 +59,14 @@ def paused(model: Model) -> Iterator[Model]:
     places = _places(model)
     if not places and not any(module in _paused for module in model.modules()):
         raise ValueError("the model has no FP8 weights to pause: call enable_fp8_gemm(model) first")
-    noted = passes_of(model)
-    last = None if noted is None else noted.last
     versions = {id(place.dense): place.dense._version for place in places}
     try:
         for place in places:
             place.module._parameters[place.name] = place.dense
             _paused.add(place.module)
-        yield model
+        with unnoted(model):
+            yield model
     finally:
-        if noted is not None:
-            noted.last = last  # dense passes say nothing of the FP8 weights
         written = [place for place in places if place.dense._version != versions[id(place.dense)]]
         for place in places:
             _put_back(place)

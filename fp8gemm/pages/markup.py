@@ -43,7 +43,7 @@ def element(tag: str, *content: str, **attributes: str | float | None) -> Html:
         '<text class="b" text-anchor="end">a</text>'
     """
     pairs = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items() if value is not None)
-    opening = "".join(f' {name}="{escape(_plain(value))}"' for name, value in pairs)
+    opening = "".join(f' {name}="{escape(str(_plain(value)))}"' for name, value in pairs)
     if not content and tag in _VOID:
         return Html(f"<{tag}{opening}/>")
     return Html(f"<{tag}{opening}>{''.join(map(escape, content))}</{tag}>")

@@ -48,10 +48,10 @@ html{{-webkit-text-size-adjust:100%}}
 body{{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif}}
 main{{max-width:76rem;margin:0 auto;padding:1.5rem 1rem 4rem}}
 h1{{font-size:1.6rem;line-height:1.25;margin:0 0 1rem;overflow-wrap:anywhere}}
-h2{{font-size:1.15rem;margin:0 0 .5rem}}
+h2{{font-size:1.15rem;margin:0 0 .5rem;overflow-wrap:anywhere}}
 section{{margin:0 0 2.25rem}}
 p{{margin:0 0 .75rem;max-width:48rem;overflow-wrap:anywhere}}
-.faint,figcaption{{color:var(--faint);font-size:.85rem}}
+.faint,figcaption{{color:var(--faint);font-size:.85rem;overflow-wrap:anywhere}}
 figure{{margin:0 0 1rem}}
 figcaption{{margin:.4rem 0 0}}
 .scroll{{overflow-x:auto;margin:0 0 .75rem}}
@@ -63,7 +63,7 @@ td.short{{white-space:nowrap}}
 tbody th{{font-weight:400;min-width:9rem;overflow-wrap:anywhere}}
 .facts{{display:flex;flex-wrap:wrap;gap:.6rem;margin:0 0 2rem}}
 .facts div{{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem;min-width:0}}
-.facts dt{{color:var(--faint);font-size:.8rem}}
+.facts dt{{color:var(--faint);font-size:.8rem;overflow-wrap:anywhere}}
 .facts dd{{margin:0;font-size:1.15rem;font-weight:600;overflow-wrap:anywhere}}
 .tree,.tree ul{{list-style:none;margin:0;padding:0;font-size:.85rem}}
 .tree ul{{margin-left:.45rem;border-left:1px solid var(--line);padding-left:.9rem}}

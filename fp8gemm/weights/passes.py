@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,19 @@ def remove(model: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), Passes):
                 hooks.pop(key, None)
+
+
+@contextmanager
+def unnoted(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the last pass of ``model`` is what it was before: those in the block say nothing of how it is
+    used."""
+    noted = passes_of(model)
+    last = None if noted is None else noted.last
+    try:
+        yield
+    finally:
+        if noted is not None:
+            noted.last = last
 
 
 def passes_of(model: nn.Module) -> Passes | None:

@@ -62,19 +62,19 @@ def _problem(row: Row, *, uncalled: bool, pure: bool) -> str:
         return "what it did is no longer known, as it was used in several other passes since; run the model again"
     parts = []
     if last.dequantizations and (pure or not last.fp8):
-        besides = f", besides {_times(last.fp8)} on FP8" if last.fp8 else ""
+        besides = f", besides {times(last.fp8)} on FP8" if last.fp8 else ""
         parts.append(
-            f"dequantized {_times(last.dequantizations)}{besides}: something computes with its values; only products "
+            f"dequantized {times(last.dequantizations)}{besides}: something computes with its values; only products "
             "along its rows stay on FP8"
         )
     if last.kept and (pure or not last.fp8):
-        parts.append(f"multiplied {_times(last.kept)} by the kept original, where FP8 is expected to be slower")
+        parts.append(f"multiplied {times(last.kept)} by the kept original, where FP8 is expected to be slower")
     if not parts and not last.fp8 and not uncalled:
         parts.append("not called" + (": its forward was replaced on the object" if row.overridden else ""))
     return "; ".join(parts)
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from ..pages import Node, facts, heat_map, nest, page, section, size, table, tree
-from .ran import problems
+from .ran import problems, times
 from .rows import Row
 
 _OUTSIDE = "outside of blocks"
@@ -108,14 +108,14 @@ def _open(nodes: Iterable[Node]) -> int:
         if count > _LINES:
             break
         level, depth = [child for node in level for child in node.children], depth + 1
-    return max(depth - 1, 1)
+    return max(depth - 1, 0)
 
 
 def _note(row: Row) -> str:
     if row.status != "fp8":
         return f"{_shape(row)}, kept: {row.reason}"
-    parts = [_shape(row), "FP8", row.engine, f"{row.calls} calls" if row.calls else ""]
-    parts.append(f"dequantized {row.dequantizations} times" if row.dequantizations else "")
+    parts = [_shape(row), "FP8", row.engine, f"called {times(row.calls)}" if row.calls else ""]
+    parts.append(f"dequantized {times(row.dequantizations)}" if row.dequantizations else "")
     parts += [f"= {tie}" for tie in row.ties]
     return ", ".join(part for part in parts if part)
 

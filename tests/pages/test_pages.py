@@ -15,7 +15,7 @@ from itertools import pairwise
 import pytest
 
 from fp8gemm import pages
-from fp8gemm.pages import Html, Node, Point, bars, facts, heat_map, nest, page, scatter, section, table, tree
+from fp8gemm.pages import Html, Node, Point, bars, element, facts, heat_map, nest, page, scatter, section, table, tree
 from fp8gemm.pages.style import DARK, LIGHT, STEPS, _variables
 
 EVIL = "<script>alert(1)</script> \" ' & \x00\x1b\udc80"
@@ -103,6 +103,7 @@ def test_the_check_of_pages_bites() -> None:
 def test_only_html_is_left_as_it_is() -> None:
     assert section("<", Html("<b>x</b>"), "<b>") == "<section><h2>&lt;</h2><b>x</b><p>&lt;b&gt;</p></section>"
     assert isinstance(table(["a"], []), Html)
+    assert element("p", Html("<b/>"), title=Html('"<b/>')) == '<p title="&quot;&lt;b/&gt;"><b/></p>'
     assert parsed(page("a", section("b", table(["c"], [["d"]])))).findall("body/main/section/div/table/tbody/tr/th")
 
 

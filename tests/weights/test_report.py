@@ -224,6 +224,27 @@ def test_nested_failed_and_paused_passes() -> None:
 
 
 @torch.no_grad()
+def test_measuring_does_not_count_as_use() -> None:
+    model = enable_fp8_gemm(Branches().eval(), options=FP8GemmOptions(fp16_weight_storage="keep"))
+    model(X, head=False)
+    found = fp8gemm.measure(model, [X] * 5)
+    assert last(model) == {"body": Counts(fp8=1), "head": Counts()}
+    assert [layer.name for layer in found.layers] == ["body", "head"]
+
+
+@torch.no_grad()
+def test_layers_that_were_set_to_their_originals_are_as_asked_for() -> None:
+    model = enable_fp8_gemm(Branches().eval(), options=FP8GemmOptions(fp16_weight_storage="keep"))
+    fp8gemm.set_precision(model, "body", "original")
+    fp8gemm.set_precision(model, "head", "weight_only")
+    model(X)
+    with strict(model):
+        model(X)
+    assert last(model) == {"body": Counts(kept=1), "head": Counts(fp8=1)}
+    report(model).check(coverage=None)
+
+
+@torch.no_grad()
 def test_other_models_do_not_disturb() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -281,6 +302,16 @@ def test_copies_remember_and_pickles_forget() -> None:
         assert [row.calls for row in report(loaded).rows] == [1, 1]
         loaded(X)
         assert last(loaded) == {"body": Counts(fp8=1), "head": Counts(fp8=1)}
+
+
+def test_a_copy_of_an_activity_has_everything() -> None:
+    activity = Activity(saturated=3, checked=5)
+    activity.count("a")
+    activity.dequantized()
+    twin = copy.deepcopy(activity)
+    assert vars(twin) == vars(activity)
+    twin.count("a")
+    assert activity.calls == 1
 
 
 def test_an_activity_of_another_process_has_no_times() -> None:

@@ -107,12 +107,17 @@ class Letters(nn.Module):
 _trained: list[tuple[Letters, torch.Tensor]] = []
 
 
+def letters_of() -> torch.Tensor:
+    """The documentation as letters, of which ``trained`` leaves out the last 4096."""
+    root = Path(__file__).parents[1]
+    text = "".join(path.read_text() for path in sorted([*root.glob("docs/*.md"), root / "CONTRIBUTING.md"]))
+    return torch.tensor([min(ord(letter), 127) for letter in text])
+
+
 def trained(steps: int = 400) -> tuple[Letters, torch.Tensor]:
     """The model, and text that it was not trained on."""
     if not _trained:
-        root = Path(__file__).parents[1]
-        text = "".join(path.read_text() for path in sorted([*root.glob("docs/*.md"), root / "CONTRIBUTING.md"]))
-        letters = torch.tensor([min(ord(letter), 127) for letter in text])
+        letters = letters_of()
         held_out = letters[-4096:].view(-1, 64)
         letters = letters[:-4096]
         torch.manual_seed(0)

@@ -14,12 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
+from ..models.batches import Batch
 from ..models.filters import Filter, ModuleFilter
+from ..models.moments import searches
 from ..models.recipe import Options, Recipe
 from ..models.selection import Conversion, complain, planned
 from ..scaled import FP8GemmOptions, Granularity
 from ..weights import FP8Weight, Home
 from ..weights.report import report
+from ..weights.search import Search
 from ..weights.sharding import held, is_distributed
 from ..weights.shares import is_split
 from .tally import ErrorTally, InputTally, saturated_weights
@@ -92,11 +95,12 @@ class DenseLayer(Layer):
 
     step: Conversion
     options: FP8GemmOptions
+    search: Search | None = None
 
     @contextmanager
     def fp8(self) -> Iterator[None]:
         with unobserved():
-            weight: Any = self.step.make(self.options)
+            weight: Any = self.step.make(self.options, self.search)
             original = self.places[0].module._parameters[self.places[0].parameter]
             if not self.engine and original is not None:
                 self.describe(weight, original)
@@ -178,9 +182,11 @@ def uncounted(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def layers_of(
-    model: nn.Module, options: Options, module_filter: ModuleFilter | None
+    model: nn.Module, options: Options, module_filter: ModuleFilter | None, inputs: list[Batch]
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers to measure, in the order of the model, and why other matrices stay dense.
+
+    Scales and codes that the options search for are found from ``inputs``.
 
     Raises:
         ValueError: there is nothing to measure, or an original was discarded.
@@ -200,7 +206,7 @@ def layers_of(
         layers = list(_patched(model, module_filter))
         kept = {row.name: row.reason for row in report(model).kept}
     else:
-        layers, kept = _dense(model, Recipe.of(options), module_filter)
+        layers, kept = _dense(model, Recipe.of(options), module_filter, inputs)
     # Its forward hands the weight of out_proj to torch's function.
     owners: dict[nn.Module, nn.Module] = {
         part.out_proj: part for part in model.modules() if isinstance(part, nn.MultiheadAttention)
@@ -210,7 +216,9 @@ def layers_of(
     return layers, kept
 
 
-def _dense(model: nn.Module, recipe: Recipe, module_filter: ModuleFilter | None) -> tuple[list[Layer], dict[str, str]]:
+def _dense(
+    model: nn.Module, recipe: Recipe, module_filter: ModuleFilter | None, inputs: list[Batch]
+) -> tuple[list[Layer], dict[str, str]]:
     steps, wanted = planned(model, recipe, module_filter, {})
     complain(wanted, steps, model, recipe)
     # Where an original is kept it counts writes, by another class; here it must not change.
@@ -233,6 +241,10 @@ def _dense(model: nn.Module, recipe: Recipe, module_filter: ModuleFilter | None)
                 options=options,
             )
         )
+    found = searches(model, steps, options, inputs)
+    for layer in layers:
+        assert isinstance(layer, DenseLayer)
+        layer.search = found.get(id(layer.step.tensor))
     return layers, {step.name: step.reason for step in steps if not step.converts}
 
 

@@ -59,7 +59,8 @@ def measure(
         calibration_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or an iterable
             of those, such as a list or a DataLoader.
         options: how the layers of a dense model would be converted, as ``enable_fp8_gemm`` takes them (also a recipe);
-            not for a patched model.
+            not for a patched model. A ``weight_search`` is made with the calibration inputs themselves; to measure it
+            on others, patch the model with ``fp16_weight_storage="keep"`` first.
         module_filter: the layers to measure, as in ``enable_fp8_gemm``.
 
     Raises:
@@ -77,7 +78,7 @@ def measure(
     if not isinstance(model, nn.Module):
         raise TypeError(f"measure takes an nn.Module, found {type(model).__name__}")
     data = batches(calibration_inputs)
-    layers, kept = layers_of(model, options, module_filter)
+    layers, kept = layers_of(model, options, module_filter, data)
     found, whole = undisturbed(lambda interrupts: _run(model, data, layers, interrupts))
     rows = tuple(_row(layer, found.get("" if layer.name == ITSELF else layer.name, "")) for layer in layers)
     return Measurement(layers=rows, output=OutputError(**_percentiles(whole)), kept=kept)

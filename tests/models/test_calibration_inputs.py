@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fp8gemm import TENSOR, FP8GemmOptions, FP8Linear, Recipe, enable_fp8_gemm, report
+from fp8gemm import TENSOR, FP8GemmOptions, FP8Linear, Recipe, enable_fp8_gemm, measure, report
 from fp8gemm.models import moments
 from fp8gemm.models.batches import batches
 from fp8gemm.models.inputs import run
@@ -296,3 +296,14 @@ def test_without_calibration_inputs_scales_are_unweighted() -> None:
     assert {row.search for row in report(model).rows} == {"scales, unweighted"}
     dense = Model().spare.weight.detach()
     assert model.spare.scaled().scale.equal(search_scale(dense, model.spare.scheme.weight))
+
+
+@pytest.mark.parametrize("search", ["scales", "rounding"])
+def test_measured_layers_are_quantized_as_they_would_be_converted(search: str) -> None:
+    options = FP8GemmOptions(weight_search=search, scheme="weight_only")  # type: ignore[arg-type]
+    found = measure(Model().eval(), [IDS], options=options)
+    plain = measure(Model().eval(), [IDS], options=FP8GemmOptions(scheme="weight_only"))
+    kept = measure(patched(search, scheme="weight_only", fp16_weight_storage="keep"), [IDS])
+    assert [layer.sqnr for layer in found.layers[:5]] == [layer.sqnr for layer in kept.layers[:5]]  # spare has none
+    gains = {a.name: a.sqnr - b.sqnr for a, b in zip(found.layers, plain.layers, strict=True) if a.name != "spare"}
+    assert min(gains.values()) > (2 if search == "rounding" else -0.2)

@@ -207,6 +207,23 @@ def _bench(arguments: argparse.Namespace) -> bench.Comparison | bench.Tuning:
     return bench.tune(what, **given)
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--probe",
+        default="cpu",
+        choices=doctor.PROBES,
+        help="where the engines run exact products, in a process of their own: by default on the CPU; all compiles "
+        "kernels on accelerators",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        help="a module that registers engines of yours, for that process",
+    )
+
+
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder or an id on the Hub that transformers loads")
     parser.add_argument(
@@ -252,8 +269,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         help="show what this machine can run, with which engine, and why not with the others",
-        arguments=lambda parser: None,
-        run=lambda arguments: doctor.examine(),
+        arguments=_doctor_arguments,
+        run=lambda arguments: doctor.examine(probe=arguments.probe, imports=arguments.imports),
     ),
     "measure": Command(
         help="measure what FP8 does to the output of each layer of a model, given texts or other inputs",

@@ -55,16 +55,22 @@ def _problem(engine: Engine, spec: MatmulSpec, device: torch.device) -> str:
             # Kernels run asynchronously: a fault would otherwise surface in the user's next operation.
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if y.shape != expected.shape:
-                return f"its {kernel} for {m} tokens gives shape {tuple(y.shape)} instead of {tuple(expected.shape)}"
-            wrong = ~y.cpu().double().isclose(expected, rtol=0, atol=0, equal_nan=True)
-            if wrong.any():
-                row, column = (int(index) for index in wrong.nonzero()[0])
-                found, right = y[row, column].item(), expected[row, column].item()
-                return f"its {kernel} for {m} tokens gives {found} where {right} is exact, under {spec.scheme}"
+            if wrong := difference(y, expected):
+                return f"its {kernel} for {m} tokens {wrong}, under {spec.scheme}"
     except Exception as error:  # whatever a compiler, a driver or a library may raise
         return f"its {kernel} fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
+
+
+def difference(y: torch.Tensor, exact: torch.Tensor) -> str:
+    """Where a product is not the ``exact`` one, in float64 on the CPU; empty if it is, bit for bit, NaN included."""
+    if y.shape != exact.shape:
+        return f"gives shape {tuple(y.shape)} instead of {tuple(exact.shape)}"
+    wrong = ~y.cpu().double().isclose(exact, rtol=0, atol=0, equal_nan=True)
+    if not wrong.any():
+        return ""
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    return f"gives {y[row, column].item()} where {exact[row, column].item()} is exact"
 
 
 Compared = tuple[str, int, Callable[[], torch.Tensor], torch.Tensor]  # kernel, M, product, exact result in float64
@@ -74,7 +80,7 @@ def _products(
     engine: Engine, spec: MatmulSpec, weight: ScaledTensor, device: torch.device, generator: torch.Generator
 ) -> Iterator[Compared]:
     packed = replace(
-        engine.prepare(weight.to(device), spec.scheme, input_scale=_input_scale(spec, device)),
+        engine.prepare(weight.to(device), spec.scheme, input_scale=input_scale(spec, device)),
         accumulate=spec.accumulate,
     )
     bias = _integers(-3, 3, (spec.n,), generator).to(spec.compute_dtype)
@@ -133,5 +139,6 @@ def _integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Gene
     return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64, device="cpu")
 
 
-def _input_scale(spec: MatmulSpec, device: torch.device) -> torch.Tensor | None:
+def input_scale(spec: MatmulSpec, device: torch.device) -> torch.Tensor | None:
+    """The static scale of 1 with which ``exact_tokens`` are quantized exactly; None for schemes without one."""
     return torch.ones((), dtype=torch.float32, device=device) if spec.scheme.static else None

@@ -42,6 +42,10 @@ class Crashing(Broken):
             ctypes.string_at(0)
         return super().linear(x, weight, bias, out_dtype)
 
+    def probe(self, device: torch.device, machine: Machine) -> None:
+        if os.environ.get("BROKEN_WHEN_LOOKED_FOR"):
+            ctypes.string_at(0)
+
 
 class Endless(Broken):
     name = "endless"

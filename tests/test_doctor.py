@@ -52,7 +52,7 @@ def test_a_crash_is_a_row(probed: tuple[doctor.ProbedProduct, ...]) -> None:
     assert rows["one row"] == ("exact", "")
     assert rows["zero rows"][0] == "died"
     if os.name == "posix":
-        assert rows["zero rows"][1] == "SIGSEGV: Fatal Python error: Segmentation fault"
+        assert rows["zero rows"][1].startswith("SIGSEGV: Fatal Python error: Segmentation fault, File ")
     rest = {rows[case] for case in ("NaN in one row", "odd sizes", "large K")}
     assert rest == {("not run", "died before, under row, zero rows")}
 
@@ -91,6 +91,19 @@ def test_a_probe_that_cannot_start_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert row.status == "died"
     assert row.note == "exit status 1: OSError: libbroken.so: undefined symbol"
     assert row.bad
+    assert not row.fatal
+
+
+def test_an_engine_that_crashes_when_it_is_looked_for_does_not_end_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BROKEN_WHEN_LOOKED_FOR", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    assert main(["doctor", "--import", "broken_engines"]) == 1
+    out = capsys.readouterr().out
+    assert "looking for the engines: died: " in out
+    assert "choice.py" in out
+    assert "\ncpu: " not in out
 
 
 def test_the_command_probes_the_cpu_and_fails_if_an_engine_does(

@@ -98,11 +98,14 @@ def examine(*, probe: ProbeName = "none", imports: Sequence[str] = ()) -> Examin
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     versions |= {name: _version(name) for name in ("triton", "vllm")}
     probed = [device for device in present if probe == "all" or (probe == "cpu" and device.type == "cpu")]
+    products = probe_engines(probed, imports=imports) if probed else ()
+    if any(product.fatal for product in products):
+        present = []  # looking for the engines would end this process, too
     return Examination(
         versions=versions,
         native=_describe(found),
         devices={str(device): _examine_device(device, versions) for device in present},
-        probed=probe_engines(probed, imports=imports) if probed else (),
+        probed=products,
     )
 
 
@@ -129,7 +132,7 @@ def _shown(probed: tuple[ProbedProduct, ...]) -> list[str]:
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     told = [product for product in probed if product.bad and product.status != "not run"]
-    return lines + [f"  {p.engine}, {p.scheme}, {p.case}: {p.status}: {p.note}" for p in told]
+    return lines + [f"  {', '.join(filter(None, (p.engine, p.scheme, p.case)))}: {p.status}: {p.note}" for p in told]
 
 
 def devices() -> list[torch.device]:

@@ -27,7 +27,8 @@ _POLL = 0.02
 _KILL_SECONDS = 10.0  # for a killed process to end; one that hangs in a driver never does
 _NOTE = 300  # characters of a note
 
-STARTING = "the start of the probe"
+STARTING = "looking for the engines"
+_EXIT_STATUS = "exit status"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class ProbedProduct:
     @property
     def bad(self) -> bool:
         return self.status not in ("exact", "refused")
+
+    @property
+    def fatal(self) -> bool:
+        """Whether already looking for the engines ends a process, or hangs."""
+        return self.case == STARTING and not self.note.startswith(f"{_EXIT_STATUS} 1:")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -197,11 +203,15 @@ def _lines(journal: Path, seen: int) -> list[dict[str, Any]]:
 
 
 def _death(status: int | None, output: Path) -> str:
-    """How a process ended, and the last line that it has written."""
-    how = f"exit status {status}"
+    """How a process ended, and the last line that it has written; after a fault, where in this package it was."""
+    how = f"{_EXIT_STATUS} {status}"
     if status is not None and status < 0:
         with suppress(ValueError):
             how = signal.Signals(-status).name
     text = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
     fault = next((line for line in text if line.startswith("Fatal Python error")), text[-1] if text else "")
+    if fault.startswith("Fatal"):
+        package = f'File "{Path(__file__).parents[1]}'
+        frames = [line.strip() for line in text if line.strip().startswith(package)]
+        fault = ", ".join([fault, *frames[:1]])
     return f"{how}: {fault}" if fault else how

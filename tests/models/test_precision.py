@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from fp8gemm import (
     save_checkpoint,
     set_precision,
 )
+from fp8gemm.engines.base import PackedWeight
 from fp8gemm.engines.reference import ReferenceEngine
 
 QUANTIZING = [name for name, scheme in SCHEMES.items() if scheme.activation is not None]
@@ -253,6 +254,45 @@ def test_an_engine_that_must_quantize_is_refused_before_anything_changes() -> No
         set_precision(model, "*", "original")
     finally:
         del ENGINES["rounding"]
+
+
+class Binding(ReferenceEngine):
+    """An engine that quantizes activations and binds calls."""
+
+    name = "binding"
+    traceable = False
+
+    def bind(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        def bound(x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x.reshape(-1, weight.k), weight, bias, out_dtype)
+            return y.reshape(*x.shape[:-1], weight.n)
+
+        return bound
+
+
+@torch.no_grad()
+def test_bound_calls_are_not_used_at_another_precision() -> None:
+    register_engine(Binding())
+    try:
+        layer, x = nn.Linear(64, 32), torch.randn(4, 64)
+        expected = {
+            "fp8": enable_fp8_gemm(copy.deepcopy(layer), options=options())(x),
+            "weight_only": enable_fp8_gemm(copy.deepcopy(layer), options=FP8GemmOptions(scheme="weight_only"))(x),
+            "original": layer(x),
+        }
+        model = enable_fp8_gemm(copy.deepcopy(layer), options=options(engine="binding"))
+        bias = model.bias.detach()
+        graph = torch.compile(lambda x: F.linear(x, model.weight, bias), backend="aot_eager")
+        for precision in ("fp8", "weight_only", "original", "fp8", "original", "weight_only", "fp8"):
+            set_precision(model, "*", precision)
+            for _ in range(4):
+                for y in (model(x), F.linear(x, model.weight, bias), graph(x)):
+                    torch.testing.assert_close(y, expected[precision])
+        assert report(model).rows[0].kernels[0][0] == "binding"
+    finally:
+        del ENGINES["binding"]
 
 
 def test_what_matches_nothing_lists_names() -> None:

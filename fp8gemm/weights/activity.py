@@ -50,30 +50,36 @@ class Clock:
 CLOCK = Clock()
 
 
+Mark = tuple[int, int, int, int]  # a time, and the calls, calls on the original and dequantizations before it
+
+
+def _no_marks() -> list[Mark]:
+    return [(-1, 0, 0, 0)] * _REMEMBERED
+
+
 @dataclass
 class Activity:
     """The number of products, the kernels that ran, and the number of dequantizations.
 
-    ``saturated`` of ``checked`` activations were beyond the static range, in ``count_saturation``.
+    ``saturated`` of ``checked`` activations were beyond the static range, in ``count_saturation``. ``time`` is when it
+    last did anything, and ``marks`` are the last times when it did: a ring, whose latest is at ``latest_mark``.
     """
 
+    calls: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     latest: str = ""  # the kernel that ran last
     dequantizations: int = 0
     saturated: int = 0
     checked: int = 0
-    time: int = -1  # when it last did anything
-    marks: tuple[tuple[int, Counts], ...] = ()  # the last times when it did, and its counts just before
-
-    @property
-    def calls(self) -> int:
-        """The number of products."""
-        return sum(self.kernels.values())
+    time: int = -1
+    marks: list[Mark] = field(default_factory=_no_marks)
+    latest_mark: int = 0
 
     def count(self, kernel: str) -> None:
         """Counts one product, which ran ``kernel``."""
         if self.time != CLOCK.now:
             self.mark()
+        self.calls += 1
         self.kernels[kernel] += 1
         self.latest = kernel
 
@@ -84,9 +90,13 @@ class Activity:
         self.dequantizations += 1
 
     def mark(self) -> None:
-        """Remembers the counts before the first event since the clock moved."""
-        self.time = CLOCK.now
-        self.marks = (*self.marks[1 - _REMEMBERED :], (self.time, self.counts()))
+        """Remembers the counts before the first event since the clock moved. Every layer does so in every pass, so that
+        it has to be quick."""
+        self.time = now = CLOCK.now
+        self.latest_mark = at = (self.latest_mark + 1) % _REMEMBERED
+        kernels = self.kernels
+        kept = kernels.get(KEPT_KERNEL, 0) + kernels.get(ORIGINAL_KERNEL, 0)
+        self.marks[at] = (now, self.calls, kept, self.dequantizations)
 
     def counts(self) -> Counts:
         """All that it has done."""
@@ -95,15 +105,21 @@ class Activity:
 
     def between(self, begin: int, end: int) -> Counts | None:
         """What it did from one time until before another, as far as it remembers; None if it remembers nothing."""
-        if len(self.marks) == _REMEMBERED and self.marks[0][0] >= end:
+        known = sorted(mark for mark in self.marks if mark[0] >= 0)
+        if len(known) == _REMEMBERED and known[0][0] >= end:
             return None
-        marks = [*self.marks, (end, self.counts())]
-        first = next(counts for time, counts in marks if time >= begin)
-        return next(counts for time, counts in marks if time >= end) - first
+        then = [(time, Counts(fp8=calls - kept, kept=kept, dequantizations=more)) for time, calls, kept, more in known]
+        then.append((end, self.counts()))
+        first = next(counts for time, counts in then if time >= begin)
+        return next(counts for time, counts in then if time >= end) - first
 
     def __getstate__(self) -> dict[str, Any]:
         """Other processes have other clocks."""
-        return {**vars(self), "time": -1, "marks": ()}
+        return {**vars(self), "time": -1, "marks": _no_marks()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of versions without marks, too."""
+        self.__dict__.update({**vars(Activity()), **state})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Activity:
-        return replace(self, kernels=Counter(self.kernels))
+        return replace(self, kernels=Counter(self.kernels), marks=list(self.marks))

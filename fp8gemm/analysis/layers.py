@@ -71,6 +71,14 @@ class Layer(ABC):
     def originals(self) -> AbstractContextManager[object]:
         """Puts the dense weight in all places for a whole pass, if that takes no memory."""
 
+    def reason(self) -> str:
+        """Why there is nothing to say about it; empty after it was measured."""
+        if self.error.calls:
+            return ""
+        if self.multiplied:
+            return "other code multiplies by its weight, and so it gives no output of its own"
+        return "these inputs do not reach it"
+
     def find_runs(self, owners: Mapping[nn.Module, nn.Module]) -> None:
         """``owners`` are modules that read the weights of others without calling them, by those others."""
         modules = [owners.get(place.module, place.module) for place in self.places]
@@ -85,8 +93,9 @@ class Layer(ABC):
         self.engine, self.scheme = packed.engine, str(packed.scheme)
         values = original.detach() if home.layout.folded is None else original.detach().contiguous()
         self.saturated_weights = saturated_weights(home.layout.plain(values), home.scaled())
-        if home.scheme.static and home.input_scale is not None and home.scheme.activation is not None:
-            self.static = home.input_scale, home.scheme.activation
+        scheme = home.scheme.at(home.precision)
+        if scheme.static and home.input_scale is not None and scheme.activation is not None:
+            self.static = home.input_scale, scheme.activation
 
 
 @dataclass(eq=False, kw_only=True)
@@ -123,6 +132,15 @@ class PatchedLayer(Layer):
     @property
     def home(self) -> Home:
         return self.weight._home
+
+    def find_runs(self, owners: Mapping[nn.Module, nn.Module]) -> None:
+        if self.home.precision != "original":
+            super().find_runs(owners)
+
+    def reason(self) -> str:
+        if self.home.precision == "original":
+            return "it runs on its original at present: call set_precision(model, pattern, 'fp8') first"
+        return super().reason()
 
     @property
     def resident(self) -> bool:

@@ -131,11 +131,6 @@ def _percentiles(error: ErrorTally) -> dict[str, Any]:
 
 
 def _row(layer: Layer, role: str) -> LayerError:
-    reason = ""
-    if not layer.error.calls:
-        reason = "these inputs do not reach it"
-        if layer.multiplied:
-            reason = "other code multiplies by its weight, and so it gives no output of its own"
     return LayerError(
         name=layer.name,
         shape=tuple(layer.shape),
@@ -150,7 +145,7 @@ def _row(layer: Layer, role: str) -> LayerError:
         saturated=layer.inputs.saturated_share,
         saturated_weights=layer.saturated_weights,
         ties=layer.ties,
-        reason=reason,
+        reason=layer.reason(),
     )
 
 

@@ -189,12 +189,19 @@ def _apart(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def duplicate(arguments: Any) -> Any:
-    """A copy that shares nothing with ``arguments`` but modules and what cannot change."""
+    """A copy that shares nothing with ``arguments`` but modules and what cannot be copied, such as locks."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return leaf.detach().clone()
-        return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
+        if isinstance(leaf, torch.Generator):
+            return leaf.clone_state()
+        if isinstance(leaf, nn.Module):
+            return leaf
+        try:
+            return copy.deepcopy(leaf)
+        except (TypeError, RuntimeError):
+            return leaf
 
     return tree_map(one, arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from fp8gemm import (
     fuse_siblings,
     measure,
     quantize,
+    set_precision,
 )
 from fp8gemm.analysis.layers import PatchedLayer
 from fp8gemm.analysis.tally import InputTally, saturated_weights
@@ -141,6 +143,25 @@ def test_modules_that_change_what_they_are_given() -> None:
     assert row.sqnr == pytest.approx(relative(y, y8), rel=1e-4)
 
 
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, generator: torch.Generator, lock: Any) -> torch.Tensor:
+        with lock:
+            return self.layer(x + torch.randn(x.shape, generator=generator))
+
+
+def test_generators_give_all_runs_the_same_numbers() -> None:
+    """What cannot be copied is passed on as it is."""
+    generator, model = torch.Generator().manual_seed(0), Noisy()
+    before = generator.get_state()
+    found = measure(model, (X, generator, threading.Lock()))
+    assert found.output.sqnr == pytest.approx(found.layers[0].sqnr)
+    assert generator.get_state().equal(before)
+
+
 class Experts(nn.Module):
     """Two stacks, of which the second gets an outlier channel that the first makes."""
 
@@ -229,6 +250,27 @@ def test_static_scales_saturate() -> None:
     assert row.saturated == 2 / 128
     assert row.sqnr < 25
     assert (row.saturated_weights, row.outlier_channels) == (0.0, ())
+
+
+def test_layers_are_measured_at_their_precision() -> None:
+    model = enable_fp8_gemm(nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))), options=KEPT)
+    set_precision(model, "0", "original")
+    set_precision(model, "1", "weight_only")
+    rows = measure(model, X).layers
+    assert rows[0].reason == "it runs on its original at present: call set_precision(model, pattern, 'fp8') first"
+    assert [row.scheme for row in rows] == ["", "weight row, activation kept", "weight row, activation row"]
+
+
+@pytest.mark.parametrize("search", ["scales", "rounding"])
+def test_searched_weights(search: str) -> None:
+    """A search by the inputs that are measured is at least as good as none, and the same as that of patching."""
+    layer, x = nn.Linear(32, 32, bias=False), torch.randn(512, 32)
+    options = FP8GemmOptions(weight_search=search, fp16_weight_storage="keep", scheme="tensor")
+    plain = measure(layer, x, options=FP8GemmOptions(scheme="tensor")).output.sqnr
+    found = measure(layer, x, options=options).output.sqnr
+    patched = measure(enable_fp8_gemm(layer, options=options, calibration_inputs=x), x).output.sqnr
+    assert found > plain
+    assert patched == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("grid", [ROW, TENSOR])

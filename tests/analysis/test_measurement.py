@@ -68,6 +68,6 @@ def test_the_example(tmp_path: Path) -> None:
     assert "median token worst: encoder.layer.0.output.dense 2" in done.stdout
     root = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
     heat = next(table for table in root.iter("table") if table.get("class") == "heat")
-    head, *lines = [[cell.text for cell in line] for line in heat.iter("tr")]
+    head, *lines = [["".join(cell.itertext()) for cell in line] for line in heat.iter("tr")]
     assert head[:3] == ["depth", "attention.self.query", "attention.self.key"]
     assert [line[0] for line in lines] == ["0", "1", "2", "3", "4", "5", "outside of blocks"]

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -66,6 +67,23 @@ class Compiled:
     def adds(self) -> int:
         """Additions in float32."""
         return len(re.findall(r"\bFADD\b", _assembly(self.cubin)))
+
+    @property
+    def step(self) -> Counter[str]:
+        """The instructions of the shortest loop that multiplies matrices, by name; none without such a loop."""
+        lines = [
+            (int(address, 16), text)
+            for address, text in re.findall(
+                r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([^;]+);", _assembly(self.cubin), re.M
+            )
+        ]
+        loops = []
+        for end, text in lines:
+            start = re.match(r"BRA\b.*?(0x[0-9a-f]+)", text)
+            if start and int(start[1], 16) <= end:
+                inside = (text for at, text in lines if int(start[1], 16) <= at <= end)
+                loops.append(Counter(re.split(r"[. ]", text)[0] for text in inside))
+        return min((loop for loop in loops if loop["QMMA"]), key=Counter.total, default=Counter())
 
 
 _COMPILED: dict[object, Compiled] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import conformance
 import pytest
 import torch
-from stage import AMPERE, HOPPER, MACHINE, Held, OnCard, packed
+from stage import ADA, AMPERE, HOPPER, MACHINE, Held, OnCard, packed
 
 from fp8gemm import (
     BLOCK_128,
@@ -92,7 +92,7 @@ def test_a_broken_kernel_is_caught() -> None:
         conformance.exact_products(LostLastProgram(TOKENS, rounds_to="nothing"), spec, CPU)
 
 
-@pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where.arch)
+@pytest.mark.parametrize("where", [HOPPER, ADA, AMPERE], ids=lambda where: where.arch)
 @pytest.mark.parametrize("scheme", [ROW_ROW, BLOCK, Scheme(weight=MX, activation=None)], ids=str)
 def test_dispatch_is_exact_at_every_m(scheme: Scheme, where) -> None:
     """The engine's own choice of kernel, at every change of kernel."""

@@ -226,6 +226,7 @@ class TritonEngine(Engine):
             native=where.native,
             ue8m0=weight.scheme.scale_format == "ue8m0",
             promotion="none" if weight.fast else where.promotion,
+            weight_first=where.weight_first,
             block_m=chosen.block_m,
             block_n=chosen.block_n,
             block_k=chosen.block_k,

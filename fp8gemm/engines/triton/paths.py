@@ -94,6 +94,7 @@ def _rows(product: Product) -> torch.Tensor:
         bias,
         out_dtype,
         promotion="none" if weight.fast else product.where.promotion,
+        weight_first=product.where.weight_first,
         programs=product.where.multiprocessors,
         **product.plan.tiles,
     )
@@ -106,8 +107,16 @@ def _blocks(product: Product) -> torch.Tensor:
     x_scale = product.x_scale
     if x_scale is None and x.shape[0] > INLINE_UP_TO:
         x, x_scale = product.quantized("block")
-    ue8m0 = weight.scheme.scale_format == "ue8m0"
-    return block.multiply_blocks(x, x_scale, weight, bias, out_dtype, ue8m0=ue8m0, **product.plan.tiles)
+    return block.multiply_blocks(
+        x,
+        x_scale,
+        weight,
+        bias,
+        out_dtype,
+        ue8m0=weight.scheme.scale_format == "ue8m0",
+        weight_first=product.where.weight_first,
+        **product.plan.tiles,
+    )
 
 
 def _library(product: Product) -> torch.Tensor:

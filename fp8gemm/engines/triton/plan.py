@@ -43,9 +43,13 @@ class Place:
 
     @property
     def tensor_memory(self) -> bool:
-        """Whether accumulators are in tensor memory and reach the registers all at once: 4 warps spill where 8 do
-        not."""
+        """Whether accumulators are in tensor memory; they reach the registers all at once, and spill in 4 warps."""
         return self.arch in ("sm100", "sm103")
+
+    @property
+    def weight_first(self) -> bool:
+        """Whether pipelined FP8 products of any M are ``w @ x.T``; ``multiply_rows`` says why."""
+        return self.arch == "sm89"
 
     @property
     def promotion(self) -> Promotion:
@@ -222,7 +226,8 @@ def _tokens(where: Place, n: int, k: int, m: int, *, wide: bool, scale_cols: int
     # decode each weight once, 8 bytes at a time (3.4 and 4.2 for 16 and 32 tokens); four at 64 tokens share Hopper's
     # larger instruction (4.8); eight would decode everything twice (8.9). More warps where registers are too few.
     tight = wide or (block_m > 16 and n % 16)
-    warps, stages = 8 if k % 16 else (4 if block_m == 64 else 2) * (2 if tight else 1), 2 if wide else 4
+    full = k % 16 or (wide and scale_cols and block_m > 16 and not where.native)  # the latter for Triton 3.9
+    warps, stages = 8 if full else (4 if block_m == 64 else 2) * (2 if tight else 1), 2 if wide else 4
     if tiles * splits < where.multiprocessors and not wide and k % 16 == 0:
         # One program each: more bytes in flight, and fewer instructions a warp: 244 a step of 32 outputs instead of 437
         # at 16 tokens, 298 in 4 warps instead of 544 in 2 at 32. At 64, half a tile takes more a warp than a whole one.
@@ -237,9 +242,8 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
 
     They need aligned rows of y, and TMA for addresses. Without either, or with accumulators in tensor memory, 128 x 128
     is the largest tile that does not spill. Rows of x and w that are not aligned to 16 bytes are loaded byte by byte,
-    in small tiles (all compiled with Triton 3.6). 128 x 64 take 8 warps, except on Hopper, as Triton 3.9 spills with 4.
-    On sm_120, TMA saves nothing: a step of 128 x 128 takes 208 instructions with it and 127 without, for 64 products
-    (135 and 126 with Triton 3.9).
+    in small tiles (all compiled with Triton 3.6). On sm_120, TMA saves nothing: a step of 128 x 128 takes 208
+    instructions with it and 127 without, for 64 products (135 and 126 with Triton 3.9).
     """
     if k % 16:
         return Plan(path="rows", block_m=64, block_n=64, block_k=64, warps=8, stages=1)
@@ -247,10 +251,10 @@ def _rows(where: Place, n: int, k: int, m: int) -> Plan:
     block_m, block_n = (64 if m <= 64 else 128), 128
     if where.arch == "sm90" and m > 64 and aligned and -(-m // 128) * -(-n // 256) >= where.multiprocessors:
         block_n = 256
-    elif -(-m // block_m) * -(-n // 128) < where.multiprocessors or not (aligned or where.arch == "sm90"):
+    elif -(-m // block_m) * -(-n // 128) < where.multiprocessors or (where.tensor_memory and not aligned):
         block_n = 64
     stages = min(3 if block_n == 256 else 4, where.shared // ((block_m + block_n) * 128 + 1024))
-    warps = 4 if block_m * block_n <= (64 * 128 if where.arch == "sm90" else 64 * 64) and not where.tensor_memory else 8
+    warps = 8 if block_m * block_n > 64 * 128 or where.tensor_memory else 4
     tma = where.tma and not where.arch.startswith("sm12")
     return Plan(path="rows", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, tma=tma)
 

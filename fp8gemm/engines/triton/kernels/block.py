@@ -29,13 +29,17 @@ def multiply_blocks(
     out_dtype: torch.dtype,
     *,
     ue8m0: bool = False,
+    weight_first: bool = False,
     block_m: int,
     block_n: int,
     splits: int,
     warps: int,
     stages: int,
 ) -> torch.Tensor:
-    """``x [M, K]`` is floating point and quantized on the fly, or e4m3 with ``x_scale [M, K / 128]`` stored M-major."""
+    """``x [M, K]`` is floating point and quantized on the fly, or e4m3 with ``x_scale [M, K / 128]`` stored M-major.
+
+    ``weight_first``: pipelined products of any M are ``w @ x.T``, as in ``row``.
+    """
     m, k = x.shape
     n = weight.n
     y = empty(m, n, dtype=out_dtype, device=x.device)
@@ -52,6 +56,7 @@ def multiply_blocks(
         "UE8M0": ue8m0,
         "EVEN_K": k % BLOCK == 0,
         "HAS_BIAS": bias is not None,
+        "WEIGHT_FIRST": weight_first and stages > 1,
     }
     pitch = 0 if x_scale is None else x_scale.stride(1)
     given = y if bias is None else bias
@@ -71,13 +76,13 @@ def round_group(value, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b):
+def multiply(a, b, WEIGHT_FIRST: tl.constexpr):
     """``a [BLOCK_M, 128] @ b [128, BLOCK_N]``; few tokens are columns of the matrix instruction, of which 8 suffice.
 
     Hopper's and Blackwell's FP8 instructions have 64 rows: with 16 or 32 tokens as rows, both operands would be decoded
     to float16 (sm_90, 16 x 128: 4.7 instructions per weight instead of 3.3).
     """
-    return tl.dot(b.T, a.T).T if a.shape[0] < 64 else tl.dot(a, b)
+    return tl.dot(b.T, a.T).T if WEIGHT_FIRST or a.shape[0] < 64 else tl.dot(a, b)
 
 
 @triton.jit(do_not_specialize=["M", "pitch"])
@@ -103,6 +108,7 @@ def block_kernel(
     UE8M0: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
     tile, part = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -130,7 +136,7 @@ def block_kernel(
             a, s = round_group(a, UE8M0)
         else:
             s = tl.load(x_scale + tl.cast(group, tl.int64) * pitch + token)
-        total += multiply(a, b) * (s * tl.load(block_row + group))[:, None]
+        total += multiply(a, b, WEIGHT_FIRST) * (s * tl.load(block_row + group))[:, None]
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     last = True

@@ -34,6 +34,7 @@ def multiply_grouped(
     native: bool,
     ue8m0: bool = False,
     promotion: Promotion = "none",
+    weight_first: bool = False,
     block_m: int,
     block_n: int,
     block_k: int,
@@ -47,6 +48,7 @@ def multiply_grouped(
         ``"block"``
             quantizes groups of 128 features, or takes e4m3 x with M-major ``x_scale [T, K / 128]``.
         promotion: as in ``row``; block products move to float32 with their scales.
+        weight_first: as in ``row``.
     """
     tokens, k = x.shape
     n, experts = weight.n, weight.experts
@@ -68,6 +70,7 @@ def multiply_grouped(
         "HAS_BIAS": bias is not None,
         "FORMAT": decoding,
         "PROMOTION": promotion if mode == "row" else "none",
+        "WEIGHT_FIRST": weight_first and mode != "weight" and stages > 1,
     }
     scales, pitch = (weight.scale, 0) if x_scale is None else (x_scale, x_scale.stride(1))
     given = y if bias is None else bias
@@ -127,6 +130,7 @@ def grouped_kernel(
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     PROMOTION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
     # Neighboring programs share an expert's tile of w in the L2 cache.
     tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
@@ -156,13 +160,15 @@ def grouped_kernel(
                     a = tl.load(x_row[:, None] + (start + step)[None, :], mask=inside[None, :], other=0.0)
                     b = tl.load(w_row[None, :] + (start + step)[:, None], mask=inside[:, None], other=0.0)
                 if MODE == "row":
-                    total = multiply_add(a, b, total, PROMOTION)
+                    total = multiply_add(a, b, total, PROMOTION, WEIGHT_FIRST)
                 else:
                     if INLINE:
                         a, s = round_group(a, UE8M0)
                     else:
                         s = tl.load(x_scale + tl.cast(start // SCALE_COLS, tl.int64) * pitch + token)
-                    total += multiply(a, b) * s[:, None] * tl.load(w_scales + start // SCALE_COLS)[None, :]
+                    total += (
+                        multiply(a, b, WEIGHT_FIRST) * s[:, None] * tl.load(w_scales + start // SCALE_COLS)[None, :]
+                    )
         if MODE == "row":
             total *= tl.load(x_scale + token * X_STEP)[:, None] * tl.load(w_scales)[None, :]
         if HAS_BIAS:

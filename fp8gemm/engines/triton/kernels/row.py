@@ -31,6 +31,7 @@ def multiply_rows(
     *,
     promotion: Promotion,
     tma: bool,
+    weight_first: bool = False,
     programs: int,
     block_m: int,
     block_n: int,
@@ -38,7 +39,13 @@ def multiply_rows(
     warps: int,
     stages: int,
 ) -> torch.Tensor:
-    """``xq [M, K]`` contiguous with ``x_scale [M, 1]`` or ``[1, 1]``, times a weight with scales constant along K."""
+    """``xq [M, K]`` contiguous with ``x_scale [M, 1]`` or ``[1, 1]``, times a weight with scales constant along K.
+
+    ``weight_first``: pipelined products are ``w @ x.T``. On sm_8x, Triton 3.9 carries the operands of ``x @ w.T`` from
+    step to step (triton#9806, #9913), packing and unpacking their bytes, but does not look behind a transposition:
+    compiled for sm_89, 128 x 128 take 441 instructions a step and spill, and 184 so (3.6: 185 and 184). Counted in
+    machine code that was compiled ahead of time, not measured on a card.
+    """
     m, k = xq.shape
     n = weight.n
     y = empty(m, n, dtype=out_dtype, device=xq.device)
@@ -56,6 +63,7 @@ def multiply_rows(
         "X_STEP": int(x_scale.numel() > 1),
         "HAS_BIAS": bias is not None,
         "PROMOTION": promotion,
+        "WEIGHT_FIRST": weight_first and stages > 1,
     }
     args = (x, w, x_scale, weight.scale, y if bias is None else bias, y, m, n, k, weight.scheme.weight.rows or n)
     launch(row_kernel, (min(tiles, programs),), args, constants, num_warps=warps, num_stages=stages)
@@ -72,13 +80,15 @@ def tile_place(tile, tiles_m, tiles_n, TOGETHER: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(a, b, total, PROMOTION: tl.constexpr):
+def multiply_add(a, b, total, PROMOTION: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
     """``total + a @ b`` for FP8 ``a`` and ``b``; promotion adds up sums of at most 128 products in float32.
 
     ``max_num_imprecise_acc`` inserts those additions on Hopper only. Elsewhere, "sum" sets it because Triton moves the
     addition into the tensor core's accumulator if it is 0, its default there.
     """
     most: tl.constexpr = min(_TOGETHER, a.shape[1])
+    if WEIGHT_FIRST:
+        a, b, total = b.T, a.T, total.T
     if PROMOTION == "none":
         total = tl.dot(a, b, total)
     elif PROMOTION == "instruction":
@@ -86,7 +96,7 @@ def multiply_add(a, b, total, PROMOTION: tl.constexpr):
     else:
         tl.static_assert(a.shape[1] <= _TOGETHER)
         total += tl.dot(a, b, max_num_imprecise_acc=most)
-    return total
+    return total.T if WEIGHT_FIRST else total
 
 
 @triton.jit
@@ -104,6 +114,7 @@ def multiply_tile(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PROMOTION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
     """The float32 products ``[BLOCK_M, BLOCK_N]`` of one tile, without scales."""
     step = tl.arange(0, BLOCK_K)
@@ -125,7 +136,7 @@ def multiply_tile(
             inside = start + step < K
             a = tl.load(x_tile + start, mask=inside[None, :], other=0.0)
             b = tl.load(w_tile + start, mask=inside[:, None], other=0.0)
-        total = multiply_add(a, b, total, PROMOTION)
+        total = multiply_add(a, b, total, PROMOTION, WEIGHT_FIRST)
     return total
 
 
@@ -150,12 +161,13 @@ def row_kernel(
     X_STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PROMOTION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, 8)
         m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
-        total = multiply_tile(x, w, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA, EVEN_K, PROMOTION)
+        total = multiply_tile(x, w, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA, EVEN_K, PROMOTION, WEIGHT_FIRST)
         m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         token_scale = tl.load(x_scale + m * X_STEP, mask=m < M, other=0.0)
         total *= token_scale[:, None] * tl.load(w_scale + n // rows, mask=n < N, other=0.0)[None, :]

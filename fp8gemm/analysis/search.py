@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,10 +58,14 @@ class Search:
         """The assignments from ``start`` to the most precise one, each with one layer more precise than the last: the
         one with the most noise removed for the bytes that it takes."""
         current, found = dict(self.start), [dict(self.start)]
-        while moves := [move for layer in self.layers.values() for move in self._moves(layer, current[layer.name])]:
-            _, name, treatment = max(moves, key=lambda move: move[0])
+        waiting = [move for layer in self.layers.values() for move in self._best_move(layer, current[layer.name])]
+        heapq.heapify(waiting)
+        while waiting:
+            *_, name, treatment = heapq.heappop(waiting)
             current[name] = treatment
             found.append(dict(current))
+            for move in self._best_move(self.layers[name], treatment):
+                heapq.heappush(waiting, move)
         last: Assignment = {name: list(layer.sizes)[-1] for name, layer in self.layers.items()}
         for name in sorted(self.layers, key=lambda name: -PRIOR.get(self.layers[name].role, 1.0)):
             if current[name] != last[name]:
@@ -68,16 +73,16 @@ class Search:
                 found.append(dict(current))
         return found
 
-    def _moves(self, layer: Layer, now: Treatment) -> list[tuple[tuple[float, float], str, Treatment]]:
-        moves = []
+    def _best_move(self, layer: Layer, now: Treatment) -> list[tuple[float, float, str, Treatment]]:
+        """The exchange that removes the most noise for its bytes, which sorts first; none if none removes any."""
+        moves: list[tuple[float, float, str, Treatment]] = []
+        prior = PRIOR.get(layer.role, 1.0)
         for treatment in list(layer.sizes)[layer.rank(now) + 1 :]:
             gain = layer.noise[now] - layer.noise[treatment]
-            if not gain > 0:
-                continue
             more = max(layer.sizes[treatment] - layer.sizes[now], _FREE * layer.sizes[now])
-            prior = PRIOR.get(layer.role, 1.0)
-            moves.append(((gain * prior / more, prior), layer.name, treatment))
-        return moves
+            if gain > 0:
+                moves.append((-gain * prior / more, -prior, layer.name, treatment))
+        return sorted(moves)[:1]
 
     def first_that_meets(self, sequence: Sequence[Assignment]) -> Assignment:
         """By bisection, an assignment that meets the budget though the one before it does not; the first does not, and

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..models.batches import Batch, batches
 from ..models.filters import ModuleFilter
@@ -19,6 +21,7 @@ from ..scaled import FP8GemmOptions
 from .layers import ITSELF
 from .measure import measure
 from .metrics import Metric, MetricName, OutputMetric, metric_of
+from .probes import duplicate
 from .roles import Role, roles
 from .search import Assignment, Layer, Search
 from .tuning import Point, Tuning
@@ -50,9 +53,10 @@ def tune(
     has been run; the order only decides what is run.
 
     A search takes at most ``4 + C + L C + 2 log2(L C)`` runs over all inputs, for ``L`` layers and ``C`` candidates,
-    plus two for each layer that overflows, and usually a few for each layer that needs another treatment. ``measure``
-    runs twice more for each scheme. Memory grows by the FP8 copy of the weights and one output of each batch. The model
-    ends as it was, bit for bit, also after an error or Ctrl-C.
+    plus two for each layer that overflows, and usually a few for each layer that needs another treatment. Finding out
+    what to try first takes two runs more for each scheme, or ``L`` with ``sensitivity="outputs"``. Memory grows by the
+    FP8 copy of the weights and one output of each batch. The model ends as it was, bit for bit, also after an error or
+    Ctrl-C.
 
     Args:
         calibration_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or an iterable
@@ -94,7 +98,7 @@ def tune(
     _check(candidates, sensitivity)
     options, judge, data = options or FP8GemmOptions(), metric_of(metric), batches(calibration_inputs)
     choices, kept = choices_of(model, options, module_filter, candidates)
-    observed = roles(model, data[0])
+    observed = _roles(model, data[0])
 
     def run(interrupts: Interrupts) -> Tuning:
         variants = Variants(model, choices, data, judge, options, interrupts)
@@ -105,6 +109,11 @@ def tune(
             variants.restore()
 
     return undisturbed(run)
+
+
+def _roles(model: nn.Module, batch: Batch) -> dict[str, Role]:
+    shown = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((batch.args, batch.kwargs)))
+    return roles(model, Batch(duplicate(batch.args), duplicate(batch.kwargs)) if shown else None)
 
 
 def _check(candidates: Sequence[Treatment], sensitivity: object) -> None:

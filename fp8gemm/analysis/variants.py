@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,7 +164,7 @@ class Variants:
                 yield y, self.metric.keep(output)
 
         value = self.metric.measure(pairs())
-        return (value, True) if finite else (self.metric.worst, False)
+        return (self.metric.worst if math.isnan(value) or not finite else value), finite
 
     def become(self, wanted: Assignment) -> None:
         for name, choices in self.choices.items():

@@ -13,6 +13,8 @@ import torch
 
 from . import bench, doctor
 from .analysis.calibration import model_and_inputs
+from .analysis.checkpoints import estimate_checkpoint
+from .analysis.gain import Estimate
 from .analysis.measure import measure
 from .analysis.measurement import Measurement
 from .analysis.metrics import MetricName
@@ -112,6 +114,30 @@ def _report(arguments: argparse.Namespace) -> CheckpointReport:
     return found
 
 
+def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    _choice_arguments(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write the estimate as a page to this file")
+
+
+def _choice_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="for weights and activations")
+    parser.add_argument(
+        "--ignore", action="append", default=[], help="module to skip: a name, with * and ?, or re:regex"
+    )
+    parser.add_argument(
+        "--fp8-heads", action="store_true", help="quantize output heads too; serving engines do not read them"
+    )
+
+
+def _estimate(arguments: argparse.Namespace) -> Estimate:
+    given = {name: getattr(arguments, name) for name in ("scheme", "ignore", "fp8_heads")}
+    found = estimate_checkpoint(_opened(arguments), **given)
+    if arguments.html:
+        found.to_html(arguments.html)
+    return found
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     parser.add_argument("directory", help="where to write: a folder, or for comfy a .safetensors file")
@@ -137,14 +163,8 @@ def _convert(arguments: argparse.Namespace) -> WriteReport:
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _convert_arguments(parser)
-    parser.add_argument("--scheme", default="row", choices=get_args(SchemeName), help="for weights and activations")
-    parser.add_argument(
-        "--ignore", action="append", default=[], help="module to skip: a name, with * and ?, or re:regex"
-    )
+    _choice_arguments(parser)
     parser.add_argument("--device", help="where to compute, for example cuda; by default the CPU")
-    parser.add_argument(
-        "--fp8-heads", action="store_true", help="quantize output heads too; serving engines do not read them"
-    )
 
 
 def _quantize(arguments: argparse.Namespace) -> WriteReport:
@@ -307,6 +327,11 @@ COMMANDS: dict[str, Command] = {
         help="show what this machine can run, with which engine, and why not with the others",
         arguments=_doctor_arguments,
         run=lambda arguments: doctor.examine(probe=arguments.probe, imports=arguments.imports),
+    ),
+    "estimate": Command(
+        help="show how many bytes FP8 would save in a checkpoint, without reading its weights",
+        arguments=_estimate_arguments,
+        run=_estimate,
     ),
     "measure": Command(
         help="measure what FP8 does to the output of each layer of a model, given texts or other inputs",

@@ -131,11 +131,12 @@ def _activations(problem: Problem) -> torch.Tensor:
 def pair(geometry: Geometry) -> Pair:
     """A random weight of this geometry, and the FP8 weight that ``enable_fp8_gemm`` would make of it."""
     n, k = geometry.layout.matrix
-    place: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
-    owner: nn.Module = nn.Module()
-    weight = nn.Parameter(torch.empty(geometry.layout.size, **place).normal_(std=max(k, 1) ** -0.5), False)
+    dtype, device, owner = geometry.dtype, geometry.device, nn.Module()
+    weight = torch.empty(geometry.layout.size, dtype=dtype, device=device).normal_(std=max(k, 1) ** -0.5)
+    weight = nn.Parameter(weight, requires_grad=False)
     rows = weight.shape[1 if geometry.kind == "convolution" and geometry.layout.turned else 0]
-    bias = torch.zeros(n if geometry.kind in ("layer", "linear") else rows, **place) if geometry.bias else None
+    outputs = n if geometry.kind in ("layer", "linear") else rows
+    bias = torch.zeros(outputs, dtype=dtype, device=device) if geometry.bias else None
     if geometry.kind == "layer":
         linear = nn.Linear(k, n, bias=geometry.bias, dtype=geometry.dtype, device="meta")
         linear.weight = weight

@@ -14,12 +14,12 @@ from ..errors import CheckpointError
 from ..formats import Format, Layer, TensorInfo, Written
 from ..formats.base import UE8M0_DTYPES
 from ..formats.config import OWN_FILES
-from ..formats.naming import expert_slices, file_name
+from ..formats.naming import file_name
 from ..scaled import FP8_DTYPES, FP8GemmOptions, ScaledTensor, Scheme, SchemeName
 from ..weights.quantization import quantize_weight
 from .fill import powers_of_two
-from .guards import refuse_partly_read, refuse_quantized
-from .ignore import ignored
+from .guards import refuse_partly_read
+from .matrices import Matrix, model_type, module_of, select
 from .read import Checkpoint, count_nan, open_checkpoint
 from .readers import ReaderName, format_for, preferred
 from .save import merged_config, refuse
@@ -152,11 +152,6 @@ def refuse_same(checkpoint: Checkpoint, directory: str | os.PathLike[str], targe
         raise ValueError(f"{directory} holds the source; choose another directory")
 
 
-def module_of(name: str) -> str:
-    """The module whose weight is called ``name``."""
-    return name.removesuffix(".weight")
-
-
 def plain_piece(checkpoint: Checkpoint, name: str, key: str) -> Piece:
     """A tensor unchanged; FP8 without a scale (only in raw casts) becomes bfloat16, which represents it exactly."""
     info = checkpoint.contents.tensors[key]
@@ -230,9 +225,6 @@ def _copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
     )
 
 
-Make = Callable[[], torch.Tensor]
-
-
 def quantize_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     directory: str | os.PathLike[str],
@@ -277,36 +269,40 @@ def quantize_checkpoint(
     target = preferred(reader, format)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     refuse_same(checkpoint, directory, target)
-    if checkpoint.layers:
-        raise CheckpointError(f"{checkpoint.source.path} is already FP8; convert_checkpoint changes its format")
-    refuse_quantized(checkpoint)
-    matrices, taken = _matrices(checkpoint)
-    tied = bool((checkpoint.model_config or {}).get("tie_word_embeddings"))
-    kept = ignored(matrices, ignore, fp8_heads=fp8_heads and not tied)
-    chosen = {name: matrix for name, matrix in matrices.items() if module_of(name) not in kept}
-    if not chosen:
-        raise CheckpointError(f"{checkpoint.source.path} has no matrices to quantize: {len(kept)} are ignored")
-    written = {module_of(name): Written(scheme=resolved, shape=shape) for name, (shape, _) in chosen.items()}
+    selection = select(checkpoint, ignore, fp8_heads=fp8_heads)
+    chosen, kept = selection.chosen, selection.kept
+    written = {module_of(name): Written(scheme=resolved, shape=matrix.shape) for name, matrix in chosen.items()}
     target, _ = format_for(reader, format, written, what="quantize")
     refuse(target, written, "quantize")
-    kind = _kind(checkpoint)
+    kind = model_type(checkpoint)
     pieces = [
         Piece(
             tensors=target.stored(module_of(name), written[module_of(name)]),
-            make=partial(_quantized, target, name, written[module_of(name)], make, device),
+            make=partial(_quantized, target, name, written[module_of(name)], matrix.read, device),
         )
-        for name, (_, make) in chosen.items()
+        for name, matrix in chosen.items()
     ]
     for name, key in checkpoint.layout.plain.items():
-        if name not in taken and name not in chosen:
+        if name not in selection.stacks and name not in chosen:
             pieces.append(plain_piece(checkpoint, file_name(name, kind), key))
+    pieces += [
+        _matrix_piece(name, matrix)  # an expert of a stack whose others are quantized
+        for name, matrix in selection.matrices.items()
+        if name not in chosen and name not in checkpoint.layout.plain
+    ]
     return finish(
         checkpoint, directory, target, pieces, written, kept=kept, max_shard_size=max_shard_size, what="Quantizing"
     )
 
 
+def _matrix_piece(name: str, matrix: Matrix) -> Piece:
+    """A matrix unchanged."""
+    stored = {name: TensorInfo(dtype=matrix.dtype, shape=matrix.shape)}
+    return Piece(tensors=stored, make=lambda: {name: matrix.read().contiguous()})
+
+
 def _quantized(
-    target: Format, name: str, written: Written, make: Make, device: torch.device | str | None
+    target: Format, name: str, written: Written, make: Callable[[], torch.Tensor], device: torch.device | str | None
 ) -> Mapping[str, torch.Tensor]:
     weight = quantize_weight(
         make(), written.scheme.weight, scale_format=written.scheme.scale_format, device=torch.device(device or "cpu")
@@ -314,23 +310,3 @@ def _quantized(
     if count := count_nan(weight.data):
         raise CheckpointError(f"{name} holds {count} non-finite values; nothing was written")
     return target.write(module_of(name), written, weight, None)
-
-
-def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, tuple[tuple[int, ...], Make]], set[str]]:
-    """Name -> shape and read function of every matrix that could be quantized; and the names of split stacks."""
-    found: dict[str, tuple[tuple[int, ...], Make]] = {}
-    infos = {name: checkpoint.contents.tensors[key] for name, key in checkpoint.layout.plain.items()}
-    wide = {name: info for name, info in infos.items() if info.dtype.is_floating_point and info.dtype.itemsize > 1}
-    for name, info in wide.items():
-        if name.endswith(".weight") and len(info.shape) == 2 and info.numel:
-            found[name] = (info.shape, partial(checkpoint.read, checkpoint.layout.plain[name]))
-    slices = expert_slices({name: info.shape for name, info in wide.items()}, _kind(checkpoint))
-    for name, part in slices.items():
-        shape = part.shape(wide[part.name].shape)
-        key = checkpoint.layout.plain[part.name]
-        found[name] = (shape, lambda part=part, key=key: part.of(checkpoint.read(key)))  # type: ignore[misc]
-    return found, {part.name for part in slices.values()}
-
-
-def _kind(checkpoint: Checkpoint) -> str:
-    return str((checkpoint.model_config or {}).get("model_type", ""))

@@ -58,7 +58,7 @@ def mistakes(text: str, page: Path) -> list[str]:
             found += [
                 f"no option {option} of {script}" for option in OPTION.findall(more) if f'"{option}"' not in source
             ]
-    source = (ROOT / "fp8gemm" / "cli.py").read_text()
+    source = "".join(file.read_text() for file in (ROOT / "fp8gemm" / "cli").glob("*.py"))
     for command, more in COMMAND.findall("\n".join([*blocks(text, "bash"), *re.findall(r"`(fp8gemm [^`\n]+)`", text)])):
         if command not in COMMANDS:
             found.append(f"no command {command}")

@@ -1,0 +1,5 @@
+"""``python -m fp8gemm.cli``."""
+
+from . import main
+
+raise SystemExit(main())

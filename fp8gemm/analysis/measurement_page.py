@@ -18,36 +18,42 @@ _COLUMNS = 12  # of a heat map that still fits a screen
 
 def measurement_page(found: Measurement) -> str:
     """The page of a measurement, for ``Measurement.to_html``."""
-    measured = found.worst(len(found.layers))
-    output = found.output
-    top = {"SQNR of the model's output": decibel_text(output.sqnr), "of its worst token": decibel_text(output.worst)}
+    measured, output = found.worst(len(found.layers)), found.output
+    top = {"SQNR of the model's output": output.sqnr, "SQNR of its worst token": output.worst}
     if measured:
-        top["SQNR of the worst layer"] = decibel_text(measured[0].sqnr)
-    top["layers measured"] = str(len(measured))
-    header = ("layer", "weight", "scheme", "engine", "tokens", "SQNR dB", "p50", "p1", "worst", "outliers", "saturated")
-    rows: list[tuple[str | float, ...]] = [
-        (
+        top["SQNR of the worst layer"] = measured[0].sqnr
+    shown = {name: f"{decibel_text(value)} dB".replace("exact dB", "exact") for name, value in top.items()}
+    sections = [
+        facts({**shown, "layers measured": str(len(measured))}),
+        section("By depth", *_maps([layer for layer in found.layers if layer.measured])),
+        section("Layers, worst first", *_rows(measured)),
+    ]
+    others = [(layer.name, layer.reason) for layer in found.layers if not layer.measured]
+    others += list(found.kept.items())
+    if others:
+        sections.append(section("Not measured", table(("layer", "reason"), others)))
+    return page("Output error of FP8 layers", *sections)
+
+
+def _rows(measured: Sequence[LayerError]) -> list[str]:
+    """The table, with how layers ran in a column only where that differs."""
+    ran = [f"{layer.scheme} on {layer.engine}" for layer in measured]
+    alike = len(set(ran)) == 1
+    header = ("layer", "weight", "tokens", "SQNR dB", "p50", "p1", "worst", "outliers", "saturated")
+    rows: list[list[str | float]] = [
+        [
             " = ".join((layer.name, *layer.ties)),
             "x".join(map(str, layer.shape)),
-            layer.scheme,
-            layer.engine,
             layer.tokens,
             *(decibel_text(value) for value in (layer.sqnr, layer.p50, layer.p1, layer.worst)),
             outliers_text(layer),
             saturated_text(layer),
-        )
-        for layer in measured
+            *([] if alike else [how]),
+        ]
+        for layer, how in zip(measured, ran, strict=True)
     ]
-    others = [(layer.name, layer.reason) for layer in found.layers if not layer.measured]
-    others += list(found.kept.items())
-    sections = [
-        facts(top),
-        section("By depth", *_maps([layer for layer in found.layers if layer.measured])),
-        section("Layers, worst first", table(header, rows)),
-    ]
-    if others:
-        sections.append(section("Not measured", table(("layer", "reason"), others)))
-    return page("Output error of FP8 layers", *sections)
+    drawn = table(header if alike else (*header, "ran"), rows)
+    return [f"All of them: {ran[0]}.", drawn] if alike else [drawn]
 
 
 def decibel_text(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from toys import Diffusion, latents
 from fp8gemm import FP8GemmOptions, FP8Weight, Recipe, Tuning, enable_fp8_gemm, report, tune
 from fp8gemm.analysis.metrics import METRICS
 from fp8gemm.analysis.search import most_runs
+from fp8gemm.weights import Change
 
 EXACT = FP8GemmOptions(engine="reference")  # rounds activations on every machine
 BAD = "blocks.1.mlp.0"
@@ -176,6 +178,7 @@ def test_a_sensitivity_of_ones_own() -> None:
         raise ValueError("no idea")
 
     tuning = tune(diffusion(), latents(), budget=0.01, options=EXACT, sensitivity=fails)
+    assert set(tuning.recipe.layers) == {BAD}  # which roles alone do not tell: others were taken back
     assert tuning.value <= 0.01
     assert tuning.notes[0] == "sensitivities with row are not known: no idea"
 
@@ -240,6 +243,24 @@ def test_ctrl_c_and_errors_restore_the_model(error: type[BaseException], monkeyp
     with pytest.raises(error):
         tune(model, latents(), budget=1e-6, options=EXACT, sensitivity=lambda *_: {})
     assert calls[3] == 16
+    assert same(before, state(model))
+
+
+def test_ctrl_c_while_a_layer_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits until the layer is whole."""
+    model, put, calls = diffusion(), Change.put, []
+    before = state(model)
+
+    def interrupted(self: Change, parameter: nn.Parameter) -> None:
+        put(self, parameter)
+        calls.append(1)
+        if len(calls) == 20:  # some runs have been made
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Change, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, latents(), budget=1e-6, options=EXACT, sensitivity=lambda *_: {})
+    assert len(calls) == 20
     assert same(before, state(model))
 
 

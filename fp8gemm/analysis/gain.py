@@ -24,6 +24,10 @@ class LayerEstimate:
     ``shape`` is ``[(E,) N, K]``; ``tokens`` is M, summed over the ``calls`` of one forward pass. ``seconds`` is the
     time of these calls, and ``seconds_fp8`` that on FP8; None where nothing was timed. Bytes are those of the weight,
     as in ``report``. ``ties`` are other names of the same weight.
+
+    Example:
+        >>> LayerEstimate(name="a", status="fp8", shape=(8, 8), seconds=6.0, seconds_fp8=2.0).speedup
+        3.0
     """
 
     name: str
@@ -204,7 +208,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 def _cells(row: LayerEstimate, found: Estimate) -> tuple[str, ...]:
     timed = row.seconds is not None and found.seconds is not None
     times = (_percent((row.seconds or 0.0) / (found.seconds or 1.0)), _ms(row.seconds), _ms(row.seconds_fp8))
-    runs = (str(row.tokens), str(row.calls)) if found.seconds is not None else ("", "")
+    runs = (str(row.tokens // max(row.calls, 1)), str(row.calls)) if found.seconds is not None else ("", "")
     faster = "" if row.speedup is None else f"{row.speedup:.2f}"
     sizes = (f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}")
     shape = " x ".join(map(str, row.shape))

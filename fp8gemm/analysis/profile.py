@@ -39,6 +39,7 @@ class Geometry:
     dtype: torch.dtype
     device: torch.device
     bias: bool = False
+    trains: bool = False  # autocast keeps the casts of parameters that require gradients
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +94,7 @@ class Recorder(Observer):  # type: ignore[no-untyped-call]
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
+        torch.clear_autocast_cache()  # of casts that were made before, whose parameters could not be told
         try:
             with self:
                 yield
@@ -184,6 +186,7 @@ class Recorder(Observer):  # type: ignore[no-untyped-call]
             dtype=dtype,
             device=factor.device,
             bias=bias,
+            trains=step.module._parameters[step.parameter].requires_grad,  # type: ignore[union-attr]
         )
         return Problem(geometry=geometry, x=shape, x_dtype=x_dtype, tokens=m, settings=settings)
 

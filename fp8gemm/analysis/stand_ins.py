@@ -133,14 +133,14 @@ def pair(geometry: Geometry) -> Pair:
     n, k = geometry.layout.matrix
     dtype, device, owner = geometry.dtype, geometry.device, nn.Module()
     weight = torch.empty(geometry.layout.size, dtype=dtype, device=device).normal_(std=max(k, 1) ** -0.5)
-    weight = nn.Parameter(weight, requires_grad=False)
+    weight = nn.Parameter(weight, requires_grad=geometry.trains)
     rows = weight.shape[1 if geometry.kind == "convolution" and geometry.layout.turned else 0]
     outputs = n if geometry.kind in ("layer", "linear") else rows
     bias = torch.zeros(outputs, dtype=dtype, device=device) if geometry.bias else None
     if geometry.kind == "layer":
         linear = nn.Linear(k, n, bias=geometry.bias, dtype=geometry.dtype, device="meta")
         linear.weight = weight
-        linear.bias = None if bias is None else nn.Parameter(bias, False)  # type: ignore[assignment]
+        linear.bias = None if bias is None else nn.Parameter(bias, geometry.trains)  # type: ignore[assignment]
         layer = FP8Linear.from_linear(linear, geometry.options)
         return Pair(lambda x, settings: linear(x), lambda x, settings: layer(x), layer.engine or "")
     owner.register_parameter(geometry.parameter, weight)

@@ -79,6 +79,12 @@ def unnoted(model: nn.Module) -> Iterator[None]:
             noted.last = last
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` itself, or what ``torch.compile(model)`` has wrapped."""
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
 def passes_of(model: nn.Module) -> Passes | None:
     """What notes the passes of ``model``, if anything does."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .activity import ORIGINAL_KERNEL
+from .passes import unwrapped
 from .ran import failure, problems
 from .report_page import Errors, report_page
 from .rows import KEPT, Row, rows
@@ -218,6 +219,7 @@ def report(model: nn.Module) -> Report:
         >>> report(enable_fp8_gemm(nn.Sequential(nn.Linear(64, 32)))).rows[0].shape
         (32, 64)
     """
+    model = unwrapped(model)
     coverage: Coverage | None = model.__dict__.get(COVERAGE)
     found = tuple(rows(model))
     if coverage is not None:

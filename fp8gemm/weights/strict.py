@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .activity import Activity, Counts
+from .passes import unwrapped
 from .ran import allowed_of, failure, problems
 from .rows import Row, activities, rows
 
@@ -24,7 +25,7 @@ def strict(model: Model, *, allow_uncalled: bool | str | Sequence[str] = False) 
     Each forward pass of the model raises at its end if a layer has been dequantized, has multiplied by a kept original,
     or had its weight replaced by a dense one since the block began. The end of the block raises for the same reasons,
     which covers compiled passes and calls of parts of the model too, and for layers that were never called in the
-    block. Nothing is raised in place of another exception.
+    block. Nothing is raised in place of another exception. Of ``torch.compile(model)``, each compiled pass is checked.
 
     Args:
         allow_uncalled: the layers that need not be called, such as experts without tokens: True for all, or one or more
@@ -46,17 +47,18 @@ def strict(model: Model, *, allow_uncalled: bool | str | Sequence[str] = False) 
         ValueError: 1 of 1 converted layers did not run on FP8 in this block:
           0: dequantized once: something computes with its values; only products along its rows stay on FP8
     """
-    before = {id(activity): (activity, activity.counts()) for activity in activities(model).values()}
+    inside = unwrapped(model)
+    before = {id(activity): (activity, activity.counts()) for activity in activities(inside).values()}
     if not before:
         raise ValueError("the model has no FP8 weights to watch: call enable_fp8_gemm(model) first")
-    allowed_of([row.name for row in rows(model) if row.status == "fp8"], allow_uncalled)
+    allowed_of([row.name for row in rows(inside) if row.status == "fp8"], allow_uncalled)
     watch = _Watch(before)
     hook = model.register_forward_hook(watch.after)
     try:
         yield model
     finally:
         hook.remove()
-    found = watch.since(model)
+    found = watch.since(inside)
     if wrong := problems(found, allow_uncalled, pure=True):
         raise ValueError(failure(found, wrong, "in this block"))
 
@@ -79,6 +81,6 @@ class _Watch:
         """The end of a forward pass; layers may still be called later."""
         if torch.compiler.is_compiling():
             return
-        found = self.since(model)
+        found = self.since(unwrapped(model))
         if wrong := problems(found, True, pure=True):
             raise ValueError(failure(found, wrong, "by the end of this forward pass"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fp8gemm import (
     report,
 )
 from fp8gemm.analysis import stand_ins
-from fp8gemm.analysis.estimate import measured, profiled
+from fp8gemm.analysis.estimate import clock_of, measured, profiled
 from fp8gemm.analysis.gain import Estimate, LayerEstimate
 from fp8gemm.analysis.stand_ins import Rehearsal, Round
 from fp8gemm.models.batches import Batch
@@ -365,3 +366,29 @@ def test_as_plain_types_and_as_a_page(tmp_path: Path) -> None:
     assert "to convert" in page
     lines = str(found).splitlines()
     assert [line.split("  ")[0] for line in lines if "32 x 32" in line] == ["* (3)"]
+
+
+def test_one_thread_is_timed_by_what_it_computes() -> None:
+    threads = torch.get_num_threads()
+    cpu = [torch.device("cpu")]
+    try:
+        torch.set_num_threads(1)
+        fine = time.get_clock_info("thread_time").resolution < 1e-6
+        assert clock_of(cpu) is (time.thread_time if fine else time.perf_counter)
+        torch.set_num_threads(2)
+        assert clock_of(cpu) is time.perf_counter
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_products_under_autocast_are_found() -> None:
+    """Also where autocast has kept the casts of an earlier call."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), torch.randn(2, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        with torch.no_grad():
+            found = profiled(model, plan(model), OPTIONS, lambda: lambda: model(x), Ticks())
+    assert [(one.geometry.dtype, one.x_dtype, one.geometry.trains) for _, one in found.calls] == [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+    ]

@@ -1,11 +1,10 @@
-"""The report and strict know whether each converted layer ran on FP8 in the last forward pass, and what it did else."""
+"""The report knows whether each converted layer ran on FP8 in the last forward pass, and what it did else."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-import re
 import threading
 from collections import Counter
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from branches import READS, Branches, X, branches, last
 from torch import nn
 
 import fp8gemm
@@ -20,34 +20,7 @@ from fp8gemm import FP8GemmOptions, disable_fp8_gemm, enable_fp8_gemm, paused, r
 from fp8gemm.weights.activity import CLOCK, KEPT_KERNEL, Activity, Counts
 from fp8gemm.weights.passes import Passes, passes_of
 
-X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 HINT = "layers that need not be called, such as experts without tokens: allow_uncalled=True or patterns"
-READS = "something computes with its values; only products along its rows stay on FP8"
-
-
-class Branches(nn.Module):
-    """A body, a head that is called only if asked for, and ways to go wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 16)
-        self.reads = self.inner = False
-
-    def forward(self, x: torch.Tensor, head: bool = True) -> torch.Tensor:
-        if self.inner:
-            self.inner = False
-            self(x, head=False)
-        x = F.linear(x, self.body.weight.dequantize()) if self.reads else self.body(x)  # type: ignore[operator]
-        return self.head(x) if head else x  # type: ignore[no-any-return]
-
-
-def branches() -> Any:
-    torch.manual_seed(0)
-    return enable_fp8_gemm(Branches().eval())
-
-
-def last(model: nn.Module) -> dict[str, Counts | None]:
-    return {row.name: row.last for row in report(model).rows}
 
 
 def wrong(model: nn.Module, **more: Any) -> list[str]:
@@ -361,89 +334,3 @@ def test_a_model_that_is_one_layer_counts_since_patching() -> None:
     model(X)
     assert report(model).rows[0].last == Counts(fp8=2)
     report(model).check()
-
-
-@torch.no_grad()
-def test_strict_lets_right_models_pass_and_leaves_nothing() -> None:
-    model = branches()
-    before = dict(model._forward_hooks)
-    with strict(model) as same:
-        assert same is model
-        model(X)
-    assert dict(model._forward_hooks).keys() <= before.keys()
-    with strict(model, allow_uncalled="head"):
-        model(X, head=False)
-    with strict(model):  # different passes may call different layers
-        model(X, head=False)
-        model.head(X)
-
-
-@torch.no_grad()
-def test_strict_raises_at_the_pass_that_went_wrong() -> None:
-    model, done = branches(), []
-
-    def run() -> None:
-        with strict(model, allow_uncalled=True):
-            done.append(model(X))
-            model.head.register_forward_hook(lambda module, args, y: y + 0 * module.weight.norm())
-            done.append(model(X))
-
-    with pytest.raises(
-        ValueError, match=re.escape(f"head: dequantized once, besides 2 times on FP8: {READS}")
-    ) as caught:
-        run()
-    assert len(done) == 1
-    assert str(caught.value).startswith("1 of 2 converted layers did not run on FP8 by the end of this forward pass:")
-    assert not any(
-        "strict" in type(getattr(hook, "__self__", hook)).__module__ for hook in model._forward_hooks.values()
-    )
-
-
-@torch.no_grad()
-def test_strict_raises_at_the_end_of_the_block() -> None:
-    model = branches()
-    with pytest.raises(ValueError, match=r"in this block:\n  head: not called\nlayers that need not"), strict(model):
-        model(X, head=False)
-    with pytest.raises(ValueError, match=r"2 of 2 converted layers did not run on FP8 in this block"), strict(model):
-        pass
-    with pytest.raises(ValueError, match="head: dequantized once"), strict(model, allow_uncalled=True):
-        model.head.weight.dequantize()
-    with pytest.raises(ValueError, match="body: its weight was replaced"), strict(model, allow_uncalled=True):
-        model.body._parameters["weight"] = nn.Parameter(torch.zeros(32, 32))
-
-
-def test_strict_raises_nothing_in_place_of_another_error() -> None:
-    model = branches()
-    with pytest.raises(KeyError, match="mine"), strict(model):
-        raise KeyError("mine")
-    with (
-        pytest.raises(ValueError, match=r"allow_uncalled='x\*' matches no converted layer"),
-        strict(model, allow_uncalled="x*"),
-    ):
-        raise AssertionError("the block has run")
-    with pytest.raises(ValueError, match="no FP8 weights to watch"), strict(nn.Linear(3, 3)):
-        pass
-
-
-@torch.no_grad()
-def test_compiled_passes_are_seen_by_strict() -> None:
-    model = branches()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with strict(model):
-        compiled(X)
-    with strict(model):
-        compiled(X)
-    with pytest.raises(ValueError, match="head: not called"), strict(model):
-        compiled(X, head=False)
-    assert last(model) == {"body": None, "head": None}
-    with pytest.raises(ValueError, match=r"not compiled, first; for compiled models use fp8gemm.strict\(model\)"):
-        report(model).check()
-
-
-@torch.no_grad()
-def test_compiled_blocks_of_an_eager_model_are_counted() -> None:
-    model = branches()
-    model.body = torch.compile(model.body, backend="aot_eager", fullgraph=True)
-    for _ in range(3):
-        model(X)
-        assert list(last(model).values()) == [Counts(fp8=1), Counts(fp8=1)]

@@ -78,7 +78,10 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputError:
-    """The error of the whole model's output with all layers in FP8, in dB, as of a layer; errors of layers add up."""
+    """The error of the whole model's output with all layers in FP8, in dB, as of a layer; errors of layers add up.
+
+    A model that returns no floating-point tensor has 0 ``tokens``, and NaN.
+    """
 
     tokens: int
     sqnr: float
@@ -143,7 +146,9 @@ class Measurement:
         measured = self.worst(len(self.layers))
         rows: list[tuple[str, ...]] = [_HEADER, *(_cells(layer) for layer in measured)]
         rows += [(layer.name, _size(layer.shape), layer.reason) for layer in self.layers if not layer.measured]
-        rows.append(("the model's output", "", str(self.output.tokens), *_decibels(self.output)))
+        tokens = self.output.tokens
+        figures = (str(tokens), *_decibels(self.output)) if tokens else ("no floating-point tensor",)
+        rows.append(("the model's output", "", *figures))
         lines = ["; ".join(sorted({f"{layer.scheme} on {layer.engine}" for layer in measured})), *_aligned(rows)]
         if self.kept:
             lines.append(f"{len(self.kept)} other {'matrices stay' if len(self.kept) > 1 else 'matrix stays'} dense")

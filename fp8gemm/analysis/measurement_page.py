@@ -19,7 +19,9 @@ _COLUMNS = 12  # of a heat map that still fits a screen
 def measurement_page(found: Measurement) -> str:
     """The page of a measurement, for ``Measurement.to_html``."""
     measured, output = found.worst(len(found.layers)), found.output
-    top = {"SQNR of the model's output": output.sqnr, "SQNR of its worst token": output.worst}
+    top: dict[str, float] = {}
+    if output.tokens:
+        top = {"SQNR of the model's output": output.sqnr, "SQNR of its worst token": output.worst}
     if measured:
         top["SQNR of the worst layer"] = measured[0].sqnr
     shown = {name: f"{decibel_text(value)} dB".replace("exact dB", "exact") for name, value in top.items()}

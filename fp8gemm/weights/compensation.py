@@ -60,7 +60,7 @@ def _row_parts(n: int, k: int) -> list[slice]:
 
 def _scales_of(scale: torch.Tensor, grid: Granularity, rows: slice) -> torch.Tensor:
     """The scales of rows ``[start, stop)``, one row of scales for each if rows of one block are apart."""
-    if grid.rows is None or scale.shape[-2] == 1:
+    if grid.rows is None:
         return scale
     if grid.rows == 1:
         return scale[rows]

@@ -60,6 +60,25 @@ def test_tables_begin_with_the_worst_layer() -> None:
         found.worst(by="mean")
 
 
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(32, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).argmax(-1)
+
+
+def test_models_without_a_floating_point_output() -> None:
+    found = measure(Decides(), torch.randn(3, 32))
+    assert (found.output.tokens, found.to_dict()["output"]["sqnr"]) == (0, None)
+    assert str(found).endswith("no floating-point tensor")
+    assert "SQNR of the model" not in found.to_html()
+    idle = measure(Decides(), torch.randn(3, 32), module_filter="idle")
+    assert idle.worst() == ()
+    assert "these inputs do not reach it" in idle.to_html()
+
+
 def test_the_example(tmp_path: Path) -> None:
     """Real weights: the median token finds the layers whose sums one large token dominates."""
     script, page = Path(__file__).parents[2] / "examples" / "measure.py", tmp_path / "page.html"

@@ -148,6 +148,17 @@ def test_compensated_rounding_is_plain_where_nothing_can_be_pushed_on() -> None:
     assert found.weight.data.float().equal(w)
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (100, 160), (1, 128), (3, 1), (128, 300)])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_compensated_rounding_of_few_blocks(granularity: Granularity, shape: tuple[int, int]) -> None:
+    """One block of rows, of columns, or of both."""
+    w, x = torch.randn(shape), torch.randn(200, shape[1])
+    plain = quantize_weight(w, granularity)
+    found = compensated(w, plain.scale, plain, x.t() @ x)
+    assert found.groups == plain.scale.shape[0]
+    assert output_errors(w, found.weight, x).sum() <= output_errors(w, plain, x).sum() * (1 + 1e-3)
+
+
 def test_compensated_rounding_of_what_is_not_finite() -> None:
     w, x = torch.randn(4, 64), tokens(100, 64)
     plain = quantize_weight(w, ROW)

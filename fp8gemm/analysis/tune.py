@@ -68,7 +68,9 @@ def tune(
             over batches: lower is better. The first three compare ``logits``, ``last_hidden_state`` or ``sample`` if
             the output has one, else its first floating-point tensor.
         candidates: what a layer may become, in the order of preference; ``"original"``, if given, comes last.
-        options: for all converted layers, except for their scheme.
+        options: for all converted layers, except for their scheme. A ``weight_search`` is made with the calibration
+            inputs, so give them to ``enable_fp8_gemm`` with the recipe; one of ``"rounding"`` holds the weights of
+            every scheme in memory.
         module_filter: the layers to convert, as in ``enable_fp8_gemm``; the recipe keeps the others.
         sensitivity: what decides which layers are tried first. ``"layers"``: the error that FP8 makes in a layer's own
             output, by ``measure``. ``"outputs"``: what ``metric`` is with that layer alone in FP8, which takes a run
@@ -148,6 +150,7 @@ class _Session:
 
     def tune(self, sensitivity: Sensitivity | Sensitivities) -> Tuning:
         self._original()
+        self.variants.prepare()
         with counting(2 + len(self.candidates), what="tuning", unit="run") as self.bar:
             if not self._start():
                 return self._search(sensitivity)

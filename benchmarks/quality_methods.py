@@ -127,10 +127,15 @@ def methods(schemes: Iterable[str] = tuple(SCHEMES), engines: Iterable[str] = EN
             yield Method(library="sdnq", scheme=name, convert=_sdnq(dtype, multiplies=multiplies))
 
 
-def excepting(dense: tuple[str, ...], schemes: Iterable[str] = ("row", "tensor", "block")) -> list[Method]:
-    """fp8gemm with some layers left as they are."""
+def excepting(
+    dense: tuple[str, ...],
+    schemes: Iterable[str] = ("row", "tensor", "block"),
+    engines: Iterable[str] = ("cpu", "reference"),
+) -> list[Method]:
+    """fp8gemm with some layers left as they are, by an engine that keeps activations and by one that rounds them."""
     return [
-        Method(library=EXCEPTING, scheme=scheme, engine="cpu", convert=_fp8gemm(scheme, "cpu", dense))
+        Method(library=EXCEPTING, scheme=scheme, engine=engine, convert=_fp8gemm(scheme, engine, dense))
+        for engine in engines
         for scheme in schemes
         if dense
     ]

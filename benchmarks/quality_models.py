@@ -102,8 +102,10 @@ def measure(case: Case, dtypes: Iterable[str], among: list[Method]) -> Iterator[
         task = case.load()
         dense = task.run(task.model)
     yield {**_named(case, "float32", next(methods())), **_measured(case, task, dense, dense)}
+    engines = {method.engine for method in among}
+    more = [method for method in excepting(case.dense) if method.engine in engines]
     for dtype in dtypes:
-        for method in [*among, *excepting(case.dense)]:
+        for method in [*among, *more]:
             if (method.library, dtype) != ("unpatched", "float32"):
                 yield {**_named(case, dtype, method), **_row(case, task, dense, dtype, method)}
 

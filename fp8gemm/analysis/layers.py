@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from ..errors import UnsupportedError
 from ..models.batches import Batch
@@ -106,15 +106,13 @@ class DenseLayer(Layer):
     options: FP8GemmOptions
     search: Search | None = None
 
-    @contextmanager
-    def fp8(self) -> Iterator[None]:
-        with unobserved():
+    def fp8(self) -> StandingIn:
+        with Unobserved():
             weight: Any = self.step.make(self.options, self.search)
             original = self.places[0].module._parameters[self.places[0].parameter]
             if not self.engine and original is not None:
                 self.describe(weight, original)
-        with _standing_in(self.places, weight):
-            yield
+        return StandingIn(self.places, weight)
 
     def dense(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -149,13 +147,11 @@ class PatchedLayer(Layer):
         assert original is not None
         return original.device == self.weight.device and original.dtype == self.weight.dtype
 
-    @contextmanager
-    def fp8(self) -> Iterator[None]:
+    def fp8(self) -> StandingIn:
         if not self.engine:
-            with unobserved():
+            with Unobserved():
                 self.describe(self.weight, self.home.values(self.weight.dtype))
-        with _standing_in(self.places, self.weight):
-            yield
+        return StandingIn(self.places, self.weight)
 
     def dense(self) -> AbstractContextManager[object]:
         return nullcontext() if self.resident else self._original()
@@ -163,27 +159,39 @@ class PatchedLayer(Layer):
     def originals(self) -> AbstractContextManager[object]:
         return self._original() if self.resident else nullcontext()
 
-    @contextmanager
-    def _original(self) -> Iterator[None]:
-        values = nn.Parameter(self.home.values(self.weight.dtype), requires_grad=False)
-        with _standing_in(self.places, values):
-            yield
+    def _original(self) -> StandingIn:
+        return StandingIn(self.places, nn.Parameter(self.home.values(self.weight.dtype), requires_grad=False))
 
 
-def unobserved() -> AbstractContextManager[object]:
-    """Within it no dispatch mode sees the operations, so that compiled kernels may run, as they do otherwise."""
-    return _disable_current_modes()
+class Unobserved:
+    """Within it no dispatch mode sees the operations, so that compiled kernels may run, as they do otherwise.
+
+    Not a generator, which Python would resume when it collects it, after an interrupt before the block.
+    """
+
+    def __enter__(self) -> None:
+        self.modes = _get_current_dispatch_mode_stack()
+        while torch._C._len_torch_dispatch_stack():
+            _pop_mode()
+
+    def __exit__(self, *error: object) -> None:
+        for mode in self.modes:
+            _push_mode(mode)
 
 
-@contextmanager
-def _standing_in(places: Sequence[Place], parameter: nn.Parameter | FP8Weight) -> Iterator[None]:
-    former = [place.module._parameters[place.parameter] for place in places]
-    try:
-        for place in places:
-            place.module._parameters[place.parameter] = parameter  # type: ignore[assignment]
-        yield
-    finally:
-        for place, one in zip(places, former, strict=True):
+class StandingIn:
+    """Puts a parameter in the places of another while the block lasts; not a generator for the same reason."""
+
+    def __init__(self, places: Sequence[Place], parameter: nn.Parameter | FP8Weight) -> None:
+        self.places, self.parameter = places, parameter
+
+    def __enter__(self) -> None:
+        self.former = [place.module._parameters[place.parameter] for place in self.places]
+        for place in self.places:
+            place.module._parameters[place.parameter] = self.parameter  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        for place, one in zip(self.places, self.former, strict=True):
             place.module._parameters[place.parameter] = one
 
 

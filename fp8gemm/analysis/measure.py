@@ -95,7 +95,7 @@ def _run(
     total = len(data) * sum(len(layer.runs) for layer in layers)
     with counting(total, what="measuring", unit="layer") as bar:
         passing = Pass(layers, bar.update)
-        with evaluating(model), uncounted(layers), passing.installed(), _step_by_step(), passing:
+        with evaluating(model), uncounted(layers), passing.installed(), _step_by_step(), passing.watching():
             try:
                 interrupts.open = True
                 found = roles(model, Batch(duplicate(data[0].args), duplicate(data[0].kwargs)))

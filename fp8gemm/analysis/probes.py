@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedError
@@ -20,7 +20,7 @@ from ..models.multiplies import CONVOLUTIONS as CONVOLVING
 from ..models.multiplies import FACTORS, factors_of
 from ..models.owners import CONVOLUTIONS, is_plain_linear
 from ..weights import FP8Weight
-from .layers import Layer, PatchedLayer, unobserved
+from .layers import Layer, PatchedLayer, Unobserved
 
 aten = torch.ops.aten
 
@@ -46,6 +46,22 @@ class Pass(TorchDispatchMode):
         return True
 
     @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The mode is on; afterwards those that were on before are, whatever an interrupt has left of the stack.
+
+        torch takes modes off the stack for each operation that they see, and puts them back in Python.
+        """
+        former = _get_current_dispatch_mode_stack()
+        with self:
+            try:
+                yield
+            finally:
+                while torch._C._len_torch_dispatch_stack():
+                    _pop_mode()
+                for mode in [*former, self]:
+                    _push_mode(mode)
+
+    @contextmanager
     def installed(self) -> Iterator[None]:
         """Replaces the forward of every module that has layers; restores those, and all weights, at the end."""
         modules = list(dict.fromkeys(module for layer in self.layers for module in layer.needs))
@@ -68,13 +84,13 @@ class Pass(TorchDispatchMode):
     def run(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
         """The outputs of ``model`` on its originals, while its layers are measured, and with all layers in FP8."""
         self.on = "originals"
-        with ExitStack() as originals, torch.random.fork_rng(_devices()):
+        with ExitStack() as originals, _Forked():
             for layer in self.layers:
                 originals.enter_context(layer.originals())
             self.storages = _storages(self.layers)
             y = Batch(duplicate(batch.args), duplicate(batch.kwargs)).run(model)
         self.on = "fp8"
-        with torch.random.fork_rng(_devices()):
+        with _Forked():
             return y, Batch(duplicate(batch.args), duplicate(batch.kwargs)).run(model)
 
     def _probe(self, module: nn.Module, layers: list[Layer]) -> Callable[..., Any]:
@@ -108,7 +124,7 @@ class Pass(TorchDispatchMode):
                 found.append((layer, self._in_fp8(layer, inner, *_apart(module, args, kwargs))))
         result = inner(*args, **kwargs)
         y = first_tensor(result)
-        with unobserved():
+        with Unobserved():
             for layer, y8 in found:
                 if y is None or y8 is None:
                     raise ValueError(f"{layer.name} gives no floating-point tensor to compare: {type(result).__name__}")
@@ -119,7 +135,7 @@ class Pass(TorchDispatchMode):
         return result
 
     def _in_fp8(self, layer: Layer, inner: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor | None:
-        with layer.fp8(), torch.random.fork_rng(_devices()):
+        with layer.fp8(), _Forked():
             self.running = layer
             try:
                 return first_tensor(inner(*args, **kwargs))
@@ -224,9 +240,18 @@ def _not_finite(y: torch.Tensor) -> str:
     return "NaN" if bool(torch.isnan(y).any()) else "infinity"
 
 
-def _devices() -> list[int]:
-    """The GPUs whose random number generators a pass may use."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+class _Forked:
+    """``torch.random.fork_rng`` of all devices, but not a generator; see ``Unobserved``."""
+
+    def __enter__(self) -> None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        self.cpu = torch.get_rng_state()
+        self.gpus = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in self.gpus:
+            torch.cuda.set_rng_state(state, device)
 
 
 def _storages(layers: Sequence[Layer]) -> dict[int, Layer]:

@@ -19,6 +19,7 @@ from .selection import Conversion
 # Bytes of the matrices of inputs that are collected in one pass over the calibration inputs; at least one weight's.
 _BYTES_AT_ONCE = 2**29
 UNSEEN = "no product with it was seen"
+LOOKED_UP = "its rows are also looked up"
 
 
 def refuse(options: FP8GemmOptions, calibration_inputs: object, *, waits: bool) -> None:
@@ -82,7 +83,7 @@ def _search(step: Conversion, options: FP8GemmOptions, seen: _Sums) -> Search:
     if inputs is None:
         return unweighted(UNSEEN)
     if inputs.gram is None:
-        return weighted(inputs)
+        return weighted(inputs, LOOKED_UP if options.weight_search == "rounding" else "")
     layout, options = step.layout, step.effective(options)
     values = step.tensor.detach()
     plain = layout.plain(values if layout.folded is None else values.contiguous())
@@ -145,7 +146,9 @@ class _Sums:
 
 
 def _collect(model: nn.Module, inputs: list[Batch], steps: Sequence[Conversion], *, gram: bool) -> dict[str, _Sums]:
-    sums = {step.full_name: _Sums(step.full_name, step.layout, gram) for step in steps}
+    # Rounding moves the values of a row away from the original's, for the sake of its products: not of embeddings.
+    grams = {step.full_name: gram and not any(place.role.looked_up for place in step.places) for step in steps}
+    sums = {step.full_name: _Sums(step.full_name, step.layout, grams[step.full_name]) for step in steps}
     weights = {step.full_name: (step.tensor, step.layout) for step in steps}
     run(model, inputs, weights, lambda name, given: sums[name].add(given))
     return sums

@@ -69,9 +69,10 @@ def unweighted(why: str = "") -> Search:
     return Search(method="scales", text="scales, unweighted" + (f": {why}" if why else ""))
 
 
-def weighted(inputs: Inputs) -> Search:
+def weighted(inputs: Inputs, why: str = "") -> Search:
     """A search for scales, with errors weighted by the second moments of the inputs."""
-    return Search(method="scales", text=f"scales, weighted by {_counted(inputs)}", importance=inputs.importance)
+    text = f"scales, weighted by {_counted(inputs)}" + (f": {why}" if why else "")
+    return Search(method="scales", text=text, importance=inputs.importance)
 
 
 def rounded(w: torch.Tensor, options: FP8GemmOptions, scheme: Scheme, inputs: Inputs) -> Search:

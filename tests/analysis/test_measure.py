@@ -8,10 +8,9 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from types import FrameType
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 
 from fp8gemm import (
     ROW,
@@ -36,7 +36,7 @@ from fp8gemm import (
     quantize,
     report,
 )
-from fp8gemm.analysis.layers import Place
+from fp8gemm.analysis.layers import StandingIn
 from fp8gemm.weights import Home
 
 EXACT = FP8GemmOptions(engine="reference")
@@ -249,19 +249,32 @@ def test_the_model_is_as_before(storage: str, error: BaseException | None, monke
 
 
 def test_an_interrupt_of_the_restoration_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def left(places: list[Place], parameter: nn.Parameter) -> Iterator[None]:
-        for place in places:
-            place.module._parameters[place.parameter] = parameter
-        yield
-
-    monkeypatch.setattr("fp8gemm.analysis.layers._standing_in", left)
+    monkeypatch.setattr(StandingIn, "__exit__", lambda *arguments: None)
     model = Tied()
     before = state(model)
     monkeypatch.setattr("fp8gemm.analysis.probes._note_inputs", Fails(KeyboardInterrupt(), 2))
     with pytest.raises(KeyboardInterrupt):
         measure(model, IDS, module_filter=everything)
     assert state(model) == before
+
+
+class Sees(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_interrupt_within_torchs_own_stack_of_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*arguments: Any) -> None:
+        while torch._C._len_torch_dispatch_stack():
+            _pop_mode()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fp8gemm.analysis.measure.roles", lose)
+    model = Tied()
+    with Sees() as outer:
+        with pytest.raises(KeyboardInterrupt):
+            measure(model, IDS, module_filter=everything)
+        assert _get_current_dispatch_mode_stack() == [outer]
 
 
 def test_one_layer_at_a_time_has_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +314,7 @@ def test_of_a_whole_model() -> None:
 
 
 @pytest.mark.parametrize("storage", ["dense", "keep"])
-def test_interrupts_at_any_time(storage: str) -> None:
+def test_interrupts_at_any_time(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGINT from another thread, again and again: the model is as before, whenever it comes."""
     model = nn.Sequential(Tied(), nn.Dropout(0.5)).train()
     if storage == "keep":
@@ -314,6 +327,7 @@ def test_interrupts_at_any_time(storage: str) -> None:
                 raise KeyboardInterrupt
             frame = frame.f_back
 
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # what a finalizer raises reaches nobody
     handler = signal.signal(signal.SIGINT, interrupt)
     try:
         for _ in range(15):
@@ -323,7 +337,8 @@ def test_interrupts_at_any_time(storage: str) -> None:
                 measure(model, [IDS, IDS[:1]], module_filter=everything)
             except KeyboardInterrupt:
                 caught.append(1)
-            timer.join()
+            finally:
+                timer.join()
             assert state(model) == before
             assert signal.getsignal(signal.SIGINT) is interrupt
     finally:

@@ -247,6 +247,7 @@ class TestRows:
             *3 * [("fp8gemm with exceptions", 1)],
         ]
         assert rows[4]["error"] < rows[2]["error"]
+        assert {row["engine"] for row in rows[2:]} == {"cpu"}
 
     def test_saved_rows_stay_where_they_are_not_measured_again(self, tmp_path: Path) -> None:
         saved = [row("one", "fp8gemm", "cpu", 1.0), row("two", "fp8gemm", "cpu", 1.0), row("one", "unpatched", "", 0.0)]

@@ -182,6 +182,9 @@ def test_many_kinds_of_layers_are_grouped() -> None:
 def test_experts_share_a_cell() -> None:
     rows = tuple(row(f"m.{at}.experts.{expert}.up") for at in range(2) for expert in range(3))
     assert cells(sections(Report(rows).to_html())["Sizes by depth"])[:2] == [["depth", "experts.*.up"], ["0", "192 B"]]
+    found = tuple(Error(one.name, sqnr, depth=0) for one, sqnr in zip(rows, (30.0, math.nan, 20.0), strict=False))
+    drawn = cells(sections(Report(rows).to_html(errors=Errors(found)))["Errors by depth"])
+    assert drawn[1] == ["0", "NaN"]  # not the smallest of the others
 
 
 def test_names_are_escaped() -> None:

@@ -19,7 +19,7 @@ PACKAGE = Path(fp8gemm.__file__).parent
 
 # From the lowest layer up. A room imports only rooms on lower floors, never on its own or above.
 FLOORS = [
-    {"errors", "scaled", "progress", "pages"},
+    {"errors", "scaled", "progress", "pages", "text"},
     {"native", "numerics"},
     {"engines", "formats"},
     {"weights"},

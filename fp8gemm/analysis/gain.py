@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import pages
+from ..text import columns
 
 # Layers and reasons that the text lists; the rest is counted.
 TOP = 10
@@ -247,14 +248,7 @@ def _share(found: Estimate, name: str, after: float | None) -> str:
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
     kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
-    widths = {column: max(len(row[column]) for row in rows) for column in kept}
-    lines = []
-    for row in rows:
-        cells = [
-            row[column].ljust(widths[column]) if column < 2 else row[column].rjust(widths[column]) for column in kept
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(columns([[row[column] for column in kept] for row in rows], right=sum(at < 2 for at in kept)))
 
 
 def _percent(share: float) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..text import columns
 from .measurement_page import decibel_text, measurement_page, outliers_text, saturated_text
 
 Figure = Literal["sqnr", "p50", "p1", "worst"]
@@ -149,7 +150,7 @@ class Measurement:
         tokens = self.output.tokens
         figures = (str(tokens), *_decibels(self.output)) if tokens else ("no floating-point tensor",)
         rows.append(("the model's output", "", *figures))
-        lines = ["; ".join(sorted({f"{layer.scheme} on {layer.engine}" for layer in measured})), *_aligned(rows)]
+        lines = ["; ".join(sorted({f"{layer.scheme} on {layer.engine}" for layer in measured})), *columns(rows)]
         if self.kept:
             lines.append(f"{len(self.kept)} other {'matrices stay' if len(self.kept) > 1 else 'matrix stays'} dense")
         return "\n".join(line for line in lines if line)
@@ -167,16 +168,6 @@ def _cells(layer: LayerError) -> tuple[str, ...]:
         outliers_text(layer),
         saturated_text(layer),
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows with columns of one width; the last cell of a short row may be longer."""
-    width: dict[int, int] = {}
-    for row in rows:
-        for column, cell in enumerate(row):
-            if column < len(row) - 1 or len(row) == len(_HEADER):
-                width[column] = max(width.get(column, 0), len(cell))
-    return ["  ".join(cell.ljust(width.get(at, 0)) for at, cell in enumerate(row)).rstrip() for row in rows]
 
 
 def _decibels(found: LayerError | OutputError) -> list[str]:

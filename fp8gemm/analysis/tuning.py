@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import pages
 from ..models.recipe import Recipe, Treatment
+from ..text import columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +131,10 @@ class Tuning:
             f"{self.metric} {self._number(self.value)}, asked for {limit}: {_megabytes(self.point.bytes)} MB, "
             f"{100 * share:.1f} % of the original's {_megabytes(self.bytes_before)} MB, found in {self.runs} runs",
             "",
-            *_aligned([("layer", "role", "treatment"), *self._exceptions()]),
+            *columns([("layer", "role", "treatment"), *self._exceptions()]),
             self._others(),
             "",
-            *_aligned([("", "MB", self.metric, "layers"), *map(self._cells, self._shown())]),
+            *columns([("", "MB", self.metric, "layers"), *map(self._cells, self._shown())]),
         ]
         overflowed = [f"{name} overflows with {' and '.join(found)}" for name, found in self.overflowed.items()]
         return "\n".join([*lines, *overflowed, *self.notes])
@@ -184,11 +185,6 @@ class Tuning:
 
     def _number(self, value: float) -> str:
         return f"{value:.4g}{f' {self.unit}' if self.unit else ''}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _megabytes(size: int) -> str:

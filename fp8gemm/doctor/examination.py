@@ -16,6 +16,7 @@ from ..engines import ENGINES, Machine, MatmulSpec, choose
 from ..engines import probe as place
 from ..errors import UnsupportedError
 from ..scaled import SCHEMES
+from ..text import columns
 from .known import KnownProblem, known_problems
 from .probing import PROBES, ProbedProduct, ProbeName, probe_engines
 
@@ -126,11 +127,7 @@ def _shown(probed: tuple[ProbedProduct, ...]) -> list[str]:
         results = [Counter(product.status for product in own if product.scheme == scheme) for scheme in schemes]
         cells = [", ".join(f"{count} {status}" for status, count in found.items()) for found in results]
         rows.append([device, engine, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["exact products, in a process of their own:"]
-    lines += [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["exact products, in a process of their own:", *(f"  {line}" for line in columns(rows))]
     told = [product for product in probed if product.bad and product.status != "not run"]
     return lines + [f"  {', '.join(filter(None, (p.engine, p.scheme, p.case)))}: {p.status}: {p.note}" for p in told]
 

@@ -15,6 +15,7 @@ from ..engines import ENGINES, choose, probe
 from ..errors import UnsupportedError
 from ..numerics import SCALE_FLOOR
 from ..scaled import Scheme
+from ..text import columns
 from ..weights import FP8Weight
 from ..weights.home import Home
 from ..weights.packed import spec_of
@@ -80,11 +81,7 @@ class Calibration:
 
     def __str__(self) -> str:
         lines = [("layer", "weight", "tokens", "amax", "scale", "activations"), *map(_cells, self.layers)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([*text, f"{len(self.static)} static, {len(self.dynamic)} dynamic"])
+        return "\n".join([*columns(lines), f"{len(self.static)} static, {len(self.dynamic)} dynamic"])
 
 
 def _cells(layer: CalibratedLayer) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..text import columns
 from .activity import ORIGINAL_KERNEL
 from .passes import unwrapped
 from .ran import failure, problems
@@ -199,9 +200,7 @@ class Report:
         for title, text in _OPTIONAL.items():  # where there is something to say
             if any(cells := [text(row) for row in self.rows]):
                 table = [(*line, cell) for line, cell in zip(table, (title, *cells, ""), strict=True)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        return "\n".join([*(line.rstrip() for line in lines), *([] if self.coverage is None else [str(self.coverage)])])
+        return "\n".join([*columns(table), *([] if self.coverage is None else [str(self.coverage)])])
 
     def _total(self) -> tuple[str, ...]:
         name = f"{len(self.converted)} converted, {len(self.kept)} kept"

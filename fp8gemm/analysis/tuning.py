@@ -132,7 +132,7 @@ class Tuning:
             f"{100 * share:.1f} % of the original's {_megabytes(self.bytes_before)} MB, found in {self.runs} runs",
             "",
             *columns([("layer", "role", "treatment"), *self._exceptions()]),
-            self._others(),
+            *self._others(),
             "",
             *columns([("", "MB", self.metric, "layers"), *map(self._cells, self._shown())]),
         ]
@@ -169,10 +169,10 @@ class Tuning:
             if treatment != scheme
         ]
 
-    def _others(self) -> str:
+    def _others(self) -> list[str]:
         others = len(self._exceptions())
         count = len(self.point.assignment) - others
-        return f"{'the other' if others else 'all'} {count}: {self.recipe.options.scheme}"
+        return [f"{'the other' if others else 'all'} {count}: {self.recipe.options.scheme}"] if count else []
 
     def _shown(self) -> list[Point]:
         """The front, and the variants in which all layers are treated alike."""

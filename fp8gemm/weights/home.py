@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..engines import PackedWeight
@@ -269,14 +271,17 @@ class Home(Sizes):
                 if taken is None:
                     return None
                 weight, scheme = taken, replace(scheme, weight=taken.granularity)
-            scale = None if self.input_scale is None or not scheme.static else self.input_scale.to(device)
-            try:
-                form = prepare_for(weight.to(device), self.options, dtype, scale, scheme)
+            scale = None if self.input_scale is None or not scheme.static else self.input_scale
+            traced = not native.plain_but_for_modes(weight.data)
+            try:  # packed outside of modes, to which it would be a part of the product
+                with nullcontext() if traced else _disable_current_modes():
+                    scale = None if scale is None else scale.to(device)
+                    form = prepare_for(weight.to(device), self.options, dtype, scale, scheme)
             except UnsupportedError:
                 if scheme.weight == self.scheme.weight:
                     raise
                 return None  # no engine supports blocks of so few rows
-            if not native.plain(weight.data):  # inside a trace
+            if traced:
                 form = replace(form, extra={}, bare=True)
                 stored.forms = {**stored.forms, key: form}
             elif part is None and device == stored.device and (stored.packed is None or stored.plain is None):

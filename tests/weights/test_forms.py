@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fp8gemm import enable_fp8_gemm
+from fp8gemm import FP8GemmOptions, enable_fp8_gemm, report
 
 N, K = 96, 64
 Form = Callable[[torch.Tensor], torch.Tensor]
@@ -80,3 +81,16 @@ def test_groups_of_rows_are_a_product_each() -> None:
         assert torch.allclose(form(layer.weight), form(dense), rtol=1e-4, atol=1e-4)
         assert activity.calls == calls + 3
     assert activity.dequantizations == before
+
+
+def test_a_first_call_under_a_mode_packs_the_weight_for_good() -> None:
+    """The first forward after patching is observed; weights that were not packed before it are then, as ever."""
+    layers = [nn.Linear(64, 96), nn.Linear(96, 64)]
+    options = FP8GemmOptions(materialize_fp8_on_wrap=False)
+    model = enable_fp8_gemm(nn.Sequential(*layers), options=options)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model[0](torch.ones(4, 64))
+    model(torch.ones(4, 64))
+    assert counter.get_total_flops() == 2 * 4 * 64 * 96
+    assert [layer.home.stored.packed is not None for layer in model] == [True, True]
+    assert all(row.engine for row in report(model).rows)

@@ -14,18 +14,19 @@
 //
 // A panel of the weight is decoded strip by strip, CHUNK codes of ROWS rows at a time, to the order in which they are
 // multiplied. Tiles of TOKENS x ROWS sums then stay in registers: they are never added across lanes, and are stored
-// contiguously. While a strip is multiplied, the codes of the next one are fetched.
+// contiguously. While a strip is multiplied, the codes of the next one are fetched, and a share of the next chunk of
+// the tokens if they are too large to stay in the cache.
 
 constexpr int64_t CHUNK = 512;    // codes of a row that are decoded before they are multiplied
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 6;     // strips of a panel: tokens with long rows are read from afar once for all of them
+constexpr int64_t STRIPS = 4;     // strips of a panel
 constexpr int64_t PANEL = STRIPS * ROWS;
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
 // No power of two, at which all tokens would share few sets of the caches.
 constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
 
-// Lines of the codes that come next, of which `burst` are fetched at a time.
+// Lines that come next, `left` of rows of `width` bytes, of which `burst` are fetched at a time.
 struct Ahead {
     const uint8_t* row;
     int64_t stride, width, left = 0, burst = 0, column = 0;
@@ -69,13 +70,13 @@ struct Segment { int32_t units, factor; };
 // multiply what each adds. The first segment's sums replace what is in memory if `first`.
 template <int COUNT>
 NOINLINE void multiply_tile(const Element* x, const Element* w, const Segment* segment, const Segment* end,
-                            const float* factors, bool first, float* sums, Ahead& ahead) {
+                            const float* factors, bool first, float* sums, Ahead& codes, Ahead& ahead) {
     for (; segment < end; ++segment, first = false) {
         Vec added[COUNT][VECTORS];
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) added[t][j] = Vec{};
         for (int64_t unit = 0; unit < segment->units;) {
-            ahead.fetch();
+            codes.fetch(), ahead.fetch();
             for (int64_t stop = smaller<int64_t>(segment->units, unit + 16); unit < stop; ++unit) {
                 Weights rows[VECTORS];
                 for (int j = 0; j < VECTORS; ++j) rows[j] = load_all<Weights>(w + j * LANES * GRAIN);
@@ -187,16 +188,29 @@ INLINE Segment* cut(const Problem& p, int64_t chunk, int64_t count, Segment* seg
 
 // Multiplies a strip of one chunk, decoded at `w`, by all tokens.
 INLINE void multiply_strip(Tokens tokens, const Element* w, const Segment* segments, const Segment* end,
-                           int64_t chunk, const float* factors, float* sums, Ahead ahead) {
+                           int64_t chunk, const float* factors, float* sums, Ahead codes, Ahead ahead) {
     int64_t tiles = ceil_div(tokens.count, TOKENS), bursts = 0;
     for (const Segment* segment = segments; segment < end; ++segment) bursts += tiles * ceil_div(segment->units, 16);
+    codes.burst = ceil_div(codes.left, larger<int64_t>(bursts, 1));
     ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
     const Element* x = reinterpret_cast<const Element*>(tokens.packed) + chunk / CHUNK * tokens.count * X_STRIDE;
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens.count * (tile + 1) / tiles;
         multiply_tile_of<TOKENS>(stop - token, x + token * X_STRIDE, w, segments, end, factors, chunk == 0,
-                                 sums + token * PANEL, ahead);
+                                 sums + token * PANEL, codes, ahead);
     }
+}
+
+// While the strip from `row` on is multiplied: its share of the tokens' next chunk, which is the first one if another
+// panel follows.
+INLINE Ahead tokens_ahead(const Problem& p, Tokens tokens, Rows rows, int64_t row, int64_t following) {
+    constexpr int64_t BYTES = X_STRIDE * int64_t(sizeof(Element)), CACHED = 1 << 19;  // half of a large L2 cache
+    bool more = following < p.k;
+    if (tokens.count * chunks(p) * BYTES <= CACHED || !(more || rows.next)) return {nullptr, 0, 0};
+    int64_t share = ceil_div(tokens.count, ceil_div(rows.count, ROWS));
+    int64_t first = smaller(tokens.count, row / ROWS * share), count = smaller(share, tokens.count - first);
+    const uint8_t* start = tokens.packed + ((more ? following / CHUNK : 0) * tokens.count + first) * BYTES;
+    return {start, BYTES, BYTES, count * ceil_div(BYTES, 64)};
 }
 
 // Scratch: a decoded strip, sums [tokens][PANEL], factors [blocks of a chunk][PANEL].
@@ -219,14 +233,15 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
             int64_t here = smaller<int64_t>(rows.count - row, ROWS);
             decode(codes, p.data_stride, here, count, p.nans, w);
             // Meanwhile, the next strip is fetched: of this chunk, of the next one, or of another panel.
-            Ahead ahead = {codes + ROWS * p.data_stride, p.data_stride, count};
+            Ahead next = {codes + ROWS * p.data_stride, p.data_stride, count};
             if (row + ROWS >= rows.count) {
                 bool more = following < p.k;
-                ahead.row = more ? p.data_row(rows.start) + following : rows.next;
-                ahead.width = smaller(CHUNK, more ? p.k - following : p.k);
+                next.row = more ? p.data_row(rows.start) + following : rows.next;
+                next.width = smaller(CHUNK, more ? p.k - following : p.k);
             }
-            if (ahead.row) ahead.left = ceil_div(ahead.width, 64) * ROWS;
-            multiply_strip(tokens, w, segments, end, chunk, vary ? factors + row : nullptr, sums + row, ahead);
+            if (next.row) next.left = ceil_div(next.width, 64) * ROWS;
+            multiply_strip(tokens, w, segments, end, chunk, vary ? factors + row : nullptr, sums + row, next,
+                           tokens_ahead(p, tokens, rows, row, following));
             if (following < p.k) continue;
             uint8_t* out = p.out_row(tokens.start) + (rows.start + row) * size_of(p.out_type);
             finish(p, ending, row, sums + row, PANEL, tokens.count, here, out);

@@ -208,7 +208,6 @@ def test_a_trained_bias_gets_its_gradient(engine: Binding) -> None:
     assert layer.bias.grad.eq(4).all()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # torch 2.14's own
 def test_forward_mode_derivatives_are_not_lost(engine: Binding) -> None:
     layer = layer_of(dtype=torch.float32)
     x, along = torch.randn(4, 64), torch.randn(4, 64)

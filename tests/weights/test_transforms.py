@@ -72,7 +72,6 @@ def test_transforms_give_what_the_dense_model_gives(name: str) -> None:
     torch.testing.assert_close(TRANSFORMS[name](model), TRANSFORMS[name](dense), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # torch 2.14's own
 def test_forward_derivatives_and_double_backward() -> None:
     found = []
     for model in pair():

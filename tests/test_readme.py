@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,13 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    """What code prints, in a folder of its own, to which it may write."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, "-c", code], check=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        ).stdout
 
 
 def slugs(text: str) -> set[str]:

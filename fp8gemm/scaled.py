@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -151,6 +152,15 @@ class Scheme:
     activation: Granularity | None
     static: bool = False
     scale_format: ScaleFormat = "float32"
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the FP8 data and float32 scales of a weight ``[..., N, K]``.
+
+        Example:
+            >>> SCHEMES["row"].nbytes((32, 64))
+            2176
+        """
+        return math.prod(shape) + 4 * math.prod(self.weight.scale_shape(shape))
 
     def weight_only(self) -> Scheme:
         """The same scheme for weights, with activations left unquantized."""

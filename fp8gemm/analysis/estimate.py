@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections import Counter
@@ -25,8 +24,9 @@ from ..weights import FP8Weight
 from ..weights.convert import scheme_for
 from ..weights.sharding import held
 from ..weights.shares import is_split
+from ..weights.structure import ITSELF
 from .gain import Estimate, LayerEstimate
-from .profile import Clock, Problem, Profile, Recorder, counted, options_of
+from .profile import Clock, Problem, Profile, Recorder, counted
 from .stand_ins import SECONDS, Cost, Rehearsal, costs
 
 # What a model raises for arguments that it does not take.
@@ -219,7 +219,7 @@ def _place(devices: Iterable[torch.device]) -> str:
 
 def _sized(step: Conversion, options: FP8GemmOptions) -> LayerEstimate:
     """A weight and its bytes, which ``report`` would show after patching."""
-    name, ties = step.name or "(the model itself)", tuple(place.name for place in step.ties)
+    name, ties = step.name or ITSELF, tuple(place.name for place in step.ties)
     weight: Any = step.module._parameters.get(step.parameter)
     if weight is None or isinstance(weight, UninitializedTensorMixin):
         weight = getattr(step.module, step.parameter, None)  # computed at each access, as by weight_norm
@@ -229,11 +229,10 @@ def _sized(step: Conversion, options: FP8GemmOptions) -> LayerEstimate:
         return LayerEstimate(
             name=name, status="kept", shape=shape, reason=step.reason, bytes_before=size, bytes_after=size
         )
-    layout = step.places[0].role.layout
-    assert layout is not None
-    scheme = scheme_for(options_of(step, options), step.parameter, layout.shape)
+    layout = step.layout
+    scheme = scheme_for(step.effective(options), step.parameter, layout.shape)
     before = weight.numel() * weight.dtype.itemsize
-    after = math.prod(layout.shape) + 4 * math.prod(scheme.weight.scale_shape(layout.shape))
+    after = scheme.nbytes(layout.shape)
     return LayerEstimate(
         name=name,
         ties=ties,

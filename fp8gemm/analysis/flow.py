@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from ..models.batches import Batch, evaluating
+from ..models.inputs import unfused
 from ..models.multiplies import factors_of, multiply_adds
 from ..models.observation import Observer
 from ..weights import FP8Weight
@@ -150,13 +151,8 @@ def flow(model: nn.Module, example_inputs: object) -> dict[str, Passage]:
     tracer = _Tracer(model)
     for one in inputs:
         tracer.label(one, frozenset({_SCALAR if one.numel() <= samples and one.dim() < 2 else _INPUT}))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it runs a whole layer as one operation
-    try:
-        with evaluating(model), tracer:
-            output = batch.run(model)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with evaluating(model), unfused(), tracer:
+        output = batch.run(model)
     reached = [name for name in tracer.labels(tree_leaves(output)) if name in tracer.passages]
     if reached:
         tracer.passages[max(reached, key=lambda name: tracer.passages[name].order)].last = True

@@ -25,9 +25,8 @@ from ..weights.report import report
 from ..weights.search import Search
 from ..weights.sharding import held, is_distributed
 from ..weights.shares import is_split
+from ..weights.structure import ITSELF, layer_name
 from .tally import ErrorTally, InputTally, saturated_weights
-
-ITSELF = "(the model itself)"  # the name of a layer that is the whole model, as in the report
 
 
 @dataclass(frozen=True)
@@ -251,18 +250,16 @@ def _dense(
     options = replace(recipe.options, fp16_weight_storage="discard", materialize_fp8_on_wrap=True)
     layers: list[Layer] = []
     for step in steps:
-        layout = step.places[0].role.layout
-        if not step.converts or layout is None:
+        if not step.converts:
             continue
-        parameter = step.module._parameters[step.parameter]
-        if parameter is not None and parameter.is_meta:
-            raise ValueError(f"{step.places[0].full_name} is on meta: load the model's weights before it is measured")
+        if step.tensor.is_meta:
+            raise ValueError(f"{step.full_name} is on meta: load the model's weights before it is measured")
         layers.append(
             DenseLayer(
                 name=step.name or ITSELF,
                 ties=tuple(place.name for place in step.ties),
                 places=tuple(Place(place.module, place.parameter) for place in step.places),
-                shape=layout.shape,
+                shape=step.layout.shape,
                 step=step,
                 options=options,
             )
@@ -280,7 +277,7 @@ def _patched(model: nn.Module, module_filter: ModuleFilter | None) -> Iterator[P
         for name, parameter in module._parameters.items():
             weight: Any = held(parameter)
             if isinstance(weight, FP8Weight):
-                full = prefix if name == "weight" else f"{prefix}.{name}".strip(".")
+                full = layer_name(prefix, name)
                 found.setdefault(id(weight._home), []).append((full, Place(module, name), weight))
     wanted = Filter(module_filter)
     lost, layers = [], []

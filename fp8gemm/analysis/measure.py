@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch import nn
 
 from ..models.batches import Batch, batches, evaluating
 from ..models.filters import ModuleFilter
+from ..models.inputs import uncompiled
 from ..models.interrupts import Interrupts, undisturbed
 from ..models.recipe import Options
 from ..progress import counting
-from .layers import ITSELF, Layer, layers_of, uncounted
+from ..weights.structure import ITSELF
+from .layers import Layer, layers_of, uncounted
 from .measurement import LayerError, Measurement, OutputError
 from .probes import Pass, duplicate, first_tensor
 from .roles import roles
@@ -95,7 +96,7 @@ def _run(
     total = len(data) * sum(len(layer.runs) for layer in layers)
     with counting(total, what="measuring", unit="layer") as bar:
         passing = Pass(layers, bar.update)
-        with evaluating(model), uncounted(layers), passing.installed(), _step_by_step(), passing.watching():
+        with evaluating(model), uncounted(layers), passing.installed(), uncompiled(), passing.watching():
             try:
                 interrupts.open = True
                 found = roles(model, Batch(duplicate(data[0].args), duplicate(data[0].kwargs)))
@@ -108,18 +109,6 @@ def _run(
             finally:
                 interrupts.open = False
     return found, whole
-
-
-@contextmanager
-def _step_by_step() -> Iterator[None]:
-    """No compiled graphs, and no operations of torch that run several layers at once."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _percentiles(error: ErrorTally) -> dict[str, Any]:

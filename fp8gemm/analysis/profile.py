@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from ..models.multiplies import factors_of, is_layer, multiply_adds, tokens
 from ..models.observation import Observer
 from ..models.owners import is_plain_linear
 from ..models.selection import Conversion
-from ..scaled import SCHEMES, FP8GemmOptions
+from ..scaled import FP8GemmOptions
 from ..weights.geometry import Layout
 
 aten = torch.ops.aten
@@ -150,8 +150,7 @@ class Recorder(Observer):  # type: ignore[no-untyped-call]
     def _problem(
         self, step: Conversion, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, factor: torch.Tensor
     ) -> Problem:
-        layout, first = step.places[0].role.layout, args[0]
-        assert layout is not None
+        layout, first = step.layout, args[0]
         n, k = layout.matrix
         kind: Kind = "linear"
         bias = func is aten.addmm.default and first.dim() == 1
@@ -180,7 +179,7 @@ class Recorder(Observer):  # type: ignore[no-untyped-call]
             shape, x_dtype = (shape, dtype) if given is None else (tuple(given.shape), given.dtype)
         geometry = Geometry(
             kind=kind,
-            options=options_of(step, self.options),
+            options=step.effective(self.options),
             parameter=step.parameter,
             layout=layout,
             dtype=dtype,
@@ -189,13 +188,6 @@ class Recorder(Observer):  # type: ignore[no-untyped-call]
             trains=step.module._parameters[step.parameter].requires_grad,  # type: ignore[union-attr]
         )
         return Problem(geometry=geometry, x=shape, x_dtype=x_dtype, tokens=m, settings=settings)
-
-
-def options_of(step: Conversion, options: FP8GemmOptions) -> FP8GemmOptions:
-    """The options with the scheme that a step of the plan gives its weight."""
-    if not any(place.role.multiplied for place in step.places):  # an embedding table
-        return replace(options, scheme=SCHEMES["row"])
-    return options if step.scheme is None else replace(options, scheme=step.scheme)
 
 
 def _is_attention(func: Any, y: Any) -> bool:

@@ -15,7 +15,7 @@ from ..models.selection import Holder, planned
 from ..scaled import FP8GemmOptions
 from ..weights import FP8Weight
 from ..weights.sharding import held
-from ..weights.structure import expert_counts
+from ..weights.structure import expert_counts, layer_name
 from .flow import Passage, flow
 
 Role = Literal[
@@ -95,7 +95,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
         for parameter, tensor in module._parameters.items():
             weight = held(tensor)
             if isinstance(weight, FP8Weight):
-                name = path if parameter == "weight" else f"{path}.{parameter}".strip(".")
+                name = layer_name(path, parameter)
                 role = role_of(module, parameter)
                 if role is not None:
                     shared.setdefault(id(weight._home), []).append(Holder(name, module, parameter, role))

@@ -18,7 +18,7 @@ from ..models.interrupts import Interrupts, undisturbed
 from ..models.recipe import ORIGINAL, TREATMENTS, Recipe, Treatment
 from ..progress import counting
 from ..scaled import FP8GemmOptions
-from .layers import ITSELF
+from ..weights.structure import ITSELF
 from .measure import measure
 from .metrics import Metric, MetricName, OutputMetric, metric_of
 from .probes import duplicate

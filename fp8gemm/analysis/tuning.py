@@ -13,6 +13,7 @@ from typing import Any
 from .. import pages
 from ..models.recipe import Recipe, Treatment
 from ..text import columns
+from ..weights.structure import ITSELF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ class Tuning:
     def _exceptions(self) -> list[tuple[str, str, str]]:
         scheme = self.recipe.options.scheme
         return [
-            (name or "(the model itself)", self.roles.get(name, ""), treatment)
+            (name or ITSELF, self.roles.get(name, ""), treatment)
             for name, treatment in self.point.assignment.items()
             if treatment != scheme
         ]

@@ -70,7 +70,7 @@ def choices_of(
                 kept.setdefault(step.name, step.reason)
     if ORIGINAL in candidates:
         for name, step in first.items():
-            sizes[name][ORIGINAL] = step.module._parameters[step.parameter].nbytes  # type: ignore[union-attr]
+            sizes[name][ORIGINAL] = step.tensor.nbytes
     choices = [Choices(step=step, sizes=sizes[name]) for name, step in first.items()]
     return choices, {name: reason for name, reason in kept.items() if name not in first}
 
@@ -96,15 +96,8 @@ def _refuse(model: nn.Module) -> None:
 
 def _size(step: Conversion, options: FP8GemmOptions) -> int:
     """The bytes of FP8 data and float32 scales."""
-    layout = step.places[0].role.layout
-    assert layout is not None
-    weight = step.module._parameters[step.parameter]
-    assert weight is not None
-    scheme = scheme_for(options, step.parameter, layout.shape)
-    scales = 1
-    for extent in scheme.weight.scale_shape(layout.shape):
-        scales *= extent
-    return weight.numel() + 4 * scales
+    shape = step.layout.shape
+    return scheme_for(step.effective(options), step.parameter, shape).nbytes(shape)
 
 
 class Variants:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..text import columns
 from ..weights.report import Report, Row
 from .read import Checkpoint
 
@@ -50,9 +51,7 @@ class CheckpointReport(Report):
         ]
         total = f"{len(self.converted)} on FP8, {len(self.kept)} dense"
         lines.append((total, "", f"{self.bytes_before / 1e6:.2f}", f"{self.bytes_after / 1e6:.2f}", ""))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        return "\n".join([self.title, *table])
+        return "\n".join([self.title, *columns(lines)])
 
 
 def outline(checkpoint: Checkpoint) -> CheckpointReport:

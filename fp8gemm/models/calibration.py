@@ -21,6 +21,7 @@ from ..weights.home import Home
 from ..weights.packed import spec_of
 from ..weights.sharding import held
 from ..weights.static import set_activation
+from ..weights.structure import ITSELF, layer_name
 from .batches import batches
 from .inputs import Given, Inputs, run, uncompiled
 from .siblings import SiblingLinear
@@ -190,7 +191,7 @@ def _weights(model: nn.Module) -> dict[str, FP8Weight]:
         for parameter, weight in module._parameters.items():
             if not isinstance(held(weight), FP8Weight):
                 continue
-            name = path if parameter == "weight" else f"{path}.{parameter}".strip(".")
+            name = layer_name(path, parameter)
             if not isinstance(weight, FP8Weight):
                 raise UnsupportedError(f"{name} is split among processes: calibrate the model before it is split")
             if isinstance(module, SiblingLinear):
@@ -199,7 +200,7 @@ def _weights(model: nn.Module) -> dict[str, FP8Weight]:
                     "before fuse_siblings, which then leaves these layers as they are"
                 )
             if id(weight._home) not in found or isinstance(module, nn.Linear):  # as the report names tied ones
-                found[id(weight._home)] = (name or "(the model itself)", weight)
+                found[id(weight._home)] = (name or ITSELF, weight)
     if not found:
         raise ValueError("the model has no FP8 weights to calibrate: call enable_fp8_gemm(model) first")
     return dict(found.values())

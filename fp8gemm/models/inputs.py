@@ -183,10 +183,19 @@ def run(model: nn.Module, inputs: list[Batch], weights: Mapping[str, tuple[torch
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Within it, compiled code runs in eager, and torch's attention layers do step by step what they do."""
-    fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # nothing was compiled otherwise
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(unfused())
         yield
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within it, torch's attention layers do step by step what they do, and not in one operation."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -22,6 +22,7 @@ from ..weights import Change, FP8Weight, leave, own_weights, passes, revert
 from ..weights.report import COVERAGE, KEPT, Report, Row
 from ..weights.search import Search
 from ..weights.sharding import held, is_distributed
+from ..weights.structure import layer_name
 from .filters import ModuleFilter
 from .first_forward import FirstForward, Then, remove
 from .gated import split_gated
@@ -201,7 +202,7 @@ def _revert_all(model: nn.Module, interrupts: Interrupts) -> list[Row]:
     for prefix, module in modules:
         module.__dict__.pop(KEPT, None)
         for parameter, weight in own_weights(module):
-            name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
+            name = layer_name(prefix, parameter)
             size, shape = weight.numel() * weight.dtype.itemsize, tuple(weight._home.layout.shape)
             exact = revert(module, parameter)
             reason = "original weight" if exact else "dequantized weight: the original was discarded"

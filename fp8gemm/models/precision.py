@@ -16,6 +16,7 @@ from ..weights import FP8Weight
 from ..weights.precision import refusal, repacked, switch
 from ..weights.sharding import held, is_distributed
 from ..weights.stored import Stored
+from ..weights.structure import layer_name
 from .filters import Filter, ModuleFilter
 from .interrupts import undisturbed
 
@@ -85,7 +86,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
         for parameter, tensor in module._parameters.items():
             if not isinstance(held(tensor), FP8Weight):
                 continue
-            name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
+            name = layer_name(prefix, parameter)
             if not isinstance(tensor, FP8Weight) or is_distributed(tensor):
                 raise UnsupportedError(
                     f"{name} is split among processes: set the precision before the model is split (weight_only stays)"

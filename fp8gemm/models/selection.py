@@ -20,7 +20,7 @@ from ..weights.packed import spec_of
 from ..weights.search import Search
 from ..weights.sharding import held
 from ..weights.shares import is_split
-from ..weights.structure import routers
+from ..weights.structure import layer_name, routers
 from .filters import Filter, ModuleFilter
 from .owners import Role, is_plain_linear, role_of
 from .recipe import KEPT_BY_RECIPE, ORIGINAL, Options, Recipe, no_layer
@@ -171,7 +171,7 @@ def unmet(recipe: Recipe, steps: list[Conversion], model: nn.Module) -> list[str
     """What the recipe says of layers that the model does not have, or that cannot become what it says."""
     reasons = {place.name: step.reason for step in steps for place in step.places}
     matrices = {
-        prefix if name == "weight" else f"{prefix}.{name}".strip("."): (name, held(tensor))
+        layer_name(prefix, name): (name, held(tensor))
         for prefix, module in model.named_modules()
         for name, tensor in module._parameters.items()
     }
@@ -198,7 +198,7 @@ def _places(model: nn.Module, seen: Mapping[str, Role]) -> Iterator[list[Holder]
         for parameter, tensor in module._parameters.items():
             if tensor is None or isinstance(held(tensor), FP8Weight):
                 continue
-            name = prefix if parameter == "weight" else f"{prefix}.{parameter}".strip(".")
+            name = layer_name(prefix, parameter)
             role = role_of(module, parameter)
             if role is None or role.layout is None or role.reason:
                 role = seen.get(f"{prefix}.{parameter}".strip("."), role)

@@ -16,11 +16,10 @@ from .convert import CONVERTED
 from .linear import FP8Linear
 from .passes import passes_of
 from .sharding import held
-from .structure import STACK_NAMES, stacks
+from .structure import ITSELF, STACK_NAMES, layer_name, stacks
 from .weight import FP8Weight
 
 KEPT = "_fp8gemm_kept"  # attribute of a module: why each of its dense parameters was kept, by name
-_ROOT = "(the model itself)"
 _REPLACED = "its weight was replaced by a dense one after patching"
 
 
@@ -75,7 +74,7 @@ def rows(model: nn.Module) -> Iterator[Row]:
         reasons = module.__dict__.get(KEPT, {})
         for parameter, reason in reasons.items():
             if not isinstance(held(module._parameters.get(parameter)), FP8Weight):
-                yield _kept_row(_layer_name(name, parameter), module, parameter, reason)
+                yield _kept_row(layer_name(name, parameter), module, parameter, reason)
         if patched:
             yield from _later_rows(name, module, reasons)
 
@@ -84,7 +83,7 @@ def activities(model: nn.Module) -> dict[str, Activity]:
     """The counters of every FP8 weight, by the name in its row."""
     modules = list(model.named_modules())
     weights = {id(weight._home): weight._home.activity for _, module in modules for _, weight in _weights(module)}
-    return {places[0][0] or _ROOT: weights[home] for home, places in _places(modules).items()}
+    return {places[0][0] or ITSELF: weights[home] for home, places in _places(modules).items()}
 
 
 def _places(modules: Collection[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -92,7 +91,7 @@ def _places(modules: Collection[tuple[str, nn.Module]]) -> dict[int, list[tuple[
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in modules:
         for parameter, weight in _weights(module):
-            places.setdefault(id(weight._home), []).append((_layer_name(name, parameter), module))
+            places.setdefault(id(weight._home), []).append((layer_name(name, parameter), module))
     for found in places.values():
         found.sort(key=lambda place: not isinstance(place[1], nn.Linear))  # an output head before its embedding
     return places
@@ -104,10 +103,6 @@ def _last(model: nn.Module, activity: Activity) -> Counts | None:
         return activity.counts() if activity.calls or activity.dequantizations else None
     passes = passes_of(model)
     return None if passes is None or passes.last is None else activity.between(*passes.last)
-
-
-def _layer_name(module: str, parameter: str) -> str:
-    return module if parameter == "weight" else f"{module}.{parameter}".strip(".")
 
 
 def _weights(module: nn.Module) -> list[tuple[str, FP8Weight]]:
@@ -128,13 +123,13 @@ def _later_rows(name: str, module: nn.Module, known: Collection[str]) -> Iterato
             continue
         replaced = parameter in converted or isinstance(module, FP8Linear)
         reason = _REPLACED if replaced else "added after patching"
-        yield _kept_row(_layer_name(name, parameter), module, parameter, reason, replaced=replaced)
+        yield _kept_row(layer_name(name, parameter), module, parameter, reason, replaced=replaced)
 
 
 def _converted_row(places: list[tuple[str, nn.Module]], weight: FP8Weight, last: Counts | None) -> Row:
     home, activity = weight._home, weight._home.activity
     return Row(
-        name=places[0][0] or _ROOT,
+        name=places[0][0] or ITSELF,
         ties=tuple(name for name, _ in places[1:]),
         status="fp8",
         shape=tuple(home.layout.shape),
@@ -161,7 +156,7 @@ def _kept_row(name: str, module: nn.Module, parameter: str, reason: str, **facts
     known = isinstance(matrix, torch.Tensor) and not isinstance(matrix, nn.UninitializedParameter)
     size = matrix.nbytes if matrix is not None and known else 0
     return Row(
-        name=name or _ROOT,
+        name=name or ITSELF,
         status="kept",
         shape=tuple(matrix.shape) if matrix is not None and known else (),
         reason=reason,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -36,7 +34,7 @@ class Sizes:
         """Bytes of the FP8 weight and its scales; 0 before they exist."""
         if self.stored is None:
             return 0
-        return math.prod(self.layout.shape) + 4 * math.prod(self.scheme.weight.scale_shape(self.layout.shape))
+        return self.scheme.nbytes(self.layout.shape)
 
     @property
     def nbytes(self) -> int:

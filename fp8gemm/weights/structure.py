@@ -101,3 +101,11 @@ def expert_counts(parent: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{name}.{stack}", child._parameters[stack].shape[0]  # type: ignore[union-attr]
     for stack in stacks(parent):
         yield stack, parent._parameters[stack].shape[0]  # type: ignore[union-attr]
+
+
+ITSELF = "(the model itself)"  # the name in tables of a layer that is the whole model
+
+
+def layer_name(module: str, parameter: str) -> str:
+    """What a weight is called: as the module of this name, or as its parameter if that is not ``weight``."""
+    return module if parameter == "weight" else f"{module}.{parameter}".strip(".")

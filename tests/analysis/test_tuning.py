@@ -349,3 +349,11 @@ def test_pages(tmp_path: Any) -> None:
     assert (tmp_path / "tuning.html").read_text() == html
     assert html.count("<circle") == len(tuning.points)
     assert BAD in re.sub("<wbr ?/?>", "", html)
+
+
+def test_bytes_are_those_of_the_patched_model() -> None:
+    """Of embedding tables, too, which have a scale for each row under every scheme."""
+    model = nn.Sequential(nn.Embedding(1000, 256), nn.Linear(256, 256))
+    options = FP8GemmOptions(engine="reference", embeddings=True)
+    tuning = tune(model, torch.arange(8)[None], budget=1.0, candidates=("block",), options=options)
+    assert tuning.point.bytes == report(enable_fp8_gemm(model, options=tuning.recipe)).bytes_after

@@ -105,12 +105,40 @@ template <int COUNT> INLINE void dot_panel_of(const Problem& p, Tokens tokens, R
     else (vary ? dot_panel<COUNT, false, VARYING> : dot_panel<COUNT, false, UNIFORM>)(p, x, rows, sums);
 }
 
+// Scales that many rows share multiply the tokens instead of the sums, once for all of these rows: their dots need no
+// totals then. Only tokens in fp32, which are rounded as any fp32 product is.
+constexpr int64_t BAND = 32;
+bool scales_tokens(const Problem& p) { return sizeof(Element) == 4 && p.scales_vary_along_k() && p.rows >= BAND; }
+
+// Packed tokens times FACTOR and the scales of one band of rows. False if some product is not a normal number: it would
+// have lost bits, or overflowed where the sum does not.
+bool scale_tokens(const Problem& p, const float* scales, Tokens tokens, Element* scaled) {
+    const Element* x = reinterpret_cast<const Element*>(tokens.packed);
+    uint32_t lost = 0;
+    for (int64_t block = 0, i = 0; block < p.blocks; ++block) {
+        const float scale = scales[block] * FACTOR;
+        for (int64_t end = smaller(round_up(p.k, CODES), (block + 1) * p.cols) * tokens.count; i < end; ++i) {
+            float product = float(x[i]) * scale;
+            scaled[i] = Element(product);
+            lost |= uint32_t(x[i] != 0) & uint32_t((bits_of(product) >> 23 & 0xFF) - 1 >= 254);
+        }
+    }
+    return !lost;
+}
+
+// Fetches what the streams of `count` rows begin with, which nothing else fetches ahead.
+INLINE void fetch_streams(const Problem& p, int64_t row, int64_t count) {
+    for (int64_t stream = ceil_div(count, 4), i = 0; i < count; i += stream)
+        for (int64_t k = 0; k < FETCHED; k += 64) __builtin_prefetch(p.data_row(row + i) + k);
+}
+
 int64_t dots_tokens(const Problem&) { return FEW; }
 
 Plan dots_plan(const Problem& p, int64_t tokens, int threads) {
     constexpr int64_t TASK = 1 << 20;  // bytes of a task: its streams start without having been fetched
     int64_t rows = smaller(ceil_div(TASK, larger<int64_t>(p.k, 1)), ceil_div(p.n, 4 * threads));
-    return {1, smaller(round_up(rows, 4), MOST_ROWS), tokens * round_up(p.k, CODES) * int64_t(sizeof(Element)), 0};
+    int64_t packed = tokens * round_up(p.k, CODES) * int64_t(sizeof(Element));
+    return {1, smaller(round_up(rows, 4), MOST_ROWS), packed, scales_tokens(p) ? packed : 0};
 }
 
 // Packed: [groups of CODES][tokens][CODES].
@@ -124,9 +152,20 @@ void dots_pack(const Problem& p, Tokens tokens, int64_t first, int64_t end) {
         }
 }
 
-void dots_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t*) {
+// Scratch: tokens times scales.
+void dots_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
     float sums[FEW * MOST_ROWS];
-    dot_panel_of<FEW>(p, tokens, rows, sums);
+    const Tokens scaled = {tokens.start, tokens.count, scratch};
+    Problem unscaled = p;  // one scale for all of k, which the tokens have
+    unscaled.cols = p.k;
+    int64_t end = rows.start + rows.count;
+    for (int64_t row = rows.start, band_end; row < end; row = band_end) {
+        band_end = scales_tokens(p) ? smaller(end, (row / p.rows + 1) * p.rows) : end;
+        if (band_end < end) fetch_streams(p, band_end, smaller(end - band_end, p.rows));
+        bool fits = scales_tokens(p) && scale_tokens(p, p.scale_row(row), tokens, reinterpret_cast<Element*>(scratch));
+        dot_panel_of<FEW>(fits ? unscaled : p, fits ? scaled : tokens, {row, band_end - row, nullptr},
+                          sums + (row - rows.start));
+    }
     uint8_t* out = p.out_row(tokens.start) + rows.start * size_of(p.out_type);
     finish(p, Ending(p, rows.start, rows.count), 0, sums, MOST_ROWS, tokens.count, rows.count, out);
 }

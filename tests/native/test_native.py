@@ -178,18 +178,29 @@ def test_scales_too_far_out_to_be_folded(library):
         assert linear(library, x, data, scale, MX).double().equal(product(x, data, scale, MX))
 
 
+@pytest.mark.parametrize("m", [1, 3, 8, 20])
+def test_scales_that_would_lift_tokens_out_of_range(library, m):
+    """Tokens times a block's scale would overflow, or lose bits below fp32's normal numbers; the product does not."""
+    for exponent, code, size in ((126, 2.0**-9, 2.0**-110), (100, 2.0**-9, 2.0**20), (-92, 256.0, 2.0**-60)):
+        data = torch.full((160, 256), code).to(torch.float8_e4m3fn)
+        scale = torch.tensor([[1.0, 1.0], [2.0**exponent] * 2])  # of rows up to 128, and of the others
+        x = torch.full((m, 256), size * (1 + 2.0**-7))
+        assert linear(library, x, data, scale, BLOCK_128).double().equal(product(x, data, scale, BLOCK_128))
+
+
+@pytest.mark.parametrize("granularity", [MX, BLOCK_128], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_infinity_stay_in_their_token(library, dtype):
+def test_nan_and_infinity_stay_in_their_token(library, dtype, granularity):
     torch.manual_seed(3)
-    data, scale = exact_weight(20, 100, MX)
-    data = torch.ones(20, 100).to(data.dtype)
-    for m in (2, 20):
-        x = torch.ones(m, 100, dtype=dtype)
+    data, scale = exact_weight(150, 300, granularity)
+    data = torch.ones(150, 300).to(data.dtype)
+    for m in (2, 5, 20):
+        x = torch.ones(m, 300, dtype=dtype)
         x[0, 3], x[1, 64] = torch.nan, torch.inf
-        y = linear(library, x, data, scale, MX)
+        y = linear(library, x, data, scale, granularity)
         assert y[0].isnan().all()
         assert y[1].eq(torch.inf).all()
-        assert y[2:].equal(product(x[2:], data, scale, MX).to(dtype))
+        assert y[2:].equal(product(x[2:], data, scale, granularity).to(dtype))
 
 
 def test_no_nan_rounds_to_a_number(library):

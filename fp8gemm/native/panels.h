@@ -11,16 +11,15 @@
 //   decode_strip         64 codes of ROWS rows -> Weights [64 / GRAIN][VECTORS]
 //   store                rounds sums to the type of out
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
+//   CHUNK                the most codes of a row that are decoded before they are multiplied
 //
-// A panel of the weight is decoded strip by strip, CHUNK codes of ROWS rows at a time, to the order in which they are
-// multiplied. Tiles of TOKENS x ROWS sums then stay in registers: they are never added across lanes, and are stored
-// contiguously. While a strip is multiplied, the codes of the next one are fetched, and a share of the next chunk of
-// the tokens if they are too large to stay in the cache.
+// A panel of the weight is decoded strip by strip, a chunk of codes of ROWS rows at a time, to the order in which they
+// are multiplied. Tiles of TOKENS x ROWS sums then stay in registers: they are never added across lanes, and are stored
+// contiguously, to out as soon as they are complete. While a strip is multiplied, the codes of the next one are fetched,
+// and a share of the next chunk of the tokens if they are too large to stay in the cache.
 
-constexpr int64_t CHUNK = 512;    // codes of a row that are decoded before they are multiplied
 constexpr int64_t RESTART = 256;  // elements along k after which sums start again from zero: less is lost by rounding
-constexpr int64_t STRIPS = 4;     // strips of a panel
-constexpr int64_t PANEL = STRIPS * ROWS;
+constexpr int64_t PANEL = 128;    // rows: as many as share a scale where blocks are 128 x 128
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
 // No power of two, at which all tokens would share few sets of the caches.
@@ -136,7 +135,9 @@ NOINLINE void finish(const Problem& p, const Ending& ending, int64_t first, cons
 
 int64_t block_tokens(const Problem&) { return 256; }
 
+// Chunks of about the same size: what a pass over all tokens costs, a short one costs as well.
 INLINE int64_t chunks(const Problem& p) { return larger<int64_t>(1, ceil_div(p.k, CHUNK)); }
+INLINE int64_t chunk_size(const Problem& p) { return larger<int64_t>(64, round_up(ceil_div(p.k, chunks(p)), 64)); }
 
 // Panels are smaller where there would be too few for all threads.
 Plan plan(const Problem& p, int64_t tokens, int threads) {
@@ -149,10 +150,11 @@ Plan plan(const Problem& p, int64_t tokens, int threads) {
 // Packed: [chunks][tokens][X_STRIDE].
 void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
     Element* packed = reinterpret_cast<Element*>(tokens.packed);
+    int64_t size = chunk_size(p);
     for (int64_t t = first; t < last; ++t)
-        for (int64_t k = 0; k < p.k; k += CHUNK) {
-            int64_t count = smaller(CHUNK, p.k - k);
-            Element* out = packed + (k / CHUNK * tokens.count + t) * X_STRIDE;
+        for (int64_t k = 0; k < p.k; k += size) {
+            int64_t count = smaller(size, p.k - k);
+            Element* out = packed + (k / size * tokens.count + t) * X_STRIDE;
             copy(p.x_row(tokens.start + t) + k * size_of(p.x_type), p.x_type, out, count);
             memset(out + count, 0, size_t(round_up(count, GRAIN) - count) * sizeof(Element));
         }
@@ -186,18 +188,36 @@ INLINE Segment* cut(const Problem& p, int64_t chunk, int64_t count, Segment* seg
     return segment;
 }
 
-// Multiplies a strip of one chunk, decoded at `w`, by all tokens.
-INLINE void multiply_strip(Tokens tokens, const Element* w, const Segment* segments, const Segment* end,
-                           int64_t chunk, const float* factors, float* sums, Ahead codes, Ahead ahead) {
-    int64_t tiles = ceil_div(tokens.count, TOKENS), bursts = 0;
-    for (const Segment* segment = segments; segment < end; ++segment) bursts += tiles * ceil_div(segment->units, 16);
+// A strip of one chunk: decoded, and where its sums are added up. `row` is its first in the panel; `out` is null before
+// the last chunk, of which the sums are complete.
+struct Strip {
+    const Element* w;
+    const Segment *segments, *end;
+    const float* factors;
+    float* sums;
+    int64_t row, rows;
+    bool first;
+    uint8_t* out;
+};
+
+// Multiplies a strip by all tokens, of which `x` are the elements of this chunk. What is stored is fetched before.
+INLINE void multiply_strip(const Problem& p, int64_t tokens, const Element* x, const Strip& strip, const Ending& ending,
+                           Ahead codes, Ahead ahead) {
+    int64_t tiles = ceil_div(tokens, TOKENS), bursts = 0, stride = p.out_stride * size_of(p.out_type);
+    for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
+        bursts += tiles * ceil_div(segment->units, 16);
     codes.burst = ceil_div(codes.left, larger<int64_t>(bursts, 1));
     ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
-    const Element* x = reinterpret_cast<const Element*>(tokens.packed) + chunk / CHUNK * tokens.count * X_STRIDE;
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
-        stop = tokens.count * (tile + 1) / tiles;
-        multiply_tile_of<TOKENS>(stop - token, x + token * X_STRIDE, w, segments, end, factors, chunk == 0,
-                                 sums + token * PANEL, codes, ahead);
+        stop = tokens * (tile + 1) / tiles;
+        float* sums = strip.sums + token * PANEL;
+        uint8_t* out = strip.out ? strip.out + token * stride : nullptr;
+        for (int64_t t = 0; out && t < stop - token; ++t)
+            for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
+                __builtin_prefetch(out + t * stride + byte, 1);
+        multiply_tile_of<TOKENS>(stop - token, x + token * X_STRIDE, strip.w, strip.segments, strip.end, strip.factors,
+                                 strip.first, sums, codes, ahead);
+        if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);
     }
 }
 
@@ -209,8 +229,20 @@ INLINE Ahead tokens_ahead(const Problem& p, Tokens tokens, Rows rows, int64_t ro
     if (tokens.count * chunks(p) * BYTES <= CACHED || !(more || rows.next)) return {nullptr, 0, 0};
     int64_t share = ceil_div(tokens.count, ceil_div(rows.count, ROWS));
     int64_t first = smaller(tokens.count, row / ROWS * share), count = smaller(share, tokens.count - first);
-    const uint8_t* start = tokens.packed + ((more ? following / CHUNK : 0) * tokens.count + first) * BYTES;
+    const uint8_t* start = tokens.packed + ((more ? following / chunk_size(p) : 0) * tokens.count + first) * BYTES;
     return {start, BYTES, BYTES, count * ceil_div(BYTES, 64)};
+}
+
+// While the strip at `codes` is multiplied: the next strip, of this chunk, of the next one, or of another panel.
+INLINE Ahead codes_ahead(const Problem& p, Rows rows, int64_t row, int64_t chunk, int64_t count, int64_t following) {
+    Ahead next = {p.data_row(rows.start + row + ROWS) + chunk, p.data_stride, count};
+    if (row + ROWS >= rows.count) {
+        bool more = following < p.k;
+        next.row = more ? p.data_row(rows.start) + following : rows.next;
+        next.width = smaller(chunk_size(p), more ? p.k - following : p.k);
+    }
+    if (next.row) next.left = ceil_div(next.width, 64) * ROWS;
+    return next;
 }
 
 // Scratch: a decoded strip, sums [tokens][PANEL], factors [blocks of a chunk][PANEL].
@@ -218,34 +250,28 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
     Element* w = reinterpret_cast<Element*>(scratch);
     float *sums = reinterpret_cast<float*>(w + CHUNK * ROWS), *factors = sums + tokens.count * PANEL;
     const Ending ending(p, rows.start, rows.count);
+    const Element* x = reinterpret_cast<const Element*>(tokens.packed);
     bool vary = p.scales_vary_along_k();
     Segment segments[CHUNK / GRAIN + CHUNK / RESTART];
+    int64_t size = chunk_size(p);
     for (int64_t chunk = 0, following; chunk < larger<int64_t>(p.k, 1); chunk = following) {
-        int64_t count = smaller(CHUNK, p.k - chunk), block = chunk / p.cols;
-        following = chunk + CHUNK;
+        int64_t count = smaller(size, p.k - chunk), block = chunk / p.cols;
+        following = chunk + size;
         const Segment* end = cut(p, chunk, count, segments);
         for (int64_t r = 0; vary && r < rows.count; ++r) {
             const float* scales = p.scale_row(rows.start + r);
             for (int64_t b = block; b * p.cols < chunk + count; ++b) factors[(b - block) * PANEL + r] = scales[b];
         }
         for (int64_t row = 0; row < rows.count; row += ROWS) {
-            const uint8_t* codes = p.data_row(rows.start + row) + chunk;
-            int64_t here = smaller<int64_t>(rows.count - row, ROWS);
-            decode(codes, p.data_stride, here, count, p.nans, w);
-            // Meanwhile, the next strip is fetched: of this chunk, of the next one, or of another panel.
-            Ahead next = {codes + ROWS * p.data_stride, p.data_stride, count};
-            if (row + ROWS >= rows.count) {
-                bool more = following < p.k;
-                next.row = more ? p.data_row(rows.start) + following : rows.next;
-                next.width = smaller(CHUNK, more ? p.k - following : p.k);
-            }
-            if (next.row) next.left = ceil_div(next.width, 64) * ROWS;
-            multiply_strip(tokens, w, segments, end, chunk, vary ? factors + row : nullptr, sums + row, next,
+            int64_t first = rows.start + row, here = smaller<int64_t>(rows.count - row, ROWS);
+            decode(p.data_row(first) + chunk, p.data_stride, here, count, p.nans, w);
+            uint8_t* out = following < p.k ? nullptr : p.out_row(tokens.start) + first * size_of(p.out_type);
+            const float* scales = vary ? factors + row : nullptr;
+            multiply_strip(p, tokens.count, x, {w, segments, end, scales, sums + row, row, here, chunk == 0, out},
+                           ending, codes_ahead(p, rows, row, chunk, count, following),
                            tokens_ahead(p, tokens, rows, row, following));
-            if (following < p.k) continue;
-            uint8_t* out = p.out_row(tokens.start) + (rows.start + row) * size_of(p.out_type);
-            finish(p, ending, row, sums + row, PANEL, tokens.count, here, out);
         }
+        x += tokens.count * X_STRIDE;
     }
 }
 

@@ -6,6 +6,7 @@
 //   levels.h       the instruction sets, and which of them this CPU has
 //   portable.h, avx2.h, avx512.h, avx512_bf16.h, neon.h
 //                  the vectors of one instruction set each, and how it decodes; for each of them
+//                    tiles.h            sums of some tokens with some rows, in registers
 //                    panels.h           products of many tokens: panels of the weight are decoded to memory
 //                    dots.h             products of few tokens: codes are decoded in registers
 //                    vector_quantize.h  the quantizer

@@ -12,6 +12,7 @@ namespace neon {
 constexpr const char* NAME = NAMES[NEON];
 constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 8, GRAIN = 4;
 constexpr int64_t CHUNK = 512;
+constexpr bool IN_PLACE = false;
 using Vec = float32x4_t;
 using Element = float;
 using Operand = Vec;

@@ -11,8 +11,8 @@ namespace avx512 {
 
 constexpr const char* NAME = NAMES[AVX512];
 constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, GRAIN = 1;
-constexpr int64_t CHUNK = 512;
-constexpr bool IN_PLACE = false;
+constexpr int64_t CHUNK = 512, PANEL = 128;
+constexpr bool IN_PLACE = false, FETCHES_TOKENS = true;
 using Vec = __m512;
 using Element = float;
 using Operand = Vec;

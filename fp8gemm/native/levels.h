@@ -26,7 +26,8 @@
 #endif
 
 #define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
+#if defined(BEGIN_TARGET)  // by an emulator of instructions, which compiles for none
+#elif defined(__clang__)
 #define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
 #else

@@ -6,8 +6,10 @@
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
-// Keeps a vector in a register.
+// Keeps a vector in a register. An emulator of instructions, which has no such registers, defines its own.
+#ifndef KEEP
 #define KEEP(vector) asm("" : "+v"(vector))
+#endif
 #define NOINLINE __attribute__((noinline))
 
 namespace {

@@ -10,13 +10,12 @@
 //   FACTOR               decoded weights times this are the weight's values
 //   store                rounds sums to the type of out
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
-//   CHUNK                the most codes of a row that are decoded before they are multiplied
-//   IN_PLACE             whether tokens in fp32 are multiplied where they lie, instead of being copied
+//   CHUNK, PANEL, IN_PLACE
+//                        as panels.h says
 //
 // Sums are never added across lanes, and are stored contiguously.
 
 constexpr int64_t RESTART = 256;    // elements along k after which sums start from zero: less is lost by rounding
-constexpr int64_t PANEL = 128;      // rows of a panel
 constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
 // No power of two, at which all tokens would share few sets of the caches.
@@ -70,28 +69,29 @@ struct Elements {
     Elements from(int64_t token) const { return {first + token * stride, stride}; }
 };
 
-// Elements of COUNT tokens. Three tokens share a pointer, as addresses are a pointer plus once or twice a register.
+// Elements of COUNT tokens. Where these may be anywhere, three share a pointer, as addresses are a pointer plus once or
+// twice a register.
 template <int COUNT> struct Cursor {
-    static constexpr int POINTERS = IN_PLACE ? (COUNT + 2) / 3 : 1;
+    static constexpr int SHARED = IN_PLACE ? 3 : COUNT, POINTERS = (COUNT + SHARED - 1) / SHARED;
     const Element* pointers[POINTERS];
-    int64_t stride;
+    const int64_t stride;
 
     INLINE explicit Cursor(Elements x) : stride(IN_PLACE ? x.stride : X_STRIDE) {
-        for (int i = 0; i < POINTERS; ++i) pointers[i] = x.first + 3 * i * stride;
+        for (int i = 0; i < POINTERS; ++i) pointers[i] = x.first + SHARED * i * stride;
     }
     INLINE Operand token(int t) const {
-        return IN_PLACE ? broadcast(pointers[t / 3] + t % 3 * stride) : broadcast(pointers[0] + t * X_STRIDE);
+        return broadcast(pointers[t / SHARED] + t % SHARED * (IN_PLACE ? stride : X_STRIDE));
     }
     INLINE void advance() {
         for (int i = 0; i < POINTERS; ++i) pointers[i] += GRAIN;
     }
 };
 
-// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless null,
-// multiply what each adds. The first segment's sums replace what is in memory if `first`.
+// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][stride], segment by segment; `factors`, unless
+// null, multiply what each adds. The first segment's sums replace what is in memory if `first`.
 template <int COUNT>
 NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* segment, const Segment* end,
-                            const float* factors, bool first, float* sums, Ahead& codes, Ahead& ahead) {
+                            const float* factors, bool first, float* sums, int64_t stride, Ahead& codes, Ahead& ahead) {
     Cursor<COUNT> x(elements);
     for (; segment < end; ++segment, first = false) {
         Vec added[COUNT][VECTORS];
@@ -114,7 +114,7 @@ NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* 
 #pragma GCC unroll 16
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) {
-                float* kept = sums + t * PANEL + j * LANES;
+                float* kept = sums + t * stride + j * LANES;
                 if (factor) added[t][j] = added[t][j] * FACTOR * floats(factor + j * LANES);
                 if (!first) added[t][j] += floats(kept);
                 memcpy(kept, &added[t][j], sizeof(Vec));

@@ -13,10 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from native_programs import DRIVER, altered, compiled
 
-from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
-
-DRIVER = Path(__file__).parents[1] / "sanitize/native_driver.cpp"
 LIBRARIES = "/usr/aarch64-linux-gnu"
 LEVELS = ["portable", "neon"]
 BF16, FP16, FP32 = 0, 1, 2
@@ -34,13 +32,7 @@ def compiler(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def driver(compiler, tmp_path_factory) -> Path:
-    return compiled(compiler, DRIVER, tmp_path_factory.mktemp("arm") / "driver")
-
-
-def compiled(compiler: tuple[str, ...], source: Path, program: Path, *further: str) -> Path:
-    flags = [flag for flag in FLAGS + FLOAT_FLAGS if flag not in ("-shared", "-fPIC")]
-    subprocess.run([*compiler, *flags, *further, str(source), "-o", str(program), *PROGRAM], check=True, timeout=600)
-    return program
+    return compiled(compiler, DRIVER, tmp_path_factory.mktemp("arm") / "driver", *PROGRAM)
 
 
 def emulate(*command: str) -> subprocess.CompletedProcess[str]:
@@ -57,22 +49,16 @@ def test_results_are_those_of_sums_in_double(driver, level):
 
 
 def test_no_byte_beyond_a_buffer_is_touched(tmp_path):
-    program = compiled(COMPILERS["g++"], DRIVER, tmp_path / "driver", *SANITIZERS)
+    program = compiled(COMPILERS["g++"], DRIVER, tmp_path / "driver", *SANITIZERS, *PROGRAM)
     result = emulate(str(program), str(LEVELS.index("neon")))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_code_that_is_decoded_wrongly_would_be_noticed(tmp_path):
     """The last bit of each mantissa is lost."""
-    shutil.copytree(DRIVER.parents[2] / "fp8gemm/native", tmp_path / "fp8gemm/native")
-    broken = tmp_path / "tests/sanitize" / DRIVER.name
-    broken.parent.mkdir(parents=True)
-    shutil.copy(DRIVER, broken)
-    header = tmp_path / "fp8gemm/native/neon.h"
-    text = header.read_text()
-    assert "0xBF80" in text
-    header.write_text(text.replace("0xBF80", "0xBF00"))
-    result = emulate(str(compiled(COMPILERS["g++"], broken, tmp_path / "driver")), str(LEVELS.index("neon")))
+    source = altered(tmp_path, "neon.h", "0xBF80", "0xBF00")
+    broken = compiled(COMPILERS["g++"], source, tmp_path / "driver", *PROGRAM)
+    result = emulate(str(broken), str(LEVELS.index("neon")))
     assert result.returncode == 1
     assert "neon, type 0: rows of 17 x 33 are wrong" in result.stdout
     assert "neon, type 0: 37 x 17 x 33 is wrong" in result.stdout

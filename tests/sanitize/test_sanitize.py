@@ -8,21 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from native_programs import DRIVER, OPENMP, compiled
 
-from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
-
-DRIVER = Path(__file__).with_name("native_driver.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# The driver is a program: instead of torch's OpenMP runtime, which a process would have, it links the system's.
-PROGRAM = ("-fopenmp", "-Wl,--no-as-needed", "-lgomp")
-
-
-def compiled(tmp_path: Path, source: Path) -> Path:
-    program = tmp_path / "driver"
-    flags = [flag for flag in FLAGS + FLOAT_FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
-    subprocess.run([COMPILER, *flags, *SANITIZERS, str(source), "-o", str(program), *PROGRAM], check=True, timeout=600)
-    return program
 
 
 def run(program: Path) -> subprocess.CompletedProcess[str]:
@@ -32,7 +21,7 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler: install one, or set CXX")
 def test_kernels_are_clean_and_exact(tmp_path):
-    result = run(compiled(tmp_path, DRIVER))
+    result = run(compiled([COMPILER], DRIVER, tmp_path / "driver", *SANITIZERS, *OPENMP))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -46,6 +35,6 @@ def test_the_sanitizers_notice_a_byte_too_many(tmp_path):
     )
     assert broken != text
     source.write_text(broken)
-    result = run(compiled(tmp_path, source))
+    result = run(compiled([COMPILER], source, tmp_path / "driver", *SANITIZERS, *OPENMP))
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr

@@ -1,0 +1,34 @@
+"""The compiled kernels as a program that checks itself: for sanitizers and for emulators."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
+
+DRIVER = Path(__file__).parent / "sanitize/native_driver.cpp"
+# Instead of torch's OpenMP runtime, which a process would have, a program links the system's.
+OPENMP = ("-fopenmp", "-Wl,--no-as-needed", "-lgomp")
+
+
+def compiled(compiler: Sequence[str], source: Path, program: Path, *further: str) -> Path:
+    """``program``, compiled from ``source`` as the library is, with further flags."""
+    flags = [flag for flag in FLAGS + FLOAT_FLAGS if flag not in ("-shared", "-fPIC")]
+    subprocess.run([*compiler, *flags, *further, str(source), "-o", str(program)], check=True, timeout=600)
+    return program
+
+
+def altered(folder: Path, header: str, old: str, new: str) -> Path:
+    """The driver in ``folder``, beside kernels of whose ``header`` all of one text is replaced."""
+    kernels = folder / "fp8gemm/native"
+    shutil.copytree(DRIVER.parents[2] / "fp8gemm/native", kernels)
+    text = (kernels / header).read_text()
+    assert old in text
+    (kernels / header).write_text(text.replace(old, new))
+    driver = folder / "tests/sanitize" / DRIVER.name
+    driver.parent.mkdir(parents=True)
+    shutil.copy(DRIVER, driver)
+    return driver

@@ -1,0 +1,76 @@
+"""AVX-512 and AMX on a CPU that may have neither: `bash .ci/run x86`, or `pytest tests/x86`.
+
+The intrinsics are functions of SIMDe (Debian's `libsimde-dev`) and of `emulated/immintrin.h`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_programs import DRIVER, OPENMP, altered, compiled
+
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+EMULATED = LEVELS[2:]
+BF16, FP32 = 0, 2
+FLAGS = (
+    *("-O1", "-mavx2", "-mfma", "-mf16c", "-I", str(Path(__file__).with_name("emulated"))),
+    *("-DKEEP(vector)=", "-DBEGIN_TARGET(features)=", "-DEND_TARGET="),
+    *OPENMP,
+)
+SANITIZERS = ("-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+def run(program: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Path:
+    return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", *FLAGS)
+
+
+@pytest.mark.parametrize("level", EMULATED)
+def test_results_are_those_of_sums_in_double(driver, level):
+    result = run(driver, LEVELS.index(level))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("level", "dtype"), [("avx512", FP32), ("avx512_bf16", BF16), ("amx", BF16)])
+def test_each_level_runs_its_own_kernels(driver, level, dtype):
+    result = run(driver, LEVELS.index(level), dtype, 20, 64, 128, 1)
+    assert result.stdout == f"{level}\n", result.stderr
+
+
+def test_nothing_but_avx2_is_executed(driver):
+    code = subprocess.run(["objdump", "-d", str(driver)], capture_output=True, text=True, check=True).stdout
+    assert "%ymm" in code
+    assert "%zmm" not in code
+    assert "tdpbf16ps" not in code
+
+
+def test_no_byte_beyond_a_buffer_is_touched(tmp_path):
+    program = compiled([COMPILER], DRIVER, tmp_path / "driver", *FLAGS, *SANITIZERS)
+    for level in EMULATED:
+        result = run(program, LEVELS.index(level))
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_codes_that_are_decoded_wrongly_would_be_noticed(tmp_path):
+    """With AVX-512 the last bit of each mantissa is lost, with bf16 instructions the sign."""
+    for header, old, new, levels in (
+        ("avx512.h", "0xBF80", "0xBF00", ["avx512"]),
+        ("avx512_bf16.h", "char(0x80)", "char(0x00)", ["avx512_bf16", "amx"]),
+    ):
+        source = altered(tmp_path / header, header, old, new)
+        broken = compiled([COMPILER], source, tmp_path / "driver", *FLAGS)
+        for level in levels:
+            result = run(broken, LEVELS.index(level))
+            assert result.returncode == 1
+            assert f"{level}, type 0: 37 x 17 x 33 is wrong" in result.stdout

@@ -21,13 +21,14 @@ def compiled(compiler: Sequence[str], source: Path, program: Path, *further: str
     return program
 
 
-def altered(folder: Path, header: str, old: str, new: str) -> Path:
-    """The driver in ``folder``, beside kernels of whose ``header`` all of one text is replaced."""
+def altered(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
+    """The driver in ``folder``, beside kernels in whose headers, by name, all of one text is replaced by another."""
     kernels = folder / "fp8gemm/native"
     shutil.copytree(DRIVER.parents[2] / "fp8gemm/native", kernels)
-    text = (kernels / header).read_text()
-    assert old in text
-    (kernels / header).write_text(text.replace(old, new))
+    for header, (old, new) in changes.items():
+        text = (kernels / header).read_text()
+        assert old in text
+        (kernels / header).write_text(text.replace(old, new))
     driver = folder / "tests/sanitize" / DRIVER.name
     driver.parent.mkdir(parents=True)
     shutil.copy(DRIVER, driver)

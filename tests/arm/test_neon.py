@@ -56,7 +56,7 @@ def test_no_byte_beyond_a_buffer_is_touched(tmp_path):
 
 def test_a_code_that_is_decoded_wrongly_would_be_noticed(tmp_path):
     """The last bit of each mantissa is lost."""
-    source = altered(tmp_path, "neon.h", "0xBF80", "0xBF00")
+    source = altered(tmp_path, {"neon.h": ("0xBF80", "0xBF00")})
     broken = compiled(COMPILERS["g++"], source, tmp_path / "driver", *PROGRAM)
     result = emulate(str(broken), str(LEVELS.index("neon")))
     assert result.returncode == 1

@@ -140,6 +140,7 @@ int main(int count, char** arguments) {
     int64_t given[7] = {};
     for (int i = 1; i < smaller(count, 7); ++i) given[i] = atoll(arguments[i]);
     if (count == 7) return multiply_only(int(given[1]), given[2], given[3], given[4], given[5], given[6]), 0;
+    if (given[1] > fp8gemm_level()) return printf("this CPU has no level %d\n", int(given[1])), 2;
     int wrong = 0;
     for (int level = 0; level <= fp8gemm_level(); ++level)
         if (count == 1 || level == given[1]) wrong += check(level);

@@ -76,9 +76,9 @@ inline __m512 cvtph_ps(__m256i half) {
     Lanes<__m128i, __m256i> x(half);
     return Lanes<__m256, __m512>::make([&](int i) { return _mm256_cvtph_ps(x.at[i]); });
 }
-inline __m256i cvtps_ph(__m512 vector) {  // to nearest, ties to even
+template <int ROUNDING> __m256i cvtps_ph(__m512 vector) {
     Lanes<__m256, __m512> x(vector);
-    return Lanes<__m128i, __m256i>::make([&](int i) { return _mm256_cvtps_ph(x.at[i], 0); });
+    return Lanes<__m128i, __m256i>::make([&](int i) { return _mm256_cvtps_ph(x.at[i], ROUNDING & 7); });
 }
 inline float reduce_add_ps(__m512 vector) {
     Floats x(vector);
@@ -137,6 +137,8 @@ inline thread_local Tiles tiles;
 inline void tile_loadconfig(const void* address) {
     uint8_t config[64];
     memcpy(config, address, sizeof config);
+    for (int i = 1; i < 16; ++i)
+        if (config[i]) fprintf(stderr, "byte %d of the tiles' shapes is not zero\n", i), abort();
     for (int i = 0; i < 8; ++i)
         if (config[0] != 1 || config[16 + 2 * i] != 64 || config[17 + 2 * i] || config[48 + i] != 16)
             fprintf(stderr, "tile %d is not of 16 rows of 64 bytes\n", i), abort();
@@ -202,7 +204,7 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #define _mm512_fpclass_ps_mask emulated::fpclass_ps_mask
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtph_ps emulated::cvtph_ps
-#define _mm512_cvtps_ph(vector, rounding) emulated::cvtps_ph(vector)
+#define _mm512_cvtps_ph(vector, rounding) emulated::cvtps_ph<rounding>(vector)
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_knot(mask) __mmask16(~(mask))
 #define _mm256_mask_storeu_epi16 emulated::store_some<uint16_t>

@@ -17,9 +17,9 @@
 //   driver.h       chooses a kernel, and distributes panels of the weight's rows over threads
 //
 // Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is
-// exact, or few tokens in fp32; only out is ever rounded to bf16. Each output is summed over k in an order that depends neither on the number
-// of threads nor on timing. It does depend on whether M is at most FEW, above which panels take over from dots, or on
-// AMX on whether M is 1; so a token's result may then differ in its last bits.
+// exact, or few tokens in fp32; only out is ever rounded to bf16. Each output is summed over k in an order that depends
+// neither on the number of threads nor on timing. It does depend on whether M is at most FEW, above which panels take
+// over from dots, or on AMX on whether M is 1; so a token's result may then differ in its last bits.
 
 #include "driver.h"
 

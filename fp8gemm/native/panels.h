@@ -84,7 +84,6 @@ struct Strip {
     const Segment *segments, *end;
     const float* factors;
     float* sums;
-    int64_t stride;  // from one token's sums to the next one's
     int64_t row, rows;
     bool first;
     uint8_t* out;
@@ -100,14 +99,14 @@ INLINE void multiply_strip(const Problem& p, int64_t tokens, Elements x, const S
     ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens * (tile + 1) / tiles;
-        float* sums = strip.sums + token * strip.stride;
+        float* sums = strip.sums + token * PANEL;
         uint8_t* out = strip.out ? strip.out + token * out_stride : nullptr;
         for (int64_t t = 0; out && t < stop - token; ++t)
             for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
                 __builtin_prefetch(out + t * out_stride + byte, 1);
         multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
-                                 strip.first, sums, strip.stride, codes, ahead);
-        if (out) finish(p, ending, strip.row, sums, strip.stride, stop - token, strip.rows, out);
+                                 strip.first, sums, codes, ahead);
+        if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);
     }
 }
 
@@ -142,18 +141,19 @@ INLINE Ahead codes_ahead(const Problem& p, Rows rows, int64_t row, int64_t chunk
     return next;
 }
 
-// Scratch: a decoded strip, sums [tokens][rows, rounded up to strips], factors [blocks of a chunk][PANEL].
+// Scratch: a decoded strip, sums [tokens][PANEL], factors [blocks of a chunk][PANEL].
 void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
     Element* w = reinterpret_cast<Element*>(scratch);
     float *sums = reinterpret_cast<float*>(w + CHUNK * ROWS), *factors = sums + tokens.count * PANEL;
     const Ending ending(p, rows.start, rows.count);
     bool vary = p.scales_vary_along_k();
     Segment segments[CHUNK / GRAIN + CHUNK / RESTART];
-    int64_t size = chunk_size(p), stride = round_up(rows.count, ROWS);
+    int64_t size = chunk_size(p);
     for (int64_t chunk = 0, following; chunk < larger<int64_t>(p.k, 1); chunk = following) {
         int64_t count = smaller(size, p.k - chunk), block = chunk / p.cols;
         following = chunk + size;
         const Segment* end = cut(p, chunk, count, segments);
+        const Elements x = elements(p, tokens, chunk);
         for (int64_t r = 0; vary && r < rows.count; ++r) {
             const float* scales = p.scale_row(rows.start + r);
             for (int64_t b = block; b * p.cols < chunk + count; ++b) factors[(b - block) * PANEL + r] = scales[b];
@@ -163,9 +163,8 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
             decode(p.data_row(first) + chunk, p.data_stride, here, count, p.nans, w);
             uint8_t* out = following < p.k ? nullptr : p.out_row(tokens.start) + first * size_of(p.out_type);
             const float* scales = vary ? factors + row : nullptr;
-            Strip strip = {w, segments, end, scales, sums + row, stride, row, here, chunk == 0, out};
-            multiply_strip(p, tokens.count, elements(p, tokens, chunk), strip, ending,
-                           codes_ahead(p, rows, row, chunk, count, following),
+            Strip strip = {w, segments, end, scales, sums + row, row, here, chunk == 0, out};
+            multiply_strip(p, tokens.count, x, strip, ending, codes_ahead(p, rows, row, chunk, count, following),
                            tokens_ahead(p, tokens, rows, row, following));
         }
     }

@@ -87,11 +87,11 @@ template <int COUNT> struct Cursor {
     }
 };
 
-// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][stride], segment by segment; `factors`, unless
+// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless
 // null, multiply what each adds. The first segment's sums replace what is in memory if `first`.
 template <int COUNT>
 NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* segment, const Segment* end,
-                            const float* factors, bool first, float* sums, int64_t stride, Ahead& codes, Ahead& ahead) {
+                            const float* factors, bool first, float* sums, Ahead& codes, Ahead& ahead) {
     Cursor<COUNT> x(elements);
     for (; segment < end; ++segment, first = false) {
         Vec added[COUNT][VECTORS];
@@ -114,7 +114,7 @@ NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* 
 #pragma GCC unroll 16
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) {
-                float* kept = sums + t * stride + j * LANES;
+                float* kept = sums + t * PANEL + j * LANES;
                 if (factor) added[t][j] = added[t][j] * FACTOR * floats(factor + j * LANES);
                 if (!first) added[t][j] += floats(kept);
                 memcpy(kept, &added[t][j], sizeof(Vec));

@@ -96,7 +96,7 @@ def instructions(plugin: Path, driver: Path, level: str, dtype: int, m: int, n: 
 def test_few_instructions_are_executed(driver, plugin, dtype):
     """Per weight and token, at least: 4 to decode 8 weights for any number of tokens, and one to multiply 4."""
     n, k = 512, 2048
-    for m, most in ((1, 1.3), (2, 0.75), (4, 0.6), (8, 0.6), (64, 0.42)):
+    for m, most in ((1, 1.3), (2, 0.75), (4, 0.6), (8, 0.6), (64, 0.4)):
         count = instructions(plugin, driver, "neon", dtype, m, n, k) / (m * n * k)
         assert 1 / 4 + 1 / 2 / m < count <= most, f"M={m}: {count}"
 

@@ -1,8 +1,13 @@
-"""Instruction sets of x86 processors, and the environments in which all libraries are held down to one of them."""
+"""Instruction sets of x86 processors, and the environments in which all libraries are held down to one of them.
+
+python benchmarks/isa.py                    prints those that this processor has, best first
+python benchmarks/isa.py avx2 COMMAND ...   runs a command held down to one
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -73,3 +78,18 @@ def in_effect() -> str:
 def limits() -> dict[str, str]:
     """Those of the variables that are set in this process."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        print(*available(), sep="\n")
+        return
+    level, *command = arguments
+    if level not in available() or not command:
+        levels = ", ".join(available()) or "no levels"
+        raise SystemExit(f"wanted one of {levels} and a command, found {' '.join(arguments)}")
+    os.execvpe(command[0], command, held_down(level))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,18 +72,36 @@ def test_wrong_arguments(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_environments_hold_all_libraries_down_as_ci_does() -> None:
-    """The lines ``hold_down ours torch oneDNN MKL`` of .ci/run."""
-    names = ["FP8GEMM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"]
-    lines = re.findall(r"^    hold_down (\w+) (\w+) (\w+) (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert {line[0] for line in lines} == {"avx2", "avx512"}
-    for line in lines:
-        environment = isa.held_down(line[0], {"PATH": "/bin"})
-        assert [environment[name] for name in names] == list(line)
-        assert environment["PATH"] == "/bin"
+def test_environments_hold_all_libraries_down() -> None:
+    environment = isa.held_down("avx512", {"PATH": "/bin"})
+    assert environment == {
+        "PATH": "/bin",
+        "FP8GEMM_ISA": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX512",
+    }
     assert isa.held_down("avx512_bf16")["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
     lowered = {"FP8GEMM_ISA": "avx2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "HOME": "/"}
     assert isa.held_down("amx", lowered) == {"HOME": "/"}
+
+
+@pytest.mark.skipif(not isa.available(), reason="no x86 processor with AVX2")
+def test_a_command_is_held_down() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "isa.py")]
+    printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == isa.available()
+    lowest = printed.split()[-1]
+    asked = [*script, lowest, sys.executable, "-c", "import os; print(os.environ['FP8GEMM_ISA'])"]
+    assert subprocess.run(asked, check=True, capture_output=True, text=True).stdout == f"{lowest}\n"
+
+
+def test_a_command_is_refused_an_instruction_set_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch does not ask the processor: it would stop at an illegal instruction."""
+    monkeypatch.setattr(isa, "available", lambda: ["avx2"])
+    with pytest.raises(SystemExit, match="wanted one of avx2 and a command, found avx512 pytest"):
+        isa.main(["avx512", "pytest"])
 
 
 def test_levels_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-// The operands of AMX: x packed and the weight decoded, in tiles that amx.h multiplies.
+// What both kernels for AMX are made of: the shapes of tiles, x in parts of bf16, scales that are added to exponents.
 
 #pragma once
 
@@ -8,56 +8,25 @@ BEGIN_TARGET(TARGET_AMX)
 namespace {
 namespace amx {
 
-constexpr int64_t TILE = 1024;  // bytes, of any of the three kinds: 16 rows of 64
-constexpr int64_t MAX_ROWS = 256;
+constexpr int64_t TILE = 1024;  // bytes of a whole tile, of any of the three kinds: 16 rows of 64
+constexpr int64_t STEP = 32;    // elements along k of a tile
 
-INLINE int64_t tokens_per_tile(int64_t x_type) { return 16 / parts(x_type); }
-INLINE int64_t tile_columns(const Problem& p, int64_t tokens) { return ceil_div(tokens, tokens_per_tile(p.x_type)); }
+// Tiles 0 to 3 are sums; the operands are 4 and 5, of which `height` rows are used as those of sums, and 6 and 7.
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_in_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
 
-int64_t block_tokens(const Problem& p) { return 32 * tokens_per_tile(p.x_type); }
-
-// Elements along k decoded at a time. Measured on 2 cores of a Xeon with AMX (L1 48 KB, L2 2 MB), gcc 12, November
-// 2026: while memory is the bottleneck, short chunks let decoding and multiplying overlap; with more tokens, longer
-// chunks load and store sums less often.
-INLINE int64_t chunk_of(int64_t columns) { return columns <= 4 ? 128 : 256; }
-
-// Many tokens do not fit in the L2 cache and are read once per panel; the panel's sums then take a quarter of it.
-Plan plan(const Problem& p, int64_t tokens, int threads) {
-    int64_t columns = tile_columns(p, tokens), chunk = chunk_of(columns);
-    int64_t share = round_up(ceil_div(p.n, 4 * threads), 32);
-    int64_t rows = columns <= 4 ? 32 : columns <= 8 ? 64 : larger<int64_t>(64, smaller(MAX_ROWS, share));
-    int64_t packed = columns * round_up(p.k, chunk) / 32 * TILE;
-    return {tokens_per_tile(p.x_type), rows, packed, rows * chunk * 2 + rows * columns * 64 + 4 * TILE};
-}
-
-// Tiles that are multiplied together are adjacent: a power-of-two distance would map them to few sets of the caches.
-INLINE int64_t packed_tile(const Problem& p, Tokens tokens, int64_t column, int64_t step) {
-    int64_t columns = tile_columns(p, tokens.count), steps = chunk_of(columns) / 32;
-    return ((step / steps * columns + column) * steps + step % steps) * TILE;
-}
-
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    explicit Shapes(int64_t height) {
+        for (int i = 0; i < 8; ++i) rows[i] = uint8_t(i < 6 ? height : 16);
     }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-        __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-        t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
+};
+
+INLINE void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
 }
 
 // The upper 16 bits of two vectors of 16 fp32.
@@ -76,16 +45,15 @@ INLINE __m512 cut(__m512 value, __m512& rest) {
     return _mm512_castsi512_ps(bits);
 }
 
-// Columns of up to 32 elements of one token, from `first` on: its bf16 parts, zero from `count` on.
-INLINE void split(const Problem& p, int64_t token, int64_t first, int64_t count, __m512i* columns) {
-    uint32_t mask = count >= 32 ? ~0u : (1u << larger<int64_t>(count, 0)) - 1;
-    const uint8_t* x = p.x_row(token) + first * size_of(p.x_type);
-    if (p.x_type == BF16) {
-        columns[0] = _mm512_maskz_loadu_epi16(mask, x);
+// Up to 32 elements of a token: their bf16 parts, with zeros from `count` on.
+INLINE void split(const uint8_t* x, int64_t type, int64_t count, __m512i* out) {
+    uint32_t mask = count >= STEP ? ~0u : (1u << larger<int64_t>(count, 0)) - 1;
+    if (type == BF16) {
+        out[0] = _mm512_maskz_loadu_epi16(mask, x);
         return;
     }
     __m512 low, high;
-    if (p.x_type == FP16) {
+    if (type == FP16) {
         __m512i half = _mm512_maskz_loadu_epi16(mask, x);
         low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
         high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
@@ -93,27 +61,10 @@ INLINE void split(const Problem& p, int64_t token, int64_t first, int64_t count,
         low = _mm512_maskz_loadu_ps(__mmask16(mask), x);
         high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 64);
     }
-    for (int64_t part = 0; part < parts(p.x_type); ++part) {
+    for (int64_t part = 0; part < parts(type); ++part) {
         __m512 low_rest, high_rest;
-        columns[part] = upper_halves(cut(low, low_rest), cut(high, high_rest));
+        out[part] = upper_halves(cut(low, low_rest), cut(high, high_rest));
         low = low_rest, high = high_rest;
-    }
-}
-
-// Packed: [chunks of k][columns of tiles][steps in a chunk][16 pairs of k][16 columns] of pairs of bf16.
-void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
-    int64_t per_tile = tokens_per_tile(p.x_type), width = parts(p.x_type);
-    for (int64_t tile = first; tile < last; ++tile) {
-        int64_t start = tile * per_tile, count = smaller(per_tile, tokens.count - start);
-        for (int64_t step = 0; step < round_up(p.k, 64) / 32; ++step) {
-            __m512i columns[16];
-            for (int64_t i = 0; i < 16; ++i) columns[i] = _mm512_setzero_si512();
-            for (int64_t i = 0; i < count; ++i)
-                split(p, tokens.start + start + i, step * 32, p.k - step * 32, columns + i * width);
-            transpose(columns);
-            uint8_t* out = tokens.packed + packed_tile(p, tokens, tile, step);
-            for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(out + i * 64, columns[i]);
-        }
     }
 }
 
@@ -123,41 +74,8 @@ INLINE bool folds(float scale) {
     return (bits & 0x807FFFFF) == 0 && bits >= (127 - 117) << 23 && bits <= (127 + 118) << 23;
 }
 
-// bf16 `values` of 32 codes times a power of two: added to the exponent, unless the value is zero or NaN.
-INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
-    __m512i exponent = _mm512_set1_epi16(short(bits_of(scale) >> 16) - 0x3F80);
-    return _mm512_mask_add_epi16((__m512i)values, ordinary, (__m512i)values, exponent);
-}
-
-// Decodes elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32], with zeros for missing rows.
-// Scales [16][blocks along k] multiply them, unless null; the 32 elements of step i are in block blocks[i].
-INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
-                   const float* const* scale_rows, const int64_t* blocks, uint8_t* out) {
-    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F), in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    for (int64_t r = 0; r < 16; ++r) {
-        bool exists = row + r < p.n;
-        const uint8_t* codes = p.data_row(exists ? row + r : 0) + first;
-        for (int64_t k = 0; k < count; k += 64, out += 2 * TILE) {
-            int64_t left = exists ? smaller<int64_t>(count - k, 64) : 0;
-            __m512i code = left == 64 ? _mm512_loadu_si512(codes + k)
-                                      : _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, codes + k);
-            if (next) _mm_prefetch(reinterpret_cast<const char*>(next + r * p.data_stride + k), _MM_HINT_T0);
-            __m512bh values[2];
-            avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, code), values);
-            if (scale_rows && left) {
-                __m512i magnitude = _mm512_and_si512(code, magnitude_bits);
-                uint64_t ordinary = _mm512_test_epi8_mask(magnitude, magnitude) &
-                                    _mm512_cmpneq_epi8_mask(magnitude, magnitude_bits);
-                const float* scales = scale_rows[r];
-                values[0] = (__m512bh)fold(values[0], __mmask32(ordinary), scales[blocks[k / 32]]);
-                values[1] = (__m512bh)fold(values[1], __mmask32(ordinary >> 32), scales[blocks[k / 32 + 1]]);
-            }
-            _mm512_store_si512(out, (__m512i)values[0]);
-            _mm512_store_si512(out + TILE, (__m512i)values[1]);
-        }
-        out += 64 - round_up(count, 64) / 32 * TILE;
-    }
-}
+// What such a scale adds to the 16 bits of a bf16.
+INLINE int exponent(float scale) { return short(bits_of(scale) >> 16) - 0x3F80; }
 
 }  // namespace amx
 }  // namespace

@@ -121,6 +121,8 @@ INLINE void decode_in_order(const uint8_t* codes, Vec* out) {
     out[0] = lower(half) * FACTOR, out[1] = upper(half) * FACTOR;
 }
 
+#include "tiles.h"
+
 #include "panels.h"
 
 #include "dots.h"

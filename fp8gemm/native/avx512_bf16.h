@@ -80,6 +80,8 @@ template <bool> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     decode_register(_mm512_loadu_si512(codes), out);
 }
 
+#include "tiles.h"
+
 #include "panels.h"
 
 #include "dots.h"

@@ -11,7 +11,8 @@
 #include "avx512_bf16.h"
 #endif
 #if FP8GEMM_HAS_AMX
-#include "amx.h"
+#include "amx_few.h"
+#include "amx_many.h"
 #endif
 #if defined(__aarch64__)
 #include "neon.h"
@@ -26,12 +27,26 @@ namespace {
 // Few tokens are multiplied by dot products, unless blocks along k are not made of the codes decoded at a time.
 #define CHOOSE(set) (p.m <= set::FEW && whole(set::CODES) ? &set::dots : &set::panels)
 
+#if FP8GEMM_HAS_AMX
+// For few tokens dot products are faster, unless blocks along k are too short for them.
+bool suits_amx(const Problem& p) {
+    constexpr int64_t DOTS[] = {3, 4, 6};  // tokens in bf16, fp16 and fp32
+    return p.k >= 32 && (p.m > DOTS[p.x_type] || p.cols < smaller<int64_t>(p.k, 64));
+}
+
+// The weight is decoded more slowly for amx_many, but its tokens and sums are not transposed. Measured on 2 cores of an
+// Intel Emerald Rapids, November 2026.
+const Kernel* choose_amx(const Problem& p) {
+    bool narrow = p.k <= (p.scales_vary_along_k() ? 512 : 1024) && p.m > 16;
+    bool many = p.x_type == FP32 || (p.x_type == FP16 && p.m >= 128) || narrow;
+    return many ? &amx_many::kernel : &amx_few::kernel;
+}
+#endif
+
 const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem& p) {
     auto whole = [&](int64_t codes) { return p.cols >= p.k || p.cols % codes == 0; };
 #if FP8GEMM_HAS_AMX
-    bool small_blocks = p.cols < smaller<int64_t>(p.k, 64);
-    bool worthwhile = p.k >= 32 && (p.m * parts(p.x_type) >= 2 || small_blocks);
-    if (level >= AMX && whole(32) && worthwhile) return &amx::kernel;
+    if (level >= AMX && whole(32) && suits_amx(p)) return choose_amx(p);
 #endif
 #if FP8GEMM_HAS_BF16
     if (level >= AVX512_BF16 && p.x_type == BF16 && whole(avx512_bf16::GRAIN)) return CHOOSE(avx512_bf16);
@@ -80,10 +95,15 @@ class Round {
   public:
     explicit Round(int threads) : threads(threads) {}
 
-    // Adds all tokens of a product, block by block. False if memory is missing.
+    // Adds all tokens of a product, block by block, of which there are more where panels are fewer than threads. False if
+    // memory is missing.
     bool add(const Problem& p, const Kernel& kernel) {
         if (p.m == 0 || p.n == 0) return true;
-        int64_t blocks = ceil_div(p.m, kernel.block_tokens(p)), unit = kernel.plan(p, 1, threads).pack_unit;
+        constexpr int64_t WORTHWHILE = 128;  // tokens for which a panel may be decoded once more
+        int64_t most = kernel.block_tokens(p), unit = kernel.plan(p, 1, threads).pack_unit;
+        int64_t panels_of_block = ceil_div(p.n, kernel.plan(p, smaller(p.m, most), threads).panel_rows);
+        int64_t for_all = smaller(ceil_div(2 * threads, panels_of_block), p.m / WORTHWHILE);
+        int64_t blocks = larger(ceil_div(p.m, most), for_all);
         int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
         for (int64_t start = 0; start < p.m; start += block) {
             int64_t tokens = smaller(block, p.m - start);

@@ -6,20 +6,22 @@
 //   levels.h       the instruction sets, and which of them this CPU has
 //   portable.h, avx2.h, avx512.h, avx512_bf16.h, neon.h
 //                  the vectors of one instruction set each, and how it decodes; for each of them
+//                    strips.h           what panels are made of
 //                    tiles.h            sums of some tokens with some rows, in registers
 //                    panels.h           products of many tokens: panels of the weight are decoded to memory
 //                    dots.h             products of few tokens: codes are decoded in registers
 //                    vector_quantize.h  the quantizer
 //                    vector_lookup.h    decoded rows
-//   amx_operands.h, amx.h
-//                  tiles of 16 x 16 outputs
+//   amx_operands.h tiles of 16 x 16 sums, in registers of their own: what they are made of; then
+//                    amx_many.h         panels of such tiles
+//                    amx_few.h          products that are dominated by decoding, which is faster here
 //   parallel.h     threads and their memory
 //   driver.h       chooses a kernel, and distributes panels of the weight's rows over threads
 //
 // Weights are decoded to bf16 or fp32, exactly; sums are fp32; scales multiply the sums, or the weights where that is
 // exact, or few tokens in fp32; only out is ever rounded to bf16. Each output is summed over k in an order that depends
-// neither on the number of threads nor on timing. It does depend on whether M is at most FEW, above which panels take
-// over from dots, or on AMX on whether M is 1; so a token's result may then differ in its last bits.
+// neither on the number of threads nor on timing. It does depend on the path that M takes, dots or panels or those of
+// AMX; so a token's result may differ in its last bits if it is multiplied with more or fewer others.
 
 #include "driver.h"
 

@@ -114,6 +114,8 @@ INLINE void decode_in_order(const uint8_t* codes, Vec* out) {
     for (int i = 0; i < IN_ORDER / LANES; ++i) out[i] = out[i] * FACTOR;
 }
 
+#include "tiles.h"
+
 #include "panels.h"
 
 #include "dots.h"

@@ -49,6 +49,8 @@ template <bool> INLINE void decode_codes(const uint8_t* codes, Operand* out) {
     for (int i = 0; i < CODES / LANES; ++i) decode_in_order(codes + i * LANES, out + i);
 }
 
+#include "tiles.h"
+
 #include "panels.h"
 
 #include "dots.h"

@@ -1,44 +1,32 @@
 // Tiles of a product: sums of some tokens with some rows of a decoded weight, in registers, with lanes along N. This is
-// included once per instruction set by panels.h, inside the set's namespace, which defines:
+// included once per instruction set, inside its namespace, which defines what strips.h needs and, in addition:
 //
-//   Vec, LANES           a vector of fp32 sums: of one token with LANES rows of the weight
-//   Element, GRAIN       an element of x and of a decoded weight; each lane multiplies GRAIN of them at a time
+//   PANEL                the most rows of a panel
 //   Operand              a vector of elements
 //   Weights              LANES x GRAIN elements of a decoded weight: an operand, or several `parts`
 //   load, broadcast      an operand from memory; one that stands for GRAIN elements of a token
 //   multiply_add         sums plus the products of weights and such an operand
-//   FACTOR               decoded weights times this are the weight's values
-//   store                rounds sums to the type of out
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
-//   CHUNK, PANEL, IN_PLACE
-//                        as panels.h says
+//   IN_PLACE             whether tokens in fp32 are multiplied where they lie, instead of being copied
 //
-// Sums are never added across lanes, and are stored contiguously.
+// It defines what panels.h asks of such tiles. Sums are never added across lanes, and are stored contiguously.
 
-constexpr int64_t RESTART = 256;    // elements along k after which sums start from zero: less is lost by rounding
-constexpr int64_t MOST_ROWS = 512;  // of a panel of dots
+#include "strips.h"
+
+constexpr int64_t RESTART = 256;  // elements along k after which sums start from zero: less is lost by rounding
 constexpr int WIDTH = sizeof(Operand) / sizeof(Element);
 // No power of two, at which all tokens would share few sets of the caches.
 constexpr int64_t X_STRIDE = CHUNK + 64 / int64_t(sizeof(Element));
 
-// Lines that come next, `left` of rows of `width` bytes, of which `burst` are fetched at a time.
-struct Ahead {
-    const uint8_t* row;
-    int64_t stride, width, left = 0, burst = 0, column = 0;
+int64_t block_tokens(const Problem&) { return 256; }
+INLINE int64_t pack_unit(int64_t) { return 1; }
+INLINE int64_t room_for(int64_t tokens) { return tokens; }
+INLINE int64_t packed_stride(const Problem&) { return X_STRIDE; }
 
-    INLINE void fetch() {
-        for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
-            __builtin_prefetch(row + column, 0, 2);
-            column += 64;
-            if (column >= width) column = 0, row += stride;
-        }
-    }
-};
-
-INLINE Vec floats(const float* address) {
-    Vec vector;
-    memcpy(&vector, address, sizeof vector);
-    return vector;
+// Whether tokens are multiplied where they lie: not if they share few sets of the caches, or if each has pages of its
+// own.
+INLINE bool in_place(const Problem& p) {
+    return IN_PLACE && p.x_type == FP32 && p.x_stride < 2048 && p.x_stride % 1024;
 }
 
 template <class Several> INLINE Several load_all(const Element* address) {
@@ -49,25 +37,6 @@ template <class Several> INLINE Several load_all(const Element* address) {
         return all;
     }
 }
-
-// `count` elements of x: bf16 as they are; those of any type as fp32.
-INLINE void copy(const uint8_t* x, int64_t, uint16_t* out, int64_t count) { memcpy(out, x, size_t(count) * 2); }
-INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
-    if (type == FP32) memcpy(out, x, size_t(count) * 4);
-    else if (type == BF16) for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, BF16);
-    else for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, FP16);
-}
-
-// Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
-struct Segment { int32_t units, factor; };
-
-// Elements of tokens, which follow each other at `stride`.
-struct Elements {
-    const Element* first;
-    int64_t stride;
-
-    Elements from(int64_t token) const { return {first + token * stride, stride}; }
-};
 
 // Elements of COUNT tokens. Where these may be anywhere, three share a pointer, as addresses are a pointer plus once or
 // twice a register.
@@ -127,31 +96,46 @@ template <int COUNT, class... Arguments> INLINE void multiply_tile_of(int64_t co
     if constexpr (COUNT > 1) multiply_tile_of<COUNT - 1>(count, arguments...);
 }
 
-// What the sums of each row become: times factor and scale, plus bias.
-struct Ending {
-    float factor, scale[MOST_ROWS], bias[MOST_ROWS];
-
-    Ending(const Problem& p, int64_t row, int64_t rows) : factor(p.scales_vary_along_k() ? 1.0f : FACTOR) {
-        const float* scales = p.scale_row(row);
-        if (p.rows == 1 && p.blocks == 1) memcpy(scale, scales, size_t(rows) * 4);
-        else for (int64_t r = 0; r < rows; ++r) scale[r] = p.scales_vary_along_k() ? 1.0f : *p.scale_row(row + r);
-        if (p.bias) copy(p.bias + row * size_of(p.bias_type), p.bias_type, bias, rows);
-    }
-};
-
-// out [tokens][rows] from sums [tokens][stride], rounded; `first` is the row's place in `ending`.
-NOINLINE void finish(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t stride,
-                     int64_t tokens, int64_t rows, uint8_t* out) {
-    for (; tokens > 0; --tokens, sums += stride, out += p.out_stride * size_of(p.out_type))
-        for (int64_t r = 0; r < rows; r += LANES) {
-            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + first + r);
-            if (p.bias) y += floats(ending.bias + first + r);
-            if (rows - r >= LANES) {
-                store(out + r * size_of(p.out_type), p.out_type, y);
-                continue;
-            }
-            float values[LANES];
-            memcpy(values, &y, sizeof values);
-            for (int64_t i = 0; i < rows - r; ++i) store_number(out, r + i, p.out_type, values[i]);
+// Packed: [chunks][tokens][X_STRIDE].
+void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
+    if (in_place(p)) return;
+    Element* packed = reinterpret_cast<Element*>(tokens.packed);
+    int64_t size = chunk_size(p);
+    for (int64_t t = first; t < last; ++t)
+        for (int64_t k = 0; k < p.k; k += size) {
+            int64_t count = smaller(size, p.k - k);
+            Element* out = packed + (k / size * tokens.count + t) * X_STRIDE;
+            copy(p.x_row(tokens.start + t) + k * size_of(p.x_type), p.x_type, out, count);
+            memset(out + count, 0, size_t(round_up(count, GRAIN) - count) * sizeof(Element));
         }
+}
+
+// The tokens' elements of the chunk that begins at `chunk`.
+INLINE Elements elements(const Problem& p, Tokens tokens, int64_t chunk) {
+    if (in_place(p)) return {reinterpret_cast<const Element*>(p.x_row(tokens.start)) + chunk, p.x_stride};
+    const Element* packed = reinterpret_cast<const Element*>(tokens.packed);
+    return {packed + chunk / chunk_size(p) * tokens.count * X_STRIDE, X_STRIDE};
+}
+
+// Multiplies a strip by all tokens' elements from `chunk` on. What is stored is fetched before.
+INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const Strip& strip, const Ending& ending,
+                           Ahead codes, Ahead ahead) {
+    const Elements x = elements(p, all, chunk);
+    int64_t tokens = all.count, tiles = ceil_div(tokens, TOKENS), bursts = 0;
+    int64_t out_stride = p.out_stride * size_of(p.out_type);
+    for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
+        bursts += tiles * ceil_div(segment->units, 16);
+    codes.burst = ceil_div(codes.left, larger<int64_t>(bursts, 1));
+    ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
+    for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
+        stop = tokens * (tile + 1) / tiles;
+        float* sums = strip.sums + token * PANEL;
+        uint8_t* out = strip.out ? strip.out + token * out_stride : nullptr;
+        for (int64_t t = 0; out && t < stop - token; ++t)
+            for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
+                __builtin_prefetch(out + t * out_stride + byte, 1);
+        multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
+                                 strip.first, sums, codes, ahead);
+        if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);
+    }
 }

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from native_programs import DRIVER, OPENMP, compiled
+from native_programs import DRIVER, OPENMP, compiled, run
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-
-
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler: install one, or set CXX")

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_programs import DRIVER, OPENMP, altered, compiled
+from native_programs import DRIVER, OPENMP, altered, compiled, run
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
@@ -20,15 +20,9 @@ BF16, FP32 = 0, 2
 FLAGS = (
     *("-O1", "-mavx2", "-mfma", "-mf16c", "-I", str(Path(__file__).with_name("emulated"))),
     *("-DKEEP(vector)=", "-DBEGIN_TARGET(features)=", "-DEND_TARGET="),
-    *OPENMP,
+    *("-ffp-contract=off", *OPENMP),  # compiled otherwise, a sum is rounded as the compiler likes
 )
 SANITIZERS = ("-O0", "-fsanitize=address")  # optimized, it takes ten minutes to compile
-
-
-def run(program: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +34,19 @@ def driver(tmp_path_factory) -> Path:
 def test_results_are_those_of_sums_in_double(driver, level):
     result = run(driver, LEVELS.index(level))
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", "-O1", "-ffp-contract=off", *OPENMP)
+
+
+@pytest.mark.parametrize("level", EMULATED)
+def test_results_are_those_of_a_cpu_that_has_the_instructions(driver, real, level):
+    found = run(real, LEVELS.index(level))
+    if found.returncode == 2:
+        pytest.skip(f"this CPU has no {level}")
+    assert (found.returncode, found.stdout) == (0, run(driver, LEVELS.index(level)).stdout)
 
 
 def test_a_level_that_is_missing_is_no_success(driver):

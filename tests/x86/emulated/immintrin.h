@@ -100,6 +100,11 @@ template <class Number, class Vector> Vector load_some(uint64_t mask, const void
     });
 }
 
+inline __m512 mask_loadu_ps(__m512 others, __mmask16 mask, const void* address) {
+    Floats loaded(load_some<float, __m512>(mask, address)), other(others);
+    return Floats::make([&](int i) { return mask >> i & 1 ? loaded.at[i] : other.at[i]; });
+}
+
 // Arithmetic of bf16 takes subnormal numbers for zero, and rounds to none.
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float from_bf16(uint16_t half) { return flushed(bits<float>(uint32_t(half) << 16)); }
@@ -111,6 +116,10 @@ inline uint16_t to_bf16(float x) {
 inline __m256bh cvtneps_pbh(__m512 vector) {
     Floats x(vector);
     return Lanes<uint16_t, __m256bh>::make([&](int i) { return to_bf16(x.at[i]); });
+}
+inline __m512bh cvtne2ps_pbh(__m512 upper, __m512 lower) {
+    Floats high(upper), low(lower);
+    return Lanes<uint16_t, __m512bh>::make([&](int i) { return to_bf16(i < 16 ? low.at[i] : high.at[i - 16]); });
 }
 inline __m512 dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
     Floats sum(sums);
@@ -124,6 +133,7 @@ inline __m512 dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 struct Tile { uint8_t rows[16][64]; };
 struct Tiles {
     bool configured = false;
+    uint8_t heights[8];
     Tile tiles[8];
 
     Tile& operator[](int index) {
@@ -133,29 +143,35 @@ struct Tiles {
 };
 inline thread_local Tiles tiles;
 
-// All tiles are of 16 rows of 64 bytes, the shape that the kernels use.
+// Tiles of up to 16 rows of 64 bytes, the shapes that the kernels use.
 inline void tile_loadconfig(const void* address) {
     uint8_t config[64];
     memcpy(config, address, sizeof config);
     for (int i = 1; i < 16; ++i)
         if (config[i]) fprintf(stderr, "byte %d of the tiles' shapes is not zero\n", i), abort();
     for (int i = 0; i < 8; ++i)
-        if (config[0] != 1 || config[16 + 2 * i] != 64 || config[17 + 2 * i] || config[48 + i] != 16)
-            fprintf(stderr, "tile %d is not of 16 rows of 64 bytes\n", i), abort();
+        if (config[0] != 1 || config[16 + 2 * i] != 64 || config[17 + 2 * i] || !config[48 + i] || config[48 + i] > 16)
+            fprintf(stderr, "tile %d is not of 1 to 16 rows of 64 bytes\n", i), abort();
     tiles.configured = true;
+    memcpy(tiles.heights, config + 48, sizeof tiles.heights);
     memset(tiles.tiles, 0, sizeof tiles.tiles);
 }
 inline void tile_release() { tiles.configured = false; }
 inline void tile_zero(int tile) { memset(&tiles[tile], 0, sizeof(Tile)); }
 inline void tile_loadd(int tile, const void* address, int64_t stride) {
-    for (int r = 0; r < 16; ++r) memcpy(tiles[tile].rows[r], static_cast<const char*>(address) + r * stride, 64);
+    tile_zero(tile);
+    for (int r = 0; r < tiles.heights[tile]; ++r)
+        memcpy(tiles[tile].rows[r], static_cast<const char*>(address) + r * stride, 64);
 }
 inline void tile_stored(int tile, void* address, int64_t stride) {
-    for (int r = 0; r < 16; ++r) memcpy(static_cast<char*>(address) + r * stride, tiles[tile].rows[r], 64);
+    for (int r = 0; r < tiles.heights[tile]; ++r)
+        memcpy(static_cast<char*>(address) + r * stride, tiles[tile].rows[r], 64);
 }
 inline void tile_dpbf16ps(int sums, int a, int b) {
     static_assert(sizeof(float[16]) == 64);
     Tile &c = tiles[sums], &x = tiles[a], &y = tiles[b];
+    if (tiles.heights[sums] != tiles.heights[a] || tiles.heights[b] != 16)
+        fprintf(stderr, "tiles %d, %d and %d do not fit each other\n", sums, a, b), abort();
     float values[16][32], factors[16][32];
     for (int r = 0; r < 16; ++r)
         for (int i = 0; i < 32; ++i) {
@@ -190,8 +206,10 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #undef _mm512_mask_storeu_ps
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_maskz_loadu_epi16
+#undef _mm512_mask_loadu_ps
 #undef _mm512_maskz_loadu_ps
 #undef _mm512_cvtneps_pbh
+#undef _mm512_cvtne2ps_pbh
 #undef _mm512_dpbf16_ps
 #undef _tile_loadconfig
 #undef _tile_release
@@ -211,8 +229,10 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #define _mm512_mask_storeu_ps emulated::store_some<float>
 #define _mm512_maskz_loadu_epi8 emulated::load_some<uint8_t, __m512i>
 #define _mm512_maskz_loadu_epi16 emulated::load_some<uint16_t, __m512i>
+#define _mm512_mask_loadu_ps emulated::mask_loadu_ps
 #define _mm512_maskz_loadu_ps emulated::load_some<float, __m512>
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
 #define _tile_loadconfig emulated::tile_loadconfig
 #define _tile_release emulated::tile_release

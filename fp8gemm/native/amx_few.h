@@ -1,17 +1,17 @@
-// AMX: tiles of 16 x 16 outputs.
+// AMX, few tokens: tiles of sums of 16 rows of the weight with 16 tokens.
 //
 // C [16 rows of w, 16 columns] += A [16, 32] B [32, 16] in bf16, with the weight as A: decoded rows can be used as A
-// tiles directly, while B needs pairs of k interleaved, so x is transposed once, when it is packed. A token is one
-// column if x is bf16; fp16 and fp32 are split into 2 and 3 bf16 parts with exactly their sum, one column each, and the
-// columns are added at the end.
+// tiles directly, while B needs pairs of k interleaved, so x is transposed once, when it is packed, and so are sums. A
+// token is one column if x is bf16; fp16 and fp32 are split into 2 and 3 bf16 parts with exactly their sum, one column
+// each, and the columns are added at the end.
 
 #pragma once
 
-#include "amx_operands.h"
+#include "amx_few_operands.h"
 
 BEGIN_TARGET(TARGET_AMX)
 namespace {
-namespace amx {
+namespace amx_few {
 
 // c[2][COLUMNS] (+)= sum over `steps` of a[2] b[COLUMNS], all tiles; the strides of a, b and c are in bytes.
 template <int COLUMNS>
@@ -22,19 +22,14 @@ INLINE void multiply(const uint8_t* a, const uint8_t* b, int64_t stride, int64_t
         _tile_loadd(2, c + c_stride, 64);
         if (COLUMNS > 1) _tile_loadd(1, c + TILE, 64);
         if (COLUMNS > 1) _tile_loadd(3, c + c_stride + TILE, 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    } else amx::zero_sums();
     for (int64_t step = 0; step < steps; ++step, a += TILE, b += TILE) {
-        _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
         if (COLUMNS > 1) _tile_loadd(7, b + stride, 64);
-        if (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(4, a, 64);
         _tile_loadd(5, a + stride, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         if (COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
     }
@@ -92,12 +87,6 @@ INLINE void finish(const Problem& p, const uint8_t* sums, int64_t row, int64_t t
     }
 }
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_in_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // All tiles of sums of a panel, token by token; in tile order, stores would miss on one line of out after the other.
 INLINE void finish_panel(const Problem& p, Tokens tokens, Rows rows, const uint8_t* sums) {
     int64_t per_tile = tokens_per_tile(p.x_type), columns = tile_columns(p, tokens.count);
@@ -113,8 +102,8 @@ INLINE void finish_panel(const Problem& p, Tokens tokens, Rows rows, const uint8
 
 // Workspace: a decoded chunk [tiles of 16 rows][steps], sums [tiles of 16 rows][columns of tiles], 4 more tiles.
 void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
-    static constexpr TileConfig config;
-    _tile_loadconfig(&config);
+    static const amx::Shapes shapes(16);
+    _tile_loadconfig(&shapes);
     int64_t columns = tile_columns(p, tokens.count), padded_rows = round_up(rows.count, 32), size = chunk_of(columns);
     uint8_t *sums = weight + padded_rows * size * 2, *tiles = sums + padded_rows * columns * 64;
     const float* scale_rows[MAX_ROWS];
@@ -123,7 +112,7 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     bool vary = p.scales_vary_along_k(), folded = vary && (columns > 4 || p.cols < 64);
     for (int64_t r = 0; r < padded_rows; ++r) {
         scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
-        for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block) folded = folds(scale_rows[r][block]);
+        for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block) folded = amx::folds(scale_rows[r][block]);
     }
     for (int64_t chunk = 0; chunk < p.k; chunk += size) {
         int64_t count = smaller(size, p.k - chunk), stride = size / 32 * TILE, c_stride = columns * TILE;
@@ -154,6 +143,6 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
 
 const Kernel kernel = {NAMES[AMX], block_tokens, plan, pack, panel};
 
-}  // namespace amx
+}  // namespace amx_few
 }  // namespace
 END_TARGET

@@ -1,0 +1,263 @@
+// AMX, many tokens: tiles of sums of 16 tokens with 16 rows of the weight.
+//
+// C [16 tokens][16 rows] += A [16 tokens][32 along k] B [16 pairs along k][16 rows] in bf16. Tokens in bf16 can be used
+// as A where they lie, and sums are stored as they are: only the weight is transposed, once for all tokens of a block;
+// decoded for AVX512_BF16, it is made of such B already. Tokens in fp16 and fp32 are split into 2 and 3 bf16 parts with
+// exactly their sum, each an A of its own.
+
+#pragma once
+
+#include "amx_operands.h"
+
+BEGIN_TARGET(TARGET_AMX)
+namespace {
+namespace amx_many {
+
+using amx::STEP;
+using avx512_bf16::decode_strip, avx512_bf16::store;
+using avx512_bf16::Element, avx512_bf16::Vec;
+
+constexpr const char* NAME = NAMES[AMX];
+constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, GRAIN = 2;
+constexpr int64_t CHUNK = 1024, PANEL = 256, RESTART = CHUNK;
+constexpr bool FETCHES_TOKENS = true, DECODES_NANS = true;
+constexpr float FACTOR = 1.0f;
+
+#include "strips.h"
+
+constexpr int64_t WEIGHTS = STEP * ROWS;  // elements of w in a step: lines of B of 16 rows and of the others alternate
+constexpr int64_t LINE = 2 * 64;          // bytes from one line of B to the next
+
+// Tokens of a tile. All tiles have as many; the last has some that the tile before it has, too.
+INLINE int64_t height_of(int64_t tokens) { return ceil_div(tokens, ceil_div(tokens, 16)); }
+INLINE int64_t first_of(int64_t tokens, int64_t tile) {
+    return smaller(tile * height_of(tokens), tokens - height_of(tokens));
+}
+INLINE int64_t pack_unit(int64_t tokens) { return height_of(tokens); }
+INLINE int64_t room_for(int64_t tokens) { return round_up(tokens, height_of(tokens)); }
+INLINE int64_t packed_stride(const Problem& p) { return chunk_size(p) * parts(p.x_type); }
+// Not if each token has pages of its own.
+INLINE bool in_place(const Problem& p) { return p.x_type == BF16 && p.k % STEP == 0 && p.x_stride <= 1024; }
+
+// Packed, or with sums that are kept from chunk to chunk: so few that all is in the cache; else, of a megabyte, half of a
+// large L2 cache.
+int64_t block_tokens(const Problem& p) {
+    bool kept = !in_place(p) || chunks(p) > 1;
+    return kept ? 256 / parts(p.x_type) : smaller<int64_t>(1024, (1 << 19) / larger<int64_t>(512, p.x_stride));
+}
+
+// The packed elements of a tile's tokens, from the chunk that begins at `chunk` on.
+INLINE Element* packed(const Problem& p, Tokens tokens, int64_t chunk, int64_t tile) {
+    int64_t before = chunk / chunk_size(p) * room_for(tokens.count) + tile * height_of(tokens.count);
+    return reinterpret_cast<Element*>(tokens.packed) + before * packed_stride(p);
+}
+
+// Packed: [chunks][tiles][parts][steps][height][STEP].
+void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
+    int64_t height = height_of(tokens.count), size = chunk_size(p), width = parts(p.x_type);
+    for (int64_t tile = first; !in_place(p) && tile < last; ++tile)
+        for (int64_t chunk = 0; chunk < p.k; chunk += size)
+            for (int64_t t = 0; t < height; ++t) {
+                const uint8_t* x = p.x_row(tokens.start + first_of(tokens.count, tile) + t);
+                Element* out = packed(p, tokens, chunk, tile) + t * STEP;
+                for (int64_t k = chunk; k < smaller(chunk + size, p.k); k += STEP, out += height * STEP) {
+                    __m512i several[3];
+                    amx::split(x + k * size_of(p.x_type), p.x_type, p.k - k, several);
+                    for (int64_t i = 0; i < width; ++i) _mm512_storeu_si512(out + i * size * height, several[i]);
+                }
+            }
+}
+
+// Elements of one or two tiles of tokens: `row` bytes from a token to the next, and in elements from a step along k and
+// from a part to the next.
+struct Pair { const Element *first, *second; int64_t row, step, part, parts, height; };
+
+INLINE Pair pair_of(const Problem& p, Tokens tokens, int64_t chunk, int64_t tile, int64_t second) {
+    int64_t height = height_of(tokens.count);
+    if (!in_place(p))
+        return {packed(p, tokens, chunk, tile), packed(p, tokens, chunk, second), STEP * 2, STEP * height,
+                chunk_size(p) * height, parts(p.x_type), height};
+    auto x = [&](int64_t i) {
+        return reinterpret_cast<const Element*>(p.x_row(tokens.start + first_of(tokens.count, i))) + chunk;
+    };
+    return {x(tile), x(second), p.x_stride * 2, STEP, 0, 1, height};
+}
+
+// Sums [tokens][ROWS] of one or two tiles of tokens, `stride` apart in memory.
+template <int TILES> INLINE void load_sums(const float* sums, int64_t height, int64_t stride) {
+    _tile_loadd(0, sums, stride * 4);
+    _tile_loadd(1, sums + LANES, stride * 4);
+    if (TILES > 1) _tile_loadd(2, sums + height * stride, stride * 4);
+    if (TILES > 1) _tile_loadd(3, sums + height * stride + LANES, stride * 4);
+}
+template <int TILES> INLINE void store_sums(float* sums, int64_t height, int64_t stride) {
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + LANES, stride * 4);
+    if (TILES > 1) _tile_stored(2, sums + height * stride, stride * 4);
+    if (TILES > 1) _tile_stored(3, sums + height * stride + LANES, stride * 4);
+}
+
+// Adds `steps` of x times w to the sums in tiles.
+template <int TILES>
+INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Ahead& codes, Ahead& ahead) {
+    for (int64_t step = 0; step < steps; ++step, x.first += x.step, x.second += x.step, w += WEIGHTS) {
+        codes.fetch(), ahead.fetch();
+        _tile_loadd(6, w, LINE);
+        _tile_loadd(7, w + LANES * GRAIN, LINE);
+        const Element *a = x.first, *b = x.second;
+        for (int64_t part = 0; part < x.parts; ++part, a += x.part, b += x.part) {
+            _tile_loadd(4, a, x.row);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (TILES > 1) _tile_loadd(5, b, x.row);
+            if (TILES > 1) _tile_dpbf16ps(2, 5, 6);
+            if (TILES > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+// Where the sums of a strip are, and where they are stored: in a panel until they are complete.
+struct Place { float* sums; int64_t stride; };
+
+// Adds several segments' own sums [COUNT][2 x 16][ROWS], times their factors, to what is `kept` unless that is null.
+template <int COUNT>
+INLINE void add_up(const float* added, const float* const* factors, int64_t tokens, const Place* kept, Place out) {
+    for (int j = 0; j < VECTORS; ++j) {
+        Vec factor[COUNT];
+        for (int i = 0; i < COUNT; ++i) factor[i] = floats(factors[i] + j * LANES);
+        for (int64_t t = 0; t < tokens; ++t) {
+            Vec sum = kept ? floats(kept->sums + t * kept->stride + j * LANES) : Vec{};
+            for (int i = 0; i < COUNT; ++i) sum += floats(added + (i * 32 + t) * ROWS + j * LANES) * factor[i];
+            memcpy(out.sums + t * out.stride + j * LANES, &sum, sizeof sum);
+        }
+    }
+}
+
+// Multiplies a strip by one or two tiles of tokens. Each segment is multiplied by its factors if `scaled`.
+template <int TILES>
+NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums, Place out, Ahead& codes,
+                             Ahead& ahead) {
+    constexpr int SEVERAL = 4;  // segments: sums are loaded and stored once for all
+    auto steps_of = [](const Segment* segment) { return ceil_div(segment->units * GRAIN, STEP); };
+    const Element* w = strip.w;
+    if (!scaled) {
+        if (strip.first) amx::zero_sums();
+        else load_sums<TILES>(sums.sums, x.height, sums.stride);
+        int64_t steps = 0;
+        for (const Segment* segment = strip.segments; segment < strip.end; ++segment) steps += steps_of(segment);
+        multiply_steps<TILES>(x, w, steps, codes, ahead);
+        return store_sums<TILES>(out.sums, x.height, out.stride);
+    }
+    alignas(64) float added[SEVERAL][32 * ROWS];
+    const Place* kept = strip.first ? nullptr : &sums;
+    for (const Segment* segment = strip.segments; segment < strip.end; kept = &out) {
+        const float* factors[SEVERAL];
+        int count = 0;
+        for (; count < SEVERAL && segment < strip.end; ++count, ++segment) {
+            int64_t steps = steps_of(segment);
+            amx::zero_sums();
+            multiply_steps<TILES>(x, w, steps, codes, ahead);
+            store_sums<TILES>(added[count], x.height, ROWS);
+            factors[count] = strip.factors + segment->factor * PANEL;
+            x.first += steps * x.step, x.second += steps * x.step, w += steps * WEIGHTS;
+        }
+        auto* add = count == 4 ? add_up<4> : count == 3 ? add_up<3> : count == 2 ? add_up<2> : add_up<1>;
+        add(added[0], factors, TILES * x.height, kept, out);
+    }
+}
+
+// The factors of a segment for 16 rows of a strip, from lane `j` on, as bits; of rows that are missing, one.
+INLINE __m512i factors_of(const Strip& strip, const Segment* segment, int j) {
+    int64_t rows = larger<int64_t>(smaller<int64_t>(strip.rows - j, LANES), 0);
+    const float* factors = strip.factors + segment->factor * PANEL + j;
+    return _mm512_castps_si512(_mm512_mask_loadu_ps(_mm512_set1_ps(1.0f), __mmask16((1u << rows) - 1), factors));
+}
+
+// Whether all factors can be added to exponents, see amx::folds.
+INLINE bool folds(const Strip& strip) {
+    bool all = true;
+    for (const Segment* segment = strip.segments; all && segment < strip.end; ++segment)
+        for (int64_t r = 0; all && r < strip.rows; ++r)
+            all = amx::folds(strip.factors[segment->factor * PANEL + r]);
+    return all;
+}
+
+// Multiplies the decoded weight by such factors: what is neither zero nor NaN.
+INLINE void fold(const Strip& strip, Element* w) {
+    const __m512i magnitude_bits = _mm512_set1_epi16(0x7FFF), nan = _mm512_set1_epi16(0x7FC0);
+    for (const Segment* segment = strip.segments; segment < strip.end; ++segment) {
+        __m512i exponents[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) {
+            __m512i upper = _mm512_srli_epi32(factors_of(strip, segment, j * LANES), 16);
+            __m512i both = _mm512_or_si512(upper, _mm512_slli_epi32(upper, 16));
+            exponents[j] = _mm512_sub_epi16(both, _mm512_set1_epi16(0x3F80));
+        }
+        for (int64_t i = 0; i < segment->units * VECTORS; ++i, w += LANES * GRAIN) {
+            __m512i values = _mm512_loadu_si512(w), magnitudes = _mm512_and_si512(values, magnitude_bits);
+            __mmask32 ordinary = _mm512_test_epi16_mask(magnitudes, magnitudes) &
+                                 ~_mm512_cmpeq_epi16_mask(magnitudes, nan);
+            _mm512_storeu_si512(w, _mm512_mask_add_epi16(values, ordinary, values, exponents[i % VECTORS]));
+        }
+    }
+}
+
+// Rounds complete sums [tokens][ROWS] to bf16; as finish does, which is for any type and number of rows.
+INLINE void finish_bf16(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t tokens,
+                        uint8_t* out) {
+    const Vec low = floats(ending.scale + first), high = floats(ending.scale + first + LANES);
+    Vec low_bias{}, high_bias{};
+    if (p.bias) low_bias = floats(ending.bias + first), high_bias = floats(ending.bias + first + LANES);
+    for (; tokens > 0; --tokens, sums += ROWS, out += p.out_stride * 2) {
+        Vec y = floats(sums) * low, z = floats(sums + LANES) * high;
+        if (p.bias) y += low_bias, z += high_bias;
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(z, y));
+    }
+}
+
+// Multiplies a strip by all tokens' elements from `chunk` on. What is stored is fetched before.
+INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const Strip& strip, const Ending& ending,
+                           Ahead codes, Ahead ahead) {
+    int64_t height = height_of(tokens.count), tiles = ceil_div(tokens.count, height), steps = 0;
+    int64_t out_stride = p.out_stride * size_of(p.out_type);
+    for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
+        steps += ceil_div(segment->units * GRAIN, STEP) * ceil_div(tiles, 2);
+    codes.burst = ceil_div(codes.left, larger<int64_t>(steps, 1));
+    ahead.burst = ceil_div(ahead.left, larger<int64_t>(steps, 1));
+    // For few tokens it is cheaper to multiply the sums of long blocks than the weight.
+    bool scaled = strip.factors;
+    if (scaled && (tokens.count > 64 || p.cols < 64) && folds(strip)) fold(strip, strip.w), scaled = false;
+    alignas(64) float complete[32 * ROWS];
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+        int64_t second = smaller(tile + 1, tiles - 1), count = second - tile + 1;
+        uint8_t* outs[2] = {};
+        for (int64_t i = 0; strip.out && i < count; ++i) {
+            outs[i] = strip.out + first_of(tokens.count, tile + i) * out_stride;
+            for (int64_t t = 0; t < height; ++t)
+                for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
+                    __builtin_prefetch(outs[i] + t * out_stride + byte, 1);
+        }
+        const Place sums = {strip.sums + tile * height * PANEL, PANEL}, out = {complete, ROWS};
+        (count > 1 ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled, sums,
+                                                            strip.out ? out : sums, codes, ahead);
+        for (int64_t i = 0; strip.out && i < count; ++i) {
+            const float* of_tile = complete + i * height * ROWS;
+            if (p.out_type == BF16 && strip.rows == ROWS) finish_bf16(p, ending, strip.row, of_tile, height, outs[i]);
+            else finish(p, ending, strip.row, of_tile, ROWS, height, strip.rows, outs[i]);
+        }
+    }
+}
+
+#include "panels.h"
+
+void tile_panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
+    const amx::Shapes shapes(height_of(tokens.count));
+    _tile_loadconfig(&shapes);
+    panel(p, tokens, rows, scratch);
+    _tile_release();
+}
+
+const Kernel kernel = {NAME, block_tokens, plan, pack, tile_panel};
+
+}  // namespace amx_many
+}  // namespace
+END_TARGET

@@ -1,0 +1,94 @@
+// What panels of every instruction set are made of. This is included once per instruction set, inside its namespace, which
+// defines:
+//
+//   Vec, LANES           a vector of fp32 sums: of one token with LANES rows of the weight
+//   Element, GRAIN       an element of x and of a decoded weight; each lane multiplies GRAIN of them at a time
+//   CHUNK                the most codes of a row that are decoded before they are multiplied
+//   FACTOR               decoded weights times this are the weight's values
+//   store                rounds sums to the type of out
+
+constexpr int64_t MOST_ROWS = 512;  // of a panel
+
+// Chunks of about the same size: what a pass over all tokens costs, a short one costs as well.
+INLINE int64_t chunks(const Problem& p) { return larger<int64_t>(1, ceil_div(p.k, CHUNK)); }
+INLINE int64_t chunk_size(const Problem& p) { return larger<int64_t>(64, round_up(ceil_div(p.k, chunks(p)), 64)); }
+
+// Lines that come next, `left` of rows of `width` bytes, of which `burst` are fetched at a time.
+struct Ahead {
+    const uint8_t* row;
+    int64_t stride, width, left = 0, burst = 0, column = 0;
+
+    INLINE void fetch() {
+        for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
+            __builtin_prefetch(row + column, 0, 2);
+            column += 64;
+            if (column >= width) column = 0, row += stride;
+        }
+    }
+};
+
+INLINE Vec floats(const float* address) {
+    Vec vector;
+    memcpy(&vector, address, sizeof vector);
+    return vector;
+}
+
+// `count` elements of x: bf16 as they are; those of any type as fp32.
+INLINE void copy(const uint8_t* x, int64_t, uint16_t* out, int64_t count) { memcpy(out, x, size_t(count) * 2); }
+INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
+    if (type == FP32) memcpy(out, x, size_t(count) * 4);
+    else if (type == BF16) for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, BF16);
+    else for (int64_t i = 0; i < count; ++i) out[i] = load_number(x, i, FP16);
+}
+
+// Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
+struct Segment { int32_t units, factor; };
+
+// Elements of tokens, which follow each other at `stride`.
+struct Elements {
+    const Element* first;
+    int64_t stride;
+
+    Elements from(int64_t token) const { return {first + token * stride, stride}; }
+};
+
+// A strip of one chunk: decoded, and where its sums are added up. `row` is its first in the panel; `out` is null before
+// the last chunk, of which the sums are complete.
+struct Strip {
+    Element* w;
+    const Segment *segments, *end;
+    const float* factors;
+    float* sums;
+    int64_t row, rows;
+    bool first;
+    uint8_t* out;
+};
+
+// What the sums of each row become: times factor and scale, plus bias.
+struct Ending {
+    float factor, scale[MOST_ROWS], bias[MOST_ROWS];
+
+    Ending(const Problem& p, int64_t row, int64_t rows) : factor(p.scales_vary_along_k() ? 1.0f : FACTOR) {
+        const float* scales = p.scale_row(row);
+        if (p.rows == 1 && p.blocks == 1) memcpy(scale, scales, size_t(rows) * 4);
+        else for (int64_t r = 0; r < rows; ++r) scale[r] = p.scales_vary_along_k() ? 1.0f : *p.scale_row(row + r);
+        if (p.bias) copy(p.bias + row * size_of(p.bias_type), p.bias_type, bias, rows);
+    }
+};
+
+// out [tokens][rows] from sums [tokens][stride], rounded; `first` is the row's place in `ending`.
+NOINLINE void finish(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t stride,
+                     int64_t tokens, int64_t rows, uint8_t* out) {
+    for (; tokens > 0; --tokens, sums += stride, out += p.out_stride * size_of(p.out_type))
+        for (int64_t r = 0; r < rows; r += LANES) {
+            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + first + r);
+            if (p.bias) y += floats(ending.bias + first + r);
+            if (rows - r >= LANES) {
+                store(out + r * size_of(p.out_type), p.out_type, y);
+                continue;
+            }
+            float values[LANES];
+            memcpy(values, &y, sizeof values);
+            for (int64_t i = 0; i < rows - r; ++i) store_number(out, r + i, p.out_type, values[i]);
+        }
+}

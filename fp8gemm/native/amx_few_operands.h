@@ -85,10 +85,29 @@ INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
     return _mm512_mask_add_epi16((__m512i)values, ordinary, (__m512i)values, added);
 }
 
+// Decodes GROUPS x 64 codes of 16 rows to A tiles [steps][16 rows][32], and fetches the same of `next`.
+template <int GROUPS> INLINE void decode_whole(const uint8_t* codes, const uint8_t* next, int64_t stride, uint8_t* out) {
+    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    for (int64_t r = 0; r < 16; ++r, codes += stride, next += stride, out += 64) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < GROUPS; ++i) {
+            __m512bh values[2];
+            avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(codes + i * 64)), values);
+            _mm_prefetch(reinterpret_cast<const char*>(next + i * 64), _MM_HINT_T0);
+            _mm512_store_si512(out + 2 * i * TILE, (__m512i)values[0]);
+            _mm512_store_si512(out + (2 * i + 1) * TILE, (__m512i)values[1]);
+        }
+    }
+}
+
 // Decodes elements [first, first + count) of 16 rows to A tiles [steps][16 rows][32], with zeros for missing rows.
 // Scales [16][blocks along k] multiply them, unless null; the 32 elements of step i are in block blocks[i].
 INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, const uint8_t* next,
                    const float* const* scale_rows, const int64_t* blocks, uint8_t* out) {
+    if (row + 16 <= p.n && !scale_rows && (count == 128 || count == 256)) {
+        const uint8_t *codes = p.data_row(row) + first, *ahead = next ? next : codes;
+        return (count == 128 ? decode_whole<2> : decode_whole<4>)(codes, ahead, p.data_stride, out);
+    }
     const __m512i magnitude_bits = _mm512_set1_epi8(0x7F), in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t r = 0; r < 16; ++r) {
         bool exists = row + r < p.n;

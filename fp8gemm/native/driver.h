@@ -37,7 +37,7 @@ bool suits_amx(const Problem& p) {
 // The weight is decoded more slowly for amx_many, but its tokens and sums are not transposed. Measured on 2 cores of an
 // Intel Emerald Rapids, November 2026.
 const Kernel* choose_amx(const Problem& p) {
-    bool narrow = p.k <= (p.scales_vary_along_k() ? 512 : 1024) && p.m > 16;
+    bool narrow = p.k <= (p.scales_vary_along_k() ? 512 : 1024) && 16 * p.m > p.k;
     bool many = p.x_type == FP32 || (p.x_type == FP16 && p.m >= 128) || narrow;
     return many ? &amx_many::kernel : &amx_few::kernel;
 }

@@ -112,7 +112,8 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* weight) {
     bool vary = p.scales_vary_along_k(), folded = vary && (columns > 4 || p.cols < 64);
     for (int64_t r = 0; r < padded_rows; ++r) {
         scale_rows[r] = p.scale_row(smaller(rows.start + r, p.n - 1));
-        for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block) folded = amx::folds(scale_rows[r][block]);
+        for (int64_t block = 0; folded && block < ceil_div(p.k, p.cols); ++block)
+            folded = amx::folds(scale_rows[r][block]);
     }
     for (int64_t chunk = 0; chunk < p.k; chunk += size) {
         int64_t count = smaller(size, p.k - chunk), stride = size / 32 * TILE, c_stride = columns * TILE;

@@ -86,13 +86,15 @@ INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
 }
 
 // Decodes GROUPS x 64 codes of 16 rows to A tiles [steps][16 rows][32], and fetches the same of `next`.
-template <int GROUPS> INLINE void decode_whole(const uint8_t* codes, const uint8_t* next, int64_t stride, uint8_t* out) {
+template <int GROUPS>
+INLINE void decode_whole(const uint8_t* codes, const uint8_t* next, int64_t stride, uint8_t* out) {
     const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t r = 0; r < 16; ++r, codes += stride, next += stride, out += 64) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < GROUPS; ++i) {
             __m512bh values[2];
-            avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(codes + i * 64)), values);
+            __m512i code = _mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(codes + i * 64));
+            avx512_bf16::decode_register(code, values);
             _mm_prefetch(reinterpret_cast<const char*>(next + i * 64), _MM_HINT_T0);
             _mm512_store_si512(out + 2 * i * TILE, (__m512i)values[0]);
             _mm512_store_si512(out + (2 * i + 1) * TILE, (__m512i)values[1]);

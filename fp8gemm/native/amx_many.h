@@ -39,8 +39,8 @@ INLINE int64_t packed_stride(const Problem& p) { return chunk_size(p) * parts(p.
 // Not if each token has pages of its own.
 INLINE bool in_place(const Problem& p) { return p.x_type == BF16 && p.k % STEP == 0 && p.x_stride <= 1024; }
 
-// Packed, or with sums that are kept from chunk to chunk: so few that all is in the cache; else, of a megabyte, half of a
-// large L2 cache.
+// If they are packed, or their sums kept from chunk to chunk, so few that all is in the cache; else a megabyte, half of
+// a large L2 cache.
 int64_t block_tokens(const Problem& p) {
     bool kept = !in_place(p) || chunks(p) > 1;
     return kept ? 256 / parts(p.x_type) : smaller<int64_t>(1024, (1 << 19) / larger<int64_t>(512, p.x_stride));
@@ -83,13 +83,7 @@ INLINE Pair pair_of(const Problem& p, Tokens tokens, int64_t chunk, int64_t tile
     return {x(tile), x(second), p.x_stride * 2, STEP, 0, 1, height};
 }
 
-// Sums [tokens][ROWS] of one or two tiles of tokens, `stride` apart in memory.
-template <int TILES> INLINE void load_sums(const float* sums, int64_t height, int64_t stride) {
-    _tile_loadd(0, sums, stride * 4);
-    _tile_loadd(1, sums + LANES, stride * 4);
-    if (TILES > 1) _tile_loadd(2, sums + height * stride, stride * 4);
-    if (TILES > 1) _tile_loadd(3, sums + height * stride + LANES, stride * 4);
-}
+// Sums [tokens][ROWS] of one or two tiles of tokens to memory, `stride` apart.
 template <int TILES> INLINE void store_sums(float* sums, int64_t height, int64_t stride) {
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + LANES, stride * 4);
@@ -133,22 +127,27 @@ INLINE void add_up(const float* added, const float* const* factors, int64_t toke
     }
 }
 
-// Multiplies a strip by one or two tiles of tokens. Each segment is multiplied by its factors if `scaled`.
+// Multiplies a strip by one or two tiles of tokens. Each segment is multiplied by its factors if `scaled`. Sums start
+// from zero in each chunk, so that less is lost by rounding.
 template <int TILES>
 NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums, Place out, Ahead& codes,
                              Ahead& ahead) {
     constexpr int SEVERAL = 4;  // segments: sums are loaded and stored once for all
     auto steps_of = [](const Segment* segment) { return ceil_div(segment->units * GRAIN, STEP); };
     const Element* w = strip.w;
+    alignas(64) float added[SEVERAL][32 * ROWS];
     if (!scaled) {
-        if (strip.first) amx::zero_sums();
-        else load_sums<TILES>(sums.sums, x.height, sums.stride);
         int64_t steps = 0;
         for (const Segment* segment = strip.segments; segment < strip.end; ++segment) steps += steps_of(segment);
+        amx::zero_sums();
         multiply_steps<TILES>(x, w, steps, codes, ahead);
-        return store_sums<TILES>(out.sums, x.height, out.stride);
+        if (strip.first) return store_sums<TILES>(out.sums, x.height, out.stride);
+        float ones[ROWS];
+        for (float& one : ones) one = 1.0f;
+        const float* factors[] = {ones};
+        store_sums<TILES>(added[0], x.height, ROWS);
+        return add_up<1>(added[0], factors, TILES * x.height, &sums, out);
     }
-    alignas(64) float added[SEVERAL][32 * ROWS];
     const Place* kept = strip.first ? nullptr : &sums;
     for (const Segment* segment = strip.segments; segment < strip.end; kept = &out) {
         const float* factors[SEVERAL];
@@ -237,8 +236,8 @@ INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const
                     __builtin_prefetch(outs[i] + t * out_stride + byte, 1);
         }
         const Place sums = {strip.sums + tile * height * PANEL, PANEL}, out = {complete, ROWS};
-        (count > 1 ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled, sums,
-                                                            strip.out ? out : sums, codes, ahead);
+        (count > 1 ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,
+                                                            sums, strip.out ? out : sums, codes, ahead);
         for (int64_t i = 0; strip.out && i < count; ++i) {
             const float* of_tile = complete + i * height * ROWS;
             if (p.out_type == BF16 && strip.rows == ROWS) finish_bf16(p, ending, strip.row, of_tile, height, outs[i]);

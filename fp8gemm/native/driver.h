@@ -95,8 +95,8 @@ class Round {
   public:
     explicit Round(int threads) : threads(threads) {}
 
-    // Adds all tokens of a product, block by block, of which there are more where panels are fewer than threads. False if
-    // memory is missing.
+    // Adds all tokens of a product, block by block, of which there are more where panels are fewer than threads. False
+    // if memory is missing.
     bool add(const Problem& p, const Kernel& kernel) {
         if (p.m == 0 || p.n == 0) return true;
         constexpr int64_t WORTHWHILE = 128;  // tokens for which a panel may be decoded once more

@@ -1,5 +1,5 @@
-// Products of many tokens. This is included once per instruction set, inside its namespace, after strips.h. The namespace
-// defines:
+// Products of many tokens. This is included once per instruction set, inside its namespace, after strips.h. The
+// namespace defines:
 //
 //   decode_strip         64 codes of ROWS rows -> a decoded weight [64 / GRAIN][ROWS][GRAIN]
 //   DECODES_NANS         whether it decodes NaN without being told
@@ -58,13 +58,15 @@ INLINE Segment* cut(const Problem& p, int64_t chunk, int64_t count, Segment* seg
 // While the strip from `row` on is multiplied: its share of the tokens' next chunk, which is the first one if another
 // panel follows.
 INLINE Ahead tokens_ahead(const Problem& p, Tokens tokens, Rows rows, int64_t row, int64_t following) {
-    const int64_t BYTES = packed_stride(p) * int64_t(sizeof(Element)), CACHED = 1 << 19;  // half of a large L2 cache
-    bool more = following < p.k, large = tokens.count * chunks(p) * BYTES > CACHED;
+    constexpr int64_t CACHED = 1 << 19;  // bytes: half of a large L2 cache
+    const int64_t width = packed_stride(p) * int64_t(sizeof(Element));
+    bool more = following < p.k, large = tokens.count * chunks(p) * width > CACHED;
     if (!FETCHES_TOKENS || in_place(p) || !large || !(more || rows.next)) return {nullptr, 0, 0};
     int64_t share = ceil_div(tokens.count, ceil_div(rows.count, ROWS));
     int64_t first = smaller(tokens.count, row / ROWS * share), count = smaller(share, tokens.count - first);
-    const uint8_t* start = tokens.packed + ((more ? following / chunk_size(p) : 0) * room_for(tokens.count) + first) * BYTES;
-    return {start, BYTES, BYTES, count * ceil_div(BYTES, 64)};
+    int64_t before = (more ? following / chunk_size(p) : 0) * room_for(tokens.count) + first;
+    const uint8_t* start = tokens.packed + before * width;
+    return {start, width, width, count * ceil_div(width, 64)};
 }
 
 // While the strip at `codes` is multiplied: the next strip, of this chunk, of the next one, or of another panel.

@@ -1,5 +1,5 @@
-// What panels of every instruction set are made of. This is included once per instruction set, inside its namespace, which
-// defines:
+// What panels of every instruction set are made of. This is included once per instruction set, inside its namespace,
+// which defines:
 //
 //   Vec, LANES           a vector of fp32 sums: of one token with LANES rows of the weight
 //   Element, GRAIN       an element of x and of a decoded weight; each lane multiplies GRAIN of them at a time

@@ -8,8 +8,7 @@ BEGIN_TARGET(TARGET_AMX)
 namespace {
 namespace amx_few {
 
-using amx::TILE;
-
+constexpr int64_t TILE = 1024;  // bytes, of any of the three kinds: 16 rows of 64
 constexpr int64_t MAX_ROWS = 256;
 
 INLINE int64_t tokens_per_tile(int64_t x_type) { return 16 / parts(x_type); }
@@ -81,20 +80,24 @@ void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
 
 // bf16 `values` of 32 codes times a power of two: added to the exponent, unless the value is zero or NaN.
 INLINE __m512i fold(__m512bh values, __mmask32 ordinary, float scale) {
-    __m512i added = _mm512_set1_epi16(short(amx::exponent(scale)));
+    __m512i added = _mm512_set1_epi16(short((bits_of(scale) >> 16) - 0x3F80));
     return _mm512_mask_add_epi16((__m512i)values, ordinary, (__m512i)values, added);
+}
+
+// 64 codes: the bf16 of the first 32 and of the others.
+INLINE void decode_in_order(__m512i code, __m512bh* values) {
+    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, code), values);
 }
 
 // Decodes GROUPS x 64 codes of 16 rows to A tiles [steps][16 rows][32], and fetches the same of `next`.
 template <int GROUPS>
 INLINE void decode_whole(const uint8_t* codes, const uint8_t* next, int64_t stride, uint8_t* out) {
-    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t r = 0; r < 16; ++r, codes += stride, next += stride, out += 64) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < GROUPS; ++i) {
             __m512bh values[2];
-            __m512i code = _mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(codes + i * 64));
-            avx512_bf16::decode_register(code, values);
+            decode_in_order(_mm512_loadu_si512(codes + i * 64), values);
             _mm_prefetch(reinterpret_cast<const char*>(next + i * 64), _MM_HINT_T0);
             _mm512_store_si512(out + 2 * i * TILE, (__m512i)values[0]);
             _mm512_store_si512(out + (2 * i + 1) * TILE, (__m512i)values[1]);
@@ -110,7 +113,7 @@ INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, 
         const uint8_t *codes = p.data_row(row) + first, *ahead = next ? next : codes;
         return (count == 128 ? decode_whole<2> : decode_whole<4>)(codes, ahead, p.data_stride, out);
     }
-    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F), in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m512i magnitude_bits = _mm512_set1_epi8(0x7F);
     for (int64_t r = 0; r < 16; ++r) {
         bool exists = row + r < p.n;
         const uint8_t* codes = p.data_row(exists ? row + r : 0) + first;
@@ -120,7 +123,7 @@ INLINE void decode(const Problem& p, int64_t row, int64_t first, int64_t count, 
                                       : _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, codes + k);
             if (next) _mm_prefetch(reinterpret_cast<const char*>(next + r * p.data_stride + k), _MM_HINT_T0);
             __m512bh values[2];
-            avx512_bf16::decode_register(_mm512_permutexvar_epi64(in_order, code), values);
+            decode_in_order(code, values);
             if (scale_rows && left) {
                 __m512i magnitude = _mm512_and_si512(code, magnitude_bits);
                 uint64_t ordinary = _mm512_test_epi8_mask(magnitude, magnitude) &

@@ -165,13 +165,6 @@ NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums
     }
 }
 
-// The factors of a segment for 16 rows of a strip, from lane `j` on, as bits; of rows that are missing, one.
-INLINE __m512i factors_of(const Strip& strip, const Segment* segment, int j) {
-    int64_t rows = larger<int64_t>(smaller<int64_t>(strip.rows - j, LANES), 0);
-    const float* factors = strip.factors + segment->factor * PANEL + j;
-    return _mm512_castps_si512(_mm512_mask_loadu_ps(_mm512_set1_ps(1.0f), __mmask16((1u << rows) - 1), factors));
-}
-
 // Whether all factors can be added to exponents, see amx::folds.
 INLINE bool folds(const Strip& strip) {
     bool all = true;
@@ -181,13 +174,15 @@ INLINE bool folds(const Strip& strip) {
     return all;
 }
 
-// Multiplies the decoded weight by such factors: what is neither zero nor NaN.
-INLINE void fold(const Strip& strip, Element* w) {
+// Multiplies the decoded weight by such factors: what is neither zero, as all of a missing row is, nor NaN.
+INLINE void fold(const Strip& strip) {
+    Element* w = strip.w;
     const __m512i magnitude_bits = _mm512_set1_epi16(0x7FFF), nan = _mm512_set1_epi16(0x7FC0);
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment) {
         __m512i exponents[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
-            __m512i upper = _mm512_srli_epi32(factors_of(strip, segment, j * LANES), 16);
+            const float* factors = strip.factors + segment->factor * PANEL + j * LANES;
+            __m512i upper = _mm512_srli_epi32(_mm512_loadu_si512(factors), 16);
             __m512i both = _mm512_or_si512(upper, _mm512_slli_epi32(upper, 16));
             exponents[j] = _mm512_sub_epi16(both, _mm512_set1_epi16(0x3F80));
         }
@@ -220,20 +215,17 @@ INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const
     int64_t out_stride = p.out_stride * size_of(p.out_type);
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
         steps += ceil_div(segment->units * GRAIN, STEP) * ceil_div(tiles, 2);
-    codes.burst = ceil_div(codes.left, larger<int64_t>(steps, 1));
-    ahead.burst = ceil_div(ahead.left, larger<int64_t>(steps, 1));
+    codes.spread(steps), ahead.spread(steps);
     // For few tokens it is cheaper to multiply the sums of long blocks than the weight.
     bool scaled = strip.factors;
-    if (scaled && (tokens.count > 64 || p.cols < 64) && folds(strip)) fold(strip, strip.w), scaled = false;
+    if (scaled && (tokens.count > 64 || p.cols < 64) && folds(strip)) fold(strip), scaled = false;
     alignas(64) float complete[32 * ROWS];
     for (int64_t tile = 0; tile < tiles; tile += 2) {
         int64_t second = smaller(tile + 1, tiles - 1), count = second - tile + 1;
         uint8_t* outs[2] = {};
         for (int64_t i = 0; strip.out && i < count; ++i) {
             outs[i] = strip.out + first_of(tokens.count, tile + i) * out_stride;
-            for (int64_t t = 0; t < height; ++t)
-                for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
-                    __builtin_prefetch(outs[i] + t * out_stride + byte, 1);
+            fetch_out(p, strip, outs[i], height);
         }
         const Place sums = {strip.sums + tile * height * PANEL, PANEL}, out = {complete, ROWS};
         (count > 1 ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,

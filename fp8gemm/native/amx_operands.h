@@ -8,8 +8,7 @@ BEGIN_TARGET(TARGET_AMX)
 namespace {
 namespace amx {
 
-constexpr int64_t TILE = 1024;  // bytes of a whole tile, of any of the three kinds: 16 rows of 64
-constexpr int64_t STEP = 32;    // elements along k of a tile
+constexpr int64_t STEP = 32;  // elements along k of a tile
 
 // Tiles 0 to 3 are sums; the operands are 4 and 5, of which `height` rows are used as those of sums, and 6 and 7.
 struct alignas(64) Shapes {
@@ -73,9 +72,6 @@ INLINE bool folds(float scale) {
     uint32_t bits = bits_of(scale);
     return (bits & 0x807FFFFF) == 0 && bits >= (127 - 117) << 23 && bits <= (127 + 118) << 23;
 }
-
-// What such a scale adds to the 16 bits of a bf16.
-INLINE int exponent(float scale) { return short(bits_of(scale) >> 16) - 0x3F80; }
 
 }  // namespace amx
 }  // namespace

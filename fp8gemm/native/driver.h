@@ -100,11 +100,11 @@ class Round {
     bool add(const Problem& p, const Kernel& kernel) {
         if (p.m == 0 || p.n == 0) return true;
         constexpr int64_t WORTHWHILE = 128;  // tokens for which a panel may be decoded once more
-        int64_t most = kernel.block_tokens(p), unit = kernel.plan(p, 1, threads).pack_unit;
-        int64_t panels_of_block = ceil_div(p.n, kernel.plan(p, smaller(p.m, most), threads).panel_rows);
-        int64_t for_all = smaller(ceil_div(2 * threads, panels_of_block), p.m / WORTHWHILE);
+        int64_t most = kernel.block_tokens(p);
+        const Plan largest = kernel.plan(p, smaller(p.m, most), threads);
+        int64_t for_all = smaller(ceil_div(2 * threads, ceil_div(p.n, largest.panel_rows)), p.m / WORTHWHILE);
         int64_t blocks = larger(ceil_div(p.m, most), for_all);
-        int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), unit));
+        int64_t block = smaller(p.m, round_up(ceil_div(p.m, blocks), largest.pack_unit));
         for (int64_t start = 0; start < p.m; start += block) {
             int64_t tokens = smaller(block, p.m - start);
             Plan plan = kernel.plan(p, tokens, threads);

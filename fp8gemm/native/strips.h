@@ -18,6 +18,8 @@ struct Ahead {
     const uint8_t* row;
     int64_t stride, width, left = 0, burst = 0, column = 0;
 
+    // All will have been fetched after `times` calls of fetch.
+    INLINE void spread(int64_t times) { burst = ceil_div(left, larger<int64_t>(times, 1)); }
     INLINE void fetch() {
         for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
             __builtin_prefetch(row + column, 0, 2);
@@ -44,14 +46,6 @@ INLINE void copy(const uint8_t* x, int64_t type, float* out, int64_t count) {
 // Units of GRAIN elements along k that are summed from zero, and where their factors are if scales vary along k.
 struct Segment { int32_t units, factor; };
 
-// Elements of tokens, which follow each other at `stride`.
-struct Elements {
-    const Element* first;
-    int64_t stride;
-
-    Elements from(int64_t token) const { return {first + token * stride, stride}; }
-};
-
 // A strip of one chunk: decoded, and where its sums are added up. `row` is its first in the panel; `out` is null before
 // the last chunk, of which the sums are complete.
 struct Strip {
@@ -63,6 +57,14 @@ struct Strip {
     bool first;
     uint8_t* out;
 };
+
+// Fetches where the strip's sums with some tokens will be stored.
+INLINE void fetch_out(const Problem& p, const Strip& strip, const uint8_t* out, int64_t tokens) {
+    const int64_t stride = p.out_stride * size_of(p.out_type);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
+            __builtin_prefetch(out + t * stride + byte, 1);
+}
 
 // What the sums of each row become: times factor and scale, plus bias.
 struct Ending {

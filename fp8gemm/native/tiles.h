@@ -38,6 +38,14 @@ template <class Several> INLINE Several load_all(const Element* address) {
     }
 }
 
+// Elements of tokens, which follow each other at `stride`.
+struct Elements {
+    const Element* first;
+    int64_t stride;
+
+    Elements from(int64_t token) const { return {first + token * stride, stride}; }
+};
+
 // Elements of COUNT tokens. Where these may be anywhere, three share a pointer, as addresses are a pointer plus once or
 // twice a register.
 template <int COUNT> struct Cursor {
@@ -125,15 +133,12 @@ INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const St
     int64_t out_stride = p.out_stride * size_of(p.out_type);
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
         bursts += tiles * ceil_div(segment->units, 16);
-    codes.burst = ceil_div(codes.left, larger<int64_t>(bursts, 1));
-    ahead.burst = ceil_div(ahead.left, larger<int64_t>(bursts, 1));
+    codes.spread(bursts), ahead.spread(bursts);
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens * (tile + 1) / tiles;
         float* sums = strip.sums + token * PANEL;
         uint8_t* out = strip.out ? strip.out + token * out_stride : nullptr;
-        for (int64_t t = 0; out && t < stop - token; ++t)
-            for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
-                __builtin_prefetch(out + t * out_stride + byte, 1);
+        if (out) fetch_out(p, strip, out, stop - token);
         multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
                                  strip.first, sums, codes, ahead);
         if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);

@@ -100,11 +100,6 @@ template <class Number, class Vector> Vector load_some(uint64_t mask, const void
     });
 }
 
-inline __m512 mask_loadu_ps(__m512 others, __mmask16 mask, const void* address) {
-    Floats loaded(load_some<float, __m512>(mask, address)), other(others);
-    return Floats::make([&](int i) { return mask >> i & 1 ? loaded.at[i] : other.at[i]; });
-}
-
 // Arithmetic of bf16 takes subnormal numbers for zero, and rounds to none.
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float from_bf16(uint16_t half) { return flushed(bits<float>(uint32_t(half) << 16)); }
@@ -206,7 +201,6 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #undef _mm512_mask_storeu_ps
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_maskz_loadu_epi16
-#undef _mm512_mask_loadu_ps
 #undef _mm512_maskz_loadu_ps
 #undef _mm512_cvtneps_pbh
 #undef _mm512_cvtne2ps_pbh
@@ -229,7 +223,6 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #define _mm512_mask_storeu_ps emulated::store_some<float>
 #define _mm512_maskz_loadu_epi8 emulated::load_some<uint8_t, __m512i>
 #define _mm512_maskz_loadu_epi16 emulated::load_some<uint16_t, __m512i>
-#define _mm512_mask_loadu_ps emulated::mask_loadu_ps
 #define _mm512_maskz_loadu_ps emulated::load_some<float, __m512>
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh

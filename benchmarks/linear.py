@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--isa", type=levels, default="", help="held down to each of amx, avx512_bf16, avx512, avx2")
     parser.add_argument("--cold", type=int, help="MB of FP8 weights to rotate through; twice the cache, at least 100")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each shape, M, dtype, scheme and thread count")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each shape, M, dtype and thread count")
     parser.add_argument("--longest", type=float, default=0.5, help="seconds of a peer's call above which it is absent")
     parser.add_argument("--quantizer", action="store_true", help="also time the quantization of each weight")
     parser.add_argument("--save", help="add the run to benchmarks/results/SAVE.json")
@@ -147,17 +147,18 @@ def measured(arguments: argparse.Namespace) -> Row:
         print(f"other processes keep {run['busy_cores']:.2f} cores busy: not a quiet machine", flush=True)
     rows: list[Row] = []
     quantizing: list[Row] = []
-    for dtype, (n, k), scheme in itertools.product(arguments.dtypes, arguments.shapes, arguments.schemes):
-        # Peers do not depend on the scheme: they take part once.
-        peers = arguments.peers if scheme == arguments.schemes[0] else []
-        layers = Layers(n, k, scheme, dtype, engines=arguments.engines, peers=peers, cold=arguments.cold)
+    for dtype, (n, k) in itertools.product(arguments.dtypes, arguments.shapes):
+        layers = Layers(
+            n, k, arguments.schemes, dtype, engines=arguments.engines, peers=arguments.peers, cold=arguments.cold
+        )
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            block = list(layers.rows(arguments.tokens, threads, arguments.seconds, arguments.longest))
-            print(report(block), flush=True)
-            rows += block
+            found = list(layers.rows(arguments.tokens, threads, arguments.seconds, arguments.longest))
+            for scheme in arguments.schemes:
+                print(report([row for row in found if row["scheme"] == scheme]), flush=True)
+            rows += found
             if arguments.quantizer:
-                quantizing.append({**layers.about, "threads": threads, **layers.quantizer(arguments.seconds)})
+                quantizing += layers.quantizers(threads, arguments.seconds)
     if quantizing:
         print("quantizer, milliseconds:", table(quantizing, list(quantizing[0])), sep="\n", flush=True)
     return run | {"rows": rows, "quantizer": quantizing}
@@ -193,20 +194,47 @@ class _Quantizer:
         library.quantize(self.w, *granularity.block(shape), data, scale, ue8m0=self.scheme.scale_format == "ue8m0")
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """One layer's weight under a scheme: the copies that each engine packed, and why others refused it."""
+
+    weights: Weights
+    by_engine: dict[str, list[PackedWeight]]
+    refused: dict[str, str]
+
+
 class Layers:
-    """Copies of one layer: dense, packed by each engine, and made by each peer; why the others do not take part."""
+    """Copies of one layer: dense, packed by each engine under each scheme, and made by each peer; why the others do not
+    take part.
+
+    All of them meet in one contest, so that schemes can be compared as well. Peers have scales of their own: they, and
+    the dense layers, stand beside the first scheme.
+    """
 
     def __init__(
-        self, n: int, k: int, scheme: str, dtype: str, *, engines: Iterable[str], peers: Iterable[str], cold: int
+        self,
+        n: int,
+        k: int,
+        schemes: Sequence[str],
+        dtype: str,
+        *,
+        engines: Iterable[str],
+        peers: Iterable[str],
+        cold: int,
     ) -> None:
-        self.about = {"dtype": dtype, "scheme": scheme, "n": n, "k": k}
+        self.about = {"dtype": dtype, "n": n, "k": k}
         torch.set_num_threads(1)  # many small operations, in which threads would only wait for each other
         count = max(1, -(-cold * 10**6 // (n * k)))
-        self.weights = Weights(n, k, GRANULARITIES[scheme], CPU, dtype=DTYPES[dtype], count=count)
-        self.dense = self.weights.dense()
-        self.packed, refused = pack(self.weights, engines, probe("cpu"))
-        self.absent = {name: result.note for name, result in refused.items()}
+        self.packed: dict[str, _Packed] = {}
+        for scheme in schemes:
+            weights = Weights(n, k, GRANULARITIES[scheme], CPU, dtype=DTYPES[dtype], count=count)
+            by_engine, refused = pack(weights, engines, probe("cpu"))
+            reasons = {name: result.note for name, result in refused.items()}
+            self.packed[scheme] = _Packed(weights, by_engine, reasons)
+        self.first = schemes[0]
+        self.dense = self.packed[self.first].weights.dense()
         self.peers: dict[str, Peer] = {}
+        self.absent: dict[str, str] = {}
         for name in peers:
             try:
                 self.peers[name] = make(name, self.dense)
@@ -214,47 +242,65 @@ class Layers:
                 self.absent[name] = str(reason)
 
     def rows(self, tokens: list[int], threads: int, seconds: float, longest: float) -> Iterator[Row]:
-        """A row for each M and what multiplies: ``dense`` first, with milliseconds, or ``absent`` with the reason."""
-        absent = dict(self.absent)
+        """For each M and scheme a row for what multiplies: ``dense`` first, with milliseconds, or ``absent`` with the
+        reason."""
+        absent = {(scheme, name): why for scheme, own in self.packed.items() for name, why in own.refused.items()}
+        absent |= {(self.first, name): why for name, why in self.absent.items()}
         for m in tokens:
-            entrants = {name: entrant for name, entrant in self.entrants(m).items() if name not in absent}
-            exempt = [entrants[name].calls for name in ("dense", *self.packed)]
+            entrants = {key: entrant for key, entrant in self.entrants(m).items() if key not in absent}
+            exempt = [entrant.calls for (_, name), entrant in entrants.items() if name not in self.peers]
             with quiet():
                 found = contest(entrants, partial(watch, longest=longest, exempt=exempt), seconds=seconds)
-            base = found["dense"].seconds if "dense" in found else None
-            for name, result in {**found, **{name: Result(note=note) for name, note in absent.items()}}.items():
-                row = {**self.about, "threads": threads, "m": m, "name": name}
-                if result.seconds is None:
-                    yield {**row, "absent": result.note}
-                else:
-                    times = {} if base is None else {"x dense": base / result.seconds}
-                    checked = {"error": result.error, "tolerance": entrants[name].tolerance}
-                    yield {**row, "ms": result.seconds * 1e3, **times, **checked, **self.kernel(name, m)}
+            base = found[self.first, "dense"]
+            results = {**found, **{key: Result(note=note) for key, note in absent.items()}}
+            for scheme in self.packed:
+                results[scheme, "dense"] = base
+                about = {**self.about, "scheme": scheme, "threads": threads, "m": m}
+                own = [name for of, name in results if of == scheme and name != "dense"]
+                for name in ("dense", *own):
+                    result, row = results[scheme, name], {**about, "name": name}
+                    if result.seconds is None:
+                        yield {**row, "absent": result.note}
+                        continue
+                    times = {} if base.seconds is None else {"x dense": base.seconds / result.seconds}
+                    tolerance = entrants[self.first if name == "dense" else scheme, name].tolerance
+                    checked = {"error": result.error, "tolerance": tolerance}
+                    yield {**row, "ms": result.seconds * 1e3, **times, **checked, **self.kernel(scheme, name, m)}
             # More tokens take longer still.
-            absent |= {name: result.note for name, result in found.items() if result.note.startswith("OverBudget")}
+            absent |= {key: result.note for key, result in found.items() if result.note.startswith("OverBudget")}
 
-    def entrants(self, m: int) -> dict[str, Entrant]:
-        expectation = Expectation(self.weights.tokens(m), self.weights)
-        entrants = {"dense": dense_entrant(self.dense, expectation)}
-        entrants |= {name: bound_entrant(name, copies, expectation) for name, copies in self.packed.items()}
+    def entrants(self, m: int) -> dict[tuple[str, str], Entrant]:
+        """What multiplies the same ``m`` tokens, by scheme and name."""
+        x = self.packed[self.first].weights.tokens(m)
+        entrants: dict[tuple[str, str], Entrant] = {}
+        for scheme, own in self.packed.items():
+            expectation = Expectation(x, own.weights)
+            if scheme == self.first:
+                entrants[scheme, "dense"] = dense_entrant(self.dense, expectation)
+            for name, copies in own.by_engine.items():
+                entrants[scheme, name] = bound_entrant(name, copies, expectation)
         for name, peer in self.peers.items():
-            calls = [partial(layer, expectation.x) for layer in peer.layers]
-            expected = expectation.x.float() @ peer.weight.t()
-            entrants[name] = Entrant(calls=calls, expected=expected, tolerance=peer.tolerance)
+            calls = [partial(layer, x) for layer in peer.layers]
+            expected = x.float() @ peer.weight.t()
+            entrants[self.first, name] = Entrant(calls=calls, expected=expected, tolerance=peer.tolerance)
         return entrants
 
-    def kernel(self, name: str, m: int) -> Row:
+    def kernel(self, scheme: str, name: str, m: int) -> Row:
         """The name of an engine's kernel."""
-        packed = self.packed.get(name)
-        return {} if packed is None else {"kernel": ENGINES[name].kernel(m, packed[0], self.weights.dtype)}
+        own = self.packed[scheme]
+        copies = own.by_engine.get(name)
+        return {} if copies is None else {"kernel": ENGINES[name].kernel(m, copies[0], own.weights.dtype)}
 
-    def quantizer(self, seconds: float) -> Row:
-        """Milliseconds in which torch's operations and the compiled kernel quantize the dense weight."""
-        both, library = _Quantizer(self.dense[0], self.weights.scheme), native.loaded()
-        calls: dict[str, Callable[[], object]] = {"torch": both.torch}
-        if library is not None:
-            calls["native"] = partial(both.native, library)
-        return {name: took * 1e3 for name, took in paired_seconds(calls, seconds=seconds).items()}
+    def quantizers(self, threads: int, seconds: float) -> Iterator[Row]:
+        """For each scheme the milliseconds in which torch's operations and the compiled kernel quantize the weight."""
+        library = native.loaded()
+        for scheme, own in self.packed.items():
+            both = _Quantizer(self.dense[0], own.weights.scheme)
+            calls: dict[str, Callable[[], object]] = {"torch": both.torch}
+            if library is not None:
+                calls["native"] = partial(both.native, library)
+            took = {name: each * 1e3 for name, each in paired_seconds(calls, seconds=seconds).items()}
+            yield {**self.about, "scheme": scheme, "threads": threads, **took}
 
 
 def bound_entrant(name: str, copies: list[PackedWeight], expectation: Expectation) -> Entrant:

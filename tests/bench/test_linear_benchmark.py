@@ -148,7 +148,7 @@ def test_a_process_of_its_own_is_held_down(results: Path) -> None:
 
 def layers(**made: Any) -> Any:
     """A layer with these functions as peers, of its own weight."""
-    found = linear.Layers(64, 96, "row", "bfloat16", engines=[], peers=[], cold=0)
+    found = linear.Layers(64, 96, ["row"], "bfloat16", engines=[], peers=[], cold=0)
     found.peers = {name: peers.Peer(layers=[call], weight=found.dense[0].float()) for name, call in made.items()}
     return found
 
@@ -179,8 +179,29 @@ def test_wrong_and_slow_peers_are_absent_with_the_reason() -> None:
     assert "slow absent at M = 8, 9: OverBudget: one call takes" in linear.report(list(rows.values()))
 
 
+def test_schemes_meet_in_one_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one dense layer and the same tokens, so that they can be compared with each other."""
+    contests: list[dict[tuple[str, str], contest.Entrant]] = []
+
+    def recorded(entrants: Any, watch: Any, *, seconds: float) -> Any:
+        contests.append(entrants)
+        return contest.contest(entrants, watch, seconds=seconds)
+
+    monkeypatch.setattr(linear, "contest", recorded)
+    found = linear.Layers(64, 96, ["row", "mx"], "bfloat16", engines=["cpu"], peers=["cast"], cold=0)
+    rows = list(found.rows([3], 1, 0.001, 0.5))
+    (entrants,) = contests
+    assert set(entrants) == {("row", "dense"), ("row", "cpu"), ("row", "cast"), ("mx", "cpu")}
+    named = [(row["scheme"], row["name"]) for row in rows]
+    assert named == [("row", "dense"), ("row", "cpu"), ("row", "cast"), ("mx", "dense"), ("mx", "cpu")]
+    milliseconds = {(row["scheme"], row["name"]): row["ms"] for row in rows}
+    assert milliseconds["row", "dense"] == milliseconds["mx", "dense"]
+    assert all(row["x dense"] == pytest.approx(rows[0]["ms"] / row["ms"]) for row in rows)
+    assert not torch.equal(entrants["row", "cpu"].expected, entrants["mx", "cpu"].expected)
+
+
 def test_the_budget_is_for_peers() -> None:
-    found = linear.Layers(64, 96, "row", "bfloat16", engines=["cpu"], peers=["cast"], cold=0)
+    found = linear.Layers(64, 96, ["row"], "bfloat16", engines=["cpu"], peers=["cast"], cold=0)
     rows = {row["name"]: row for row in found.rows([1], 1, 0.001, 0.0)}
     assert {name for name, row in rows.items() if "ms" in row} == {"dense", "cpu"}
     assert rows["cast"]["absent"].startswith("OverBudget")

@@ -49,7 +49,9 @@ const Kernel* choose([[maybe_unused]] int level, [[maybe_unused]] const Problem&
     if (level >= AMX && whole(32) && suits_amx(p)) return choose_amx(p);
 #endif
 #if FP8GEMM_HAS_BF16
-    if (level >= AVX512_BF16 && p.x_type == BF16 && whole(avx512_bf16::GRAIN)) return CHOOSE(avx512_bf16);
+    // One token's product is bound by decoding, which is shorter for pairs.
+    bool pairs = p.x_type == BF16 && (fast_pairs || p.m == 1) && whole(avx512_bf16::GRAIN);
+    if (level >= AVX512_BF16 && pairs) return CHOOSE(avx512_bf16);
 #endif
 #if defined(__x86_64__)
     if (level >= AVX512) return CHOOSE(avx512);

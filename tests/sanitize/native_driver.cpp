@@ -143,6 +143,7 @@ void multiply_only(int level, int64_t type, int64_t m, int64_t n, int64_t k, int
 // Without arguments, checks all levels and prints a digest of their results; with one, LEVEL, only that level; with
 // LEVEL TYPE M N K TIMES, only multiplies.
 int main(int count, char** arguments) {
+    fast_pairs = true;  // so that their kernels are run on any CPU
     int64_t given[7] = {};
     for (int i = 1; i < smaller(count, 7); ++i) given[i] = atoll(arguments[i]);
     if (count == 7) return multiply_only(int(given[1]), given[2], given[3], given[4], given[5], given[6]), 0;

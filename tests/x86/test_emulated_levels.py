@@ -1,4 +1,4 @@
-"""AVX-512 and AMX on a CPU that may have neither: `bash .ci/run x86`, or `pytest tests/x86`.
+"""AVX-512 and AMX on a CPU that may have neither: `bash .ci/run kernels`, or `pytest tests/x86`.
 
 The intrinsics are functions of SIMDe (Debian's `libsimde-dev`) and of `emulated/immintrin.h`.
 """
@@ -23,6 +23,8 @@ FLAGS = (
     *("-ffp-contract=off", *OPENMP),  # compiled otherwise, a sum is rounded as the compiler likes
 )
 SANITIZERS = ("-O0", "-fsanitize=address")  # optimized, it takes ten minutes to compile
+# Tests of one program, which several processes would compile as often.
+OPTIMIZED, SANITIZED = (pytest.mark.xdist_group(name) for name in ("x86", "x86 sanitized"))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def driver(tmp_path_factory) -> Path:
     return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", *FLAGS)
 
 
+@OPTIMIZED
 @pytest.mark.parametrize("level", EMULATED)
 def test_results_are_those_of_sums_in_double(driver, level):
     result = run(driver, LEVELS.index(level))
@@ -41,6 +44,7 @@ def real(tmp_path_factory) -> Path:
     return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", "-O1", "-ffp-contract=off", *OPENMP)
 
 
+@OPTIMIZED
 @pytest.mark.parametrize("level", EMULATED)
 def test_results_are_those_of_a_cpu_that_has_the_instructions(driver, real, level):
     found = run(real, LEVELS.index(level))
@@ -49,16 +53,19 @@ def test_results_are_those_of_a_cpu_that_has_the_instructions(driver, real, leve
     assert (found.returncode, found.stdout) == (0, run(driver, LEVELS.index(level)).stdout)
 
 
+@OPTIMIZED
 def test_a_level_that_is_missing_is_no_success(driver):
     assert run(driver, len(LEVELS)).returncode == 2
 
 
+@OPTIMIZED
 @pytest.mark.parametrize(("level", "dtype"), [("avx512", FP32), ("avx512_bf16", BF16), ("amx", BF16)])
 def test_each_level_runs_its_own_kernels(driver, level, dtype):
     result = run(driver, LEVELS.index(level), dtype, 20, 64, 128, 1)
     assert result.stdout == f"{level}\n", result.stderr
 
 
+@OPTIMIZED
 def test_nothing_but_avx2_is_executed(driver):
     code = subprocess.run(["objdump", "-d", str(driver)], capture_output=True, text=True, check=True).stdout
     assert "%ymm" in code
@@ -71,6 +78,7 @@ def sanitized(tmp_path_factory) -> Path:
     return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", *FLAGS, *SANITIZERS)
 
 
+@SANITIZED
 @pytest.mark.parametrize("level", EMULATED)
 def test_no_byte_beyond_a_buffer_is_touched(sanitized, level):
     result = run(sanitized, LEVELS.index(level))

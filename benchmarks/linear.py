@@ -27,7 +27,7 @@ from typing import Any
 import isa
 import torch
 from harness import add_run, busy_cores, host, last_level_cache, listed, paired_seconds, table
-from peers import PEERS, Absent, Peer, make, quiet, versions
+from peers import INT8_TOLERANCE, PEERS, Absent, Peer, make, quiet, versions
 
 from fp8gemm import ENGINES, GROUP_128, MX, SCHEMES, ScaledTensor, Scheme, native, probe, quantize
 from fp8gemm.bench.contest import (
@@ -321,7 +321,7 @@ def report(rows: list[Row]) -> str:
     first = rows[0]
     lines = [f"{first['dtype']}, {first['n']} x {first['k']}, {first['scheme']}, {first['threads']} threads: x dense"]
     lines.append(table(list(by_m.values()), ["M", "dense ms", *names]))
-    rounding = {row["name"]: row["tolerance"] for row in rows if row.get("tolerance", 0) > 2**-7}
+    rounding = {row["name"]: row["tolerance"] for row in rows if row.get("tolerance", 0) >= INT8_TOLERANCE}
     lines += [f"{name} rounds activations: checked to {allowed:.1%}" for name, allowed in rounding.items()]
     absent: dict[tuple[str, str], list[int]] = {}
     for row in rows:

@@ -79,8 +79,9 @@ int detect() {
 #endif
 }
 
-// Whether a CPU with AVX512_BF16 multiplies pairs of bf16 faster than fp32: AMD's cores start as many vdpbf16ps as fused
-// multiply-adds (Zen 4), Intel's a fourth (measured on Emerald Rapids; Cooper Lake has no VBMI, which the level needs).
+// Whether a CPU with AVX512_BF16 multiplies pairs of bf16 faster than fp32: AMD's cores start as many vdpbf16ps as
+// fused multiply-adds (Zen 4), Intel's a fourth (measured on Emerald Rapids; Cooper Lake has no VBMI, which the level
+// needs).
 bool detect_fast_pairs() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

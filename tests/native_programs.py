@@ -10,6 +10,10 @@ from pathlib import Path
 
 from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
 
+# Levels of x86 processors, as the driver numbers them; those whose instructions functions can stand for.
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+EMULATED = LEVELS[2:]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 DRIVER = Path(__file__).parent / "sanitize/native_driver.cpp"
 # Instead of torch's OpenMP runtime, which a process would have, a program links the system's.
 OPENMP = ("-fopenmp", "-Wl,--no-as-needed", "-lgomp")
@@ -20,6 +24,14 @@ def compiled(compiler: Sequence[str], source: Path, program: Path, *further: str
     flags = [flag for flag in FLAGS + FLOAT_FLAGS if flag not in ("-shared", "-fPIC")]
     subprocess.run([*compiler, *flags, *further, str(source), "-o", str(program)], check=True, timeout=600)
     return program
+
+
+def emulating(source: Path, program: Path, *further: str) -> Path:
+    """``program``, whose AVX-512 and AMX instructions are functions; any x86 processor with AVX2 executes it."""
+    flags = ["-O1", "-mavx2", "-mfma", "-mf16c", "-I", str(Path(__file__).parent / "x86/emulated")]
+    flags += ["-DKEEP(vector)=", "-DBEGIN_TARGET(features)=", "-DEND_TARGET="]
+    flags += ["-ffp-contract=off", *OPENMP]  # compiled otherwise, a sum is rounded as the compiler likes
+    return compiled([COMPILER], source, program, *flags, *further)
 
 
 def altered(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:

@@ -22,7 +22,6 @@ BF16, FP16, FP32 = 0, 1, 2
 PROGRAM = ("-Wl,--no-as-needed", f"-L{LIBRARIES}/lib", "-l:libgomp.so.1")
 COMPILERS = {"g++": ("aarch64-linux-gnu-g++",), "clang++": ("clang++", "--target=aarch64-linux-gnu", "-fuse-ld=lld")}
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-COUNTED = pytest.mark.xdist_group("neon")  # tests of one program, which several processes would compile as often
 FOUND = [name for name in COMPILERS if name == "g++" or (shutil.which(name) and shutil.which("ld.lld"))]
 
 
@@ -43,7 +42,6 @@ def emulate(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(whole, capture_output=True, text=True, timeout=600, env=environment)
 
 
-@COUNTED
 @pytest.mark.parametrize("level", LEVELS)
 def test_results_are_those_of_sums_in_double(driver, level):
     result = emulate(str(driver), str(LEVELS.index(level)))
@@ -94,7 +92,6 @@ def instructions(plugin: Path, driver: Path, level: str, dtype: int, m: int, n: 
     return counts[1] - counts[0]
 
 
-@COUNTED
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_few_instructions_are_executed(driver, plugin, dtype):
     """Per weight and token, at least: 4 to decode 8 weights for any number of tokens, and one to multiply 4."""
@@ -104,7 +101,6 @@ def test_few_instructions_are_executed(driver, plugin, dtype):
         assert 1 / 4 + 1 / 2 / m < count <= most, f"M={m}: {count}"
 
 
-@COUNTED
 def test_neon_saves_half_of_the_instructions(driver, plugin):
     for m in (1, 64):
         counts = [instructions(plugin, driver, level, BF16, m, 512, 2048) for level in LEVELS]

@@ -5,34 +5,20 @@ The intrinsics are functions of SIMDe (Debian's `libsimde-dev`) and of `emulated
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from native_programs import DRIVER, OPENMP, altered, compiled, run
+from native_programs import COMPILER, DRIVER, EMULATED, LEVELS, OPENMP, altered, compiled, emulating, run
 
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-EMULATED = LEVELS[2:]
 BF16, FP32 = 0, 2
-FLAGS = (
-    *("-O1", "-mavx2", "-mfma", "-mf16c", "-I", str(Path(__file__).with_name("emulated"))),
-    *("-DKEEP(vector)=", "-DBEGIN_TARGET(features)=", "-DEND_TARGET="),
-    *("-ffp-contract=off", *OPENMP),  # compiled otherwise, a sum is rounded as the compiler likes
-)
-SANITIZERS = ("-O0", "-fsanitize=address")  # optimized, it takes ten minutes to compile
-# Tests of one program, which several processes would compile as often.
-OPTIMIZED, SANITIZED = (pytest.mark.xdist_group(name) for name in ("x86", "x86 sanitized"))
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Path:
-    return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", *FLAGS)
+    return emulating(DRIVER, tmp_path_factory.mktemp("x86") / "driver")
 
 
-@OPTIMIZED
 @pytest.mark.parametrize("level", EMULATED)
 def test_results_are_those_of_sums_in_double(driver, level):
     result = run(driver, LEVELS.index(level))
@@ -44,7 +30,6 @@ def real(tmp_path_factory) -> Path:
     return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", "-O1", "-ffp-contract=off", *OPENMP)
 
 
-@OPTIMIZED
 @pytest.mark.parametrize("level", EMULATED)
 def test_results_are_those_of_a_cpu_that_has_the_instructions(driver, real, level):
     found = run(real, LEVELS.index(level))
@@ -53,19 +38,16 @@ def test_results_are_those_of_a_cpu_that_has_the_instructions(driver, real, leve
     assert (found.returncode, found.stdout) == (0, run(driver, LEVELS.index(level)).stdout)
 
 
-@OPTIMIZED
 def test_a_level_that_is_missing_is_no_success(driver):
     assert run(driver, len(LEVELS)).returncode == 2
 
 
-@OPTIMIZED
 @pytest.mark.parametrize(("level", "dtype"), [("avx512", FP32), ("avx512_bf16", BF16), ("amx", BF16)])
 def test_each_level_runs_its_own_kernels(driver, level, dtype):
     result = run(driver, LEVELS.index(level), dtype, 20, 64, 128, 1)
     assert result.stdout == f"{level}\n", result.stderr
 
 
-@OPTIMIZED
 def test_nothing_but_avx2_is_executed(driver):
     code = subprocess.run(["objdump", "-d", str(driver)], capture_output=True, text=True, check=True).stdout
     assert "%ymm" in code
@@ -73,22 +55,10 @@ def test_nothing_but_avx2_is_executed(driver):
     assert "tdpbf16ps" not in code
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    return compiled([COMPILER], DRIVER, tmp_path_factory.mktemp("x86") / "driver", *FLAGS, *SANITIZERS)
-
-
-@SANITIZED
-@pytest.mark.parametrize("level", EMULATED)
-def test_no_byte_beyond_a_buffer_is_touched(sanitized, level):
-    result = run(sanitized, LEVELS.index(level))
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 def test_codes_that_are_decoded_wrongly_would_be_noticed(tmp_path):
     """With AVX-512 the last bit of each mantissa is lost, with bf16 instructions the sign."""
     changes = {"avx512.h": ("0xBF80", "0xBF00"), "avx512_bf16.h": ("char(0x80)", "char(0x00)")}
-    broken = compiled([COMPILER], altered(tmp_path, changes), tmp_path / "driver", *FLAGS)
+    broken = emulating(altered(tmp_path, changes), tmp_path / "driver")
     for level in EMULATED:
         result = run(broken, LEVELS.index(level))
         assert result.returncode == 1

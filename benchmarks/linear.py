@@ -251,21 +251,19 @@ class Layers:
             exempt = [entrant.calls for (_, name), entrant in entrants.items() if name not in self.peers]
             with quiet():
                 found = contest(entrants, partial(watch, longest=longest, exempt=exempt), seconds=seconds)
-            base = found[self.first, "dense"]
+            dense = (self.first, "dense")
+            base = found[dense].seconds
             results = {**found, **{key: Result(note=note) for key, note in absent.items()}}
             for scheme in self.packed:
-                results[scheme, "dense"] = base
-                about = {**self.about, "scheme": scheme, "threads": threads, "m": m}
-                own = [name for of, name in results if of == scheme and name != "dense"]
-                for name in ("dense", *own):
-                    result, row = results[scheme, name], {**about, "name": name}
+                for key in (dense, *(key for key in results if key[0] == scheme and key != dense)):
+                    result = results[key]
+                    row = {**self.about, "scheme": scheme, "threads": threads, "m": m, "name": key[1]}
                     if result.seconds is None:
                         yield {**row, "absent": result.note}
-                        continue
-                    times = {} if base.seconds is None else {"x dense": base.seconds / result.seconds}
-                    tolerance = entrants[self.first if name == "dense" else scheme, name].tolerance
-                    checked = {"error": result.error, "tolerance": tolerance}
-                    yield {**row, "ms": result.seconds * 1e3, **times, **checked, **self.kernel(scheme, name, m)}
+                    else:
+                        times = {} if base is None else {"x dense": base / result.seconds}
+                        checked = {"error": result.error, "tolerance": entrants[key].tolerance}
+                        yield {**row, "ms": result.seconds * 1e3, **times, **checked, **self.kernel(*key, m)}
             # More tokens take longer still.
             absent |= {key: result.note for key, result in found.items() if result.note.startswith("OverBudget")}
 

@@ -13,7 +13,7 @@ from fp8gemm.native.compiler import FLAGS, FLOAT_FLAGS
 # Levels of x86 processors, as the driver numbers them; those whose instructions functions can stand for.
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 EMULATED = LEVELS[2:]
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 DRIVER = Path(__file__).parent / "sanitize/native_driver.cpp"
 # Instead of torch's OpenMP runtime, which a process would have, a program links the system's.
 OPENMP = ("-fopenmp", "-Wl,--no-as-needed", "-lgomp")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
-from native_programs import DRIVER, OPENMP, compiled, run
+from native_programs import COMPILER, DRIVER, OPENMP, compiled, run
 
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 

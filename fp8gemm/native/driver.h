@@ -70,6 +70,8 @@ struct Job {
     Plan plan;
     Tokens tokens;
     int64_t first_unit, first_panel;
+
+    int64_t units() const { return ceil_div(tokens.count, plan.pack_unit); }
 };
 
 // Products, or blocks of tokens of one, that are packed together and then multiplied together, so that all threads have
@@ -111,7 +113,7 @@ class Round {
             int64_t tokens = smaller(block, p.m - start);
             Plan plan = kernel.plan(p, tokens, threads);
             jobs[count++] = {p, &kernel, plan, {start, tokens, nullptr}, units, panels};
-            units += ceil_div(tokens, plan.pack_unit), panels += ceil_div(p.n, plan.panel_rows);
+            units += jobs[count - 1].units(), panels += ceil_div(p.n, plan.panel_rows);
             packed_bytes += round_up(plan.packed_bytes, 64);
             scratch_bytes = larger(scratch_bytes, round_up(plan.scratch_bytes, 64));
             if ((count == JOBS || packed_bytes >= PACKED || panels >= PANELS * threads) && !run()) return false;
@@ -127,9 +129,15 @@ class Round {
         uint8_t* packed = memory + threads * scratch_bytes;
         for (int64_t i = 0; i < count; packed += round_up(jobs[i++].plan.packed_bytes, 64))
             jobs[i].tokens.packed = packed;
-        parallel(packed_bytes < (1 << 16) ? 1 : threads, units, [&](int64_t i, int64_t, int64_t) {
-            const Job& job = job_of(&Job::first_unit, i);
-            job.kernel->pack(job.p, job.tokens, i - job.first_unit, i - job.first_unit + 1);
+        // Several units at a time, as claiming one costs about as much as packing it.
+        int64_t together = ceil_div(units, 8 * threads);
+        parallel(packed_bytes < (1 << 16) ? 1 : threads, ceil_div(units, together), [&](int64_t i, int64_t, int64_t) {
+            for (int64_t unit = i * together, stop = smaller(units, unit + together); unit < stop;) {
+                const Job& job = job_of(&Job::first_unit, unit);
+                int64_t first = unit - job.first_unit, last = smaller(stop - job.first_unit, job.units());
+                job.kernel->pack(job.p, job.tokens, first, last);
+                unit = job.first_unit + last;
+            }
         });
         parallel(threads, panels, [&](int64_t i, int64_t following, int64_t thread) {
             const Job& job = job_of(&Job::first_panel, i);

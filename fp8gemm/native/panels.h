@@ -20,7 +20,7 @@
 
 // Panels are smaller where there would be too few for all threads.
 Plan plan(const Problem& p, int64_t tokens, int threads) {
-    int64_t rows = smaller(PANEL, round_up(ceil_div(p.n, 4 * threads), ROWS));
+    int64_t rows = smaller(PANEL, round_up(ceil_div(p.n, 8 * threads), ROWS));
     int64_t factors = p.scales_vary_along_k() ? PANEL * (CHUNK / smaller(p.cols, CHUNK) + 2) : 0;
     int64_t scratch = CHUNK * ROWS * int64_t(sizeof(Element)) + (room_for(tokens) * PANEL + factors) * 4;
     int64_t packed = in_place(p) ? 0 : room_for(tokens) * chunks(p) * packed_stride(p) * int64_t(sizeof(Element));

@@ -20,29 +20,31 @@ namespace {
 
 // Runs body(task, following task or -1, thread) for each task. Each thread has a range of tasks, the same in every
 // call, so that its data stays in its caches; a thread that is done continues with the next range, to balance the load.
+// The following task is the one that will most likely be the thread's next.
 template <class Body> struct Shared {
     static constexpr int MAX_THREADS = 256;
     const Body& body;
     int64_t tasks;
     int threads;
-    std::atomic<int64_t> claimed[MAX_THREADS] = {};
+    struct alignas(64) Claimed { std::atomic<int64_t> count; };  // a cache line of its own
+    Claimed claimed[MAX_THREADS];
 
-    Shared(const Body& body, int64_t tasks, int threads) : body(body), tasks(tasks), threads(threads) {}
-    int64_t claim(int range) {
-        int64_t first = tasks * range / threads, end = tasks * (range + 1) / threads;
-        int64_t task = first + claimed[range].fetch_add(1, std::memory_order_relaxed);
-        return task < end ? task : -1;
+    Shared(const Body& body, int64_t tasks, int threads) : body(body), tasks(tasks), threads(threads) {
+        for (int i = 0; i < threads; ++i) claimed[i].count.store(0, std::memory_order_relaxed);
+    }
+    // The range's task after those that were claimed, or -1.
+    int64_t task_after(int range, int64_t count) const {
+        int64_t task = tasks * range / threads + count;
+        return task < tasks * (range + 1) / threads ? task : -1;
     }
     static void run(void* data) {
         auto& self = *static_cast<Shared*>(data);
         int thread = self.threads > 1 ? omp_get_thread_num() : 0;
         for (int i = 0; i < self.threads; ++i) {
             int range = (thread + i) % self.threads;
-            for (int64_t task = self.claim(range); task >= 0;) {
-                int64_t following = self.claim(range);
-                self.body(task, following, thread);
-                task = following;
-            }
+            auto& count = self.claimed[range].count;
+            for (int64_t task; (task = self.task_after(range, count.fetch_add(1, std::memory_order_relaxed))) >= 0;)
+                self.body(task, self.task_after(range, count.load(std::memory_order_relaxed)), thread);
         }
     }
 };

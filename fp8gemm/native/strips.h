@@ -66,7 +66,8 @@ INLINE void fetch_out(const Problem& p, const Strip& strip, const uint8_t* out, 
             __builtin_prefetch(out + t * stride + byte, 1);
 }
 
-// What the sums of each row become: times factor and scale, plus bias.
+// What the sums of each row become: times factor and scale, plus bias. Where there is none, it is -0, which changes no
+// sum.
 struct Ending {
     float factor, scale[MOST_ROWS], bias[MOST_ROWS];
 
@@ -75,22 +76,31 @@ struct Ending {
         if (p.rows == 1 && p.blocks == 1) memcpy(scale, scales, size_t(rows) * 4);
         else for (int64_t r = 0; r < rows; ++r) scale[r] = p.scales_vary_along_k() ? 1.0f : *p.scale_row(row + r);
         if (p.bias) copy(p.bias + row * size_of(p.bias_type), p.bias_type, bias, rows);
+        else for (int64_t r = 0; r < rows; ++r) bias[r] = -0.0f;
+    }
+    INLINE Vec of(const float* sums, int64_t row) const {
+        return floats(sums) * factor * floats(scale + row) + floats(bias + row);
     }
 };
+
+template <int64_t TYPE>
+INLINE void finish_as(const Ending& ending, int64_t first, const float* sums, int64_t stride, int64_t tokens,
+                      int64_t rows, uint8_t* out, int64_t out_stride) {
+    for (; tokens > 0; --tokens, sums += stride, out += out_stride) {
+        int64_t r = 0;
+        for (; rows - r >= LANES; r += LANES) store(out + r * size_of(TYPE), TYPE, ending.of(sums + r, first + r));
+        if (r == rows) continue;
+        float values[LANES];
+        const Vec last = ending.of(sums + r, first + r);
+        memcpy(values, &last, sizeof values);
+        for (int64_t i = 0; i < rows - r; ++i) store_number(out, r + i, TYPE, values[i]);
+    }
+}
 
 // out [tokens][rows] from sums [tokens][stride], rounded; `first` is the row's place in `ending`.
 NOINLINE void finish(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t stride,
                      int64_t tokens, int64_t rows, uint8_t* out) {
-    for (; tokens > 0; --tokens, sums += stride, out += p.out_stride * size_of(p.out_type))
-        for (int64_t r = 0; r < rows; r += LANES) {
-            Vec y = floats(sums + r) * ending.factor * floats(ending.scale + first + r);
-            if (p.bias) y += floats(ending.bias + first + r);
-            if (rows - r >= LANES) {
-                store(out + r * size_of(p.out_type), p.out_type, y);
-                continue;
-            }
-            float values[LANES];
-            memcpy(values, &y, sizeof values);
-            for (int64_t i = 0; i < rows - r; ++i) store_number(out, r + i, p.out_type, values[i]);
-        }
+    int64_t out_stride = p.out_stride * size_of(p.out_type);
+    auto* finish_type = p.out_type == FP32 ? finish_as<FP32> : p.out_type == BF16 ? finish_as<BF16> : finish_as<FP16>;
+    finish_type(ending, first, sums, stride, tokens, rows, out, out_stride);
 }

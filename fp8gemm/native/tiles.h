@@ -7,7 +7,7 @@
 //   load, broadcast      an operand from memory; one that stands for GRAIN elements of a token
 //   multiply_add         sums plus the products of weights and such an operand
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
-//   IN_PLACE             whether tokens in fp32 are multiplied where they lie, instead of being copied
+//   IN_PLACE             whether tokens whose type is that of elements may be multiplied where they lie, without a copy
 //
 // It defines what panels.h asks of such tiles. Sums are never added across lanes, and are stored contiguously.
 
@@ -26,7 +26,9 @@ INLINE int64_t packed_stride(const Problem&) { return X_STRIDE; }
 // Whether tokens are multiplied where they lie: not if they share few sets of the caches, or if each has pages of its
 // own.
 INLINE bool in_place(const Problem& p) {
-    return IN_PLACE && p.x_type == FP32 && p.x_stride < 2048 && p.x_stride % 1024;
+    constexpr int64_t TYPE = sizeof(Element) == 2 ? BF16 : FP32, PAGE = 4096;
+    const int64_t bytes = p.x_stride * int64_t(sizeof(Element));
+    return IN_PLACE && p.x_type == TYPE && p.k % GRAIN == 0 && bytes < 2 * PAGE && bytes % PAGE;
 }
 
 template <class Several> INLINE Several load_all(const Element* address) {

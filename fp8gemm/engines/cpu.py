@@ -86,6 +86,8 @@ class CpuEngine(WeightOnlyEngine):
         if library is None or out_dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             return None
         shape = (*x.shape[:-1], weight.n)
+        # A tensor of this shape with memory for one element: torch makes others like it faster than by shape and dtype.
+        like = x.new_empty(1).expand(shape)
         flat = x.reshape(-1, weight.k)
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))
         out = x.new_empty(flat.shape[0], weight.n)
@@ -95,7 +97,7 @@ class CpuEngine(WeightOnlyEngine):
         without_nans = None if _has_nans(library, data) else data._version
 
         def bound(x: torch.Tensor) -> torch.Tensor:
-            y = torch.empty(shape, dtype=out_dtype, device="cpu")
+            y = torch.empty_like(like, memory_format=torch.contiguous_format)
             run(x.data_ptr(), y.data_ptr(), without_nans is None or data._version != without_nans)
             return y
 

@@ -10,7 +10,7 @@ namespace {
 namespace avx2 {
 
 constexpr const char* NAME = NAMES[AVX2];
-constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, GRAIN = 1;
+constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 1, GRAIN = 1;
 constexpr int64_t CHUNK = 512, PANEL = 32;
 constexpr bool IN_PLACE = true, FETCHES_TOKENS = false;
 using Vec = __m256;

@@ -12,7 +12,7 @@ namespace avx512 {
 constexpr const char* NAME = NAMES[AVX512];
 // Tiles of four vectors by six tokens load 10 operands for 24 fused multiply-adds, of which some CPUs start two in each
 // cycle; with two vectors by twelve tokens it would be 14. What a tile loads stays in an L1 cache of 48 KB.
-constexpr int LANES = 16, VECTORS = 4, ROWS = VECTORS * LANES, TOKENS = 6, GRAIN = 1;
+constexpr int LANES = 16, VECTORS = 4, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 4, GRAIN = 1;
 constexpr int64_t CHUNK = 128, PANEL = 128;
 constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
 using Vec = __m512;

@@ -9,7 +9,7 @@ namespace {
 namespace avx512_bf16 {
 
 constexpr const char* NAME = NAMES[AVX512_BF16];
-constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, GRAIN = 2;
+constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, UNROLL = 1, GRAIN = 2;
 constexpr int64_t CHUNK = 512, PANEL = 128;
 constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
 using Vec = __m512;

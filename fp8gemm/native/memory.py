@@ -23,7 +23,12 @@ def plain(*tensors: torch.Tensor | None) -> bool:
 
 def plain_but_for_modes(*tensors: torch.Tensor | None) -> bool:
     """``plain``, whether or not a dispatch mode is active."""
-    return _transform() is None and all(tensor is None or _holds(tensor) for tensor in tensors)
+    if _transform() is not None:
+        return False
+    for tensor in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if tensor is not None and not _holds(tensor):
+            return False
+    return True
 
 
 def _holds(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ namespace neon {
 
 // Each lane multiplies four elements along k: a token's, one vector, are multiplied by their number in it.
 constexpr const char* NAME = NAMES[NEON];
-constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 8, GRAIN = 4;
+constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 8, UNROLL = 1, GRAIN = 4;
 constexpr int64_t CHUNK = 512, PANEL = 32;
 constexpr bool IN_PLACE = false, FETCHES_TOKENS = true;
 using Vec = float32x4_t;

@@ -9,7 +9,7 @@ namespace {
 namespace portable {
 
 constexpr const char* NAME = NAMES[PORTABLE];
-constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 4, GRAIN = 1;
+constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 4, UNROLL = 1, GRAIN = 1;
 constexpr int64_t CHUNK = 512, PANEL = 32;
 constexpr bool IN_PLACE = false, FETCHES_TOKENS = true;
 using Vec = float __attribute__((vector_size(LANES * 4)));

@@ -7,6 +7,7 @@
 //   load, broadcast      an operand from memory; one that stands for GRAIN elements of a token
 //   multiply_add         sums plus the products of weights and such an operand
 //   TOKENS               TOKENS x VECTORS sums and their operands fill the registers
+//   UNROLL               units along k that one pass of the inner loop multiplies
 //   IN_PLACE             whether tokens whose type is that of elements may be multiplied where they lie, without a copy
 //
 // It defines what panels.h asks of such tiles. Sums are never added across lanes, and are stored contiguously.
@@ -58,36 +59,46 @@ template <int COUNT> struct Cursor {
     INLINE explicit Cursor(Elements x) : stride(IN_PLACE ? x.stride : X_STRIDE) {
         for (int i = 0; i < POINTERS; ++i) pointers[i] = x.first + SHARED * i * stride;
     }
-    INLINE Operand token(int t) const {
-        return broadcast(pointers[t / SHARED] + t % SHARED * (IN_PLACE ? stride : X_STRIDE));
+    INLINE Operand token(int t, int unit) const {
+        return broadcast(pointers[t / SHARED] + t % SHARED * (IN_PLACE ? stride : X_STRIDE) + unit * GRAIN);
     }
-    INLINE void advance() {
-        for (int i = 0; i < POINTERS; ++i) pointers[i] += GRAIN;
+    INLINE void advance(int units) {
+        for (int i = 0; i < POINTERS; ++i) pointers[i] += units * GRAIN;
     }
 };
 
+// Adds w, Weights [UNITS][VECTORS], times x [COUNT] to sums in registers, and advances both.
+template <int UNITS, int COUNT>
+INLINE void multiply_units(const Element*& w, Cursor<COUNT>& x, Vec (&added)[COUNT][VECTORS]) {
+#pragma GCC unroll 16
+    for (int unit = 0; unit < UNITS; ++unit) {
+        Weights rows[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) rows[j] = load_all<Weights>(w + (unit * VECTORS + j) * LANES * GRAIN);
+#pragma GCC unroll 16
+        for (int t = 0; t < COUNT; ++t) {
+            Operand token = x.token(t, unit);
+            for (int j = 0; j < VECTORS; ++j) added[t][j] = multiply_add(added[t][j], rows[j], token);
+        }
+    }
+    w += UNITS * ROWS * GRAIN, x.advance(UNITS);
+}
+
 // Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless
-// null, multiply what each adds. The first segment's sums replace what is in memory if `first`.
+// null, multiply what each adds. The first segment's sums replace what is in memory if `first`. Lines are fetched after
+// each `burst` of units.
 template <int COUNT>
 NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* segment, const Segment* end,
-                            const float* factors, bool first, float* sums, Ahead& codes, Ahead& ahead) {
+                            const float* factors, bool first, float* sums, int64_t burst, Ahead& codes, Ahead& ahead) {
     Cursor<COUNT> x(elements);
     for (; segment < end; ++segment, first = false) {
         Vec added[COUNT][VECTORS];
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) added[t][j] = Vec{};
-        for (int64_t unit = 0; unit < segment->units;) {
+        for (int64_t left = segment->units; left > 0; left -= burst) {
             codes.fetch(), ahead.fetch();
-            for (int64_t stop = smaller<int64_t>(segment->units, unit + 16); unit < stop; ++unit) {
-                Weights rows[VECTORS];
-                for (int j = 0; j < VECTORS; ++j) rows[j] = load_all<Weights>(w + j * LANES * GRAIN);
-#pragma GCC unroll 16
-                for (int t = 0; t < COUNT; ++t) {
-                    Operand token = x.token(t);
-                    for (int j = 0; j < VECTORS; ++j) added[t][j] = multiply_add(added[t][j], rows[j], token);
-                }
-                w += ROWS * GRAIN, x.advance();
-            }
+            int64_t units = smaller(left, burst);
+            for (; units >= UNROLL; units -= UNROLL) multiply_units<UNROLL>(w, x, added);
+            for (; units > 0; --units) multiply_units<1>(w, x, added);
         }
         const float* factor = factors ? factors + segment->factor * PANEL : nullptr;
 #pragma GCC unroll 16
@@ -131,10 +142,14 @@ INLINE Elements elements(const Problem& p, Tokens tokens, int64_t chunk) {
 INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const Strip& strip, const Ending& ending,
                            Ahead codes, Ahead ahead) {
     const Elements x = elements(p, all, chunk);
-    int64_t tokens = all.count, tiles = ceil_div(tokens, TOKENS), bursts = 0;
+    int64_t tokens = all.count, tiles = ceil_div(tokens, TOKENS), units = 0, bursts = 0;
     int64_t out_stride = p.out_stride * size_of(p.out_type);
+    for (const Segment* segment = strip.segments; segment < strip.end; ++segment) units += tiles * segment->units;
+    // As seldom as about eight lines at a time allow.
+    int64_t lines = larger<int64_t>(1, codes.left + ahead.left);
+    const int64_t burst = larger<int64_t>(16, smaller<int64_t>(64, 8 * units / lines / UNROLL * UNROLL));
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
-        bursts += tiles * ceil_div(segment->units, 16);
+        bursts += tiles * ceil_div(segment->units, burst);
     codes.spread(bursts), ahead.spread(bursts);
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens * (tile + 1) / tiles;
@@ -142,7 +157,7 @@ INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const St
         uint8_t* out = strip.out ? strip.out + token * out_stride : nullptr;
         if (out) fetch_out(p, strip, out, stop - token);
         multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
-                                 strip.first, sums, codes, ahead);
+                                 strip.first, sums, burst, codes, ahead);
         if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);
     }
 }

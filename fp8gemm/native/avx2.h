@@ -11,8 +11,8 @@ namespace avx2 {
 
 constexpr const char* NAME = NAMES[AVX2];
 constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 1, GRAIN = 1;
-constexpr int64_t CHUNK = 512, PANEL = 32;
-constexpr bool IN_PLACE = true, FETCHES_TOKENS = false;
+constexpr int64_t CHUNK = 256, PANEL = 128;
+constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
 using Vec = __m256;
 using Element = float;
 using Operand = Vec;

@@ -116,6 +116,21 @@ def test_k_of_several_chunks(library, dtype, granularity):
             assert y.double().equal(expected[:m]), f"M={m}, K={k}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [96, 384, 1000])
+def test_it_makes_no_difference_where_tokens_lie(library, dtype, k):
+    """Rows that are far apart are copied; close ones are multiplied where they lie."""
+    torch.manual_seed(11)
+    weight = quantize(torch.randn(100, k), ROW)
+    apart = torch.randn(300, 4096 // dtype.itemsize).to(dtype)[:, :k]
+    close = torch.empty(300, k + 8, dtype=dtype)[:, 3 : k + 3].copy_(apart)
+    for m in (1, 7, 13, 70, 300):
+        expected = linear(library, apart[:m].contiguous(), weight.data, weight.scale, ROW)
+        for x in (apart[:m], close[:m]):
+            y = linear(library, x, weight.data, weight.scale, ROW)
+            assert y.equal(expected), f"M={m}, strides {x.stride()}"
+
+
 def test_no_elements_along_k_leave_the_bias(library):
     data, scale = torch.empty(5, 0, dtype=torch.float8_e4m3fn), torch.ones(5, 1)
     x, bias = torch.empty(3, 0, dtype=torch.bfloat16), torch.arange(5.0)

@@ -21,7 +21,9 @@ struct Ahead {
     // All will have been fetched after `times` calls of fetch.
     INLINE void spread(int64_t times) { burst = ceil_div(left, larger<int64_t>(times, 1)); }
     INLINE void fetch() {
-        for (int64_t i = 0; i < burst && left > 0; ++i, --left) {
+        int64_t lines = smaller(burst, left);
+        left -= lines;
+        for (; lines > 0; --lines) {
             __builtin_prefetch(row + column, 0, 2);
             column += 64;
             if (column >= width) column = 0, row += stride;

@@ -85,9 +85,8 @@ class CpuEngine(WeightOnlyEngine):
         library = _library(weight.data.dtype, x.dtype, x, weight.data, weight.scale, bias)
         if library is None or out_dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             return None
-        shape = (*x.shape[:-1], weight.n)
-        # A tensor of this shape with memory for one element: torch makes others like it faster than by shape and dtype.
-        like = x.new_empty(1).expand(shape)
+        # The result's shape with memory for one element: torch makes others like it faster than by shape and dtype.
+        like = x.new_empty(1).expand(*x.shape[:-1], weight.n)
         flat = x.reshape(-1, weight.k)
         rows, cols = weight.scheme.weight.block((weight.n, weight.k))
         out = x.new_empty(flat.shape[0], weight.n)

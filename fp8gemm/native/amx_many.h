@@ -20,7 +20,7 @@ using avx512_bf16::Element, avx512_bf16::Vec;
 constexpr const char* NAME = NAMES[AMX];
 constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, GRAIN = 2;
 constexpr int64_t CHUNK = 1024, PANEL = 256, RESTART = CHUNK;
-constexpr bool FETCHES_TOKENS = true, DECODES_NANS = true;
+constexpr bool DECODES_NANS = true;
 constexpr float FACTOR = 1.0f;
 
 #include "strips.h"
@@ -199,11 +199,9 @@ INLINE void fold(const Strip& strip) {
 INLINE void finish_bf16(const Problem& p, const Ending& ending, int64_t first, const float* sums, int64_t tokens,
                         uint8_t* out) {
     const Vec low = floats(ending.scale + first), high = floats(ending.scale + first + LANES);
-    Vec low_bias{}, high_bias{};
-    if (p.bias) low_bias = floats(ending.bias + first), high_bias = floats(ending.bias + first + LANES);
+    const Vec low_bias = floats(ending.bias + first), high_bias = floats(ending.bias + first + LANES);
     for (; tokens > 0; --tokens, sums += ROWS, out += p.out_stride * 2) {
-        Vec y = floats(sums) * low, z = floats(sums + LANES) * high;
-        if (p.bias) y += low_bias, z += high_bias;
+        Vec y = floats(sums) * low + low_bias, z = floats(sums + LANES) * high + high_bias;
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(z, y));
     }
 }

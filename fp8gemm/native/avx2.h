@@ -13,7 +13,7 @@ constexpr const char* NAME = NAMES[AVX2];
 // With several units in a pass, gcc loads more operands at a time than there are registers for.
 constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 1, GRAIN = 1;
 constexpr int64_t CHUNK = 256, PANEL = 128;
-constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
+constexpr bool IN_PLACE = true;
 using Vec = __m256;
 using Element = float;
 using Operand = Vec;

@@ -14,7 +14,7 @@ constexpr const char* NAME = NAMES[AVX512];
 // cycle; with two vectors by twelve tokens it would be 14. What a tile loads stays in an L1 cache of 48 KB.
 constexpr int LANES = 16, VECTORS = 4, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 4, GRAIN = 1;
 constexpr int64_t CHUNK = 128, PANEL = 128;
-constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
+constexpr bool IN_PLACE = true;
 using Vec = __m512;
 using Element = float;
 using Operand = Vec;

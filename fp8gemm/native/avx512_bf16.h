@@ -11,7 +11,7 @@ namespace avx512_bf16 {
 constexpr const char* NAME = NAMES[AVX512_BF16];
 constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 12, UNROLL = 1, GRAIN = 2;
 constexpr int64_t CHUNK = 512, PANEL = 128;
-constexpr bool IN_PLACE = true, FETCHES_TOKENS = true;
+constexpr bool IN_PLACE = true;
 using Vec = __m512;
 using Element = uint16_t;
 using Operand = __m512bh;

@@ -12,7 +12,7 @@ namespace neon {
 constexpr const char* NAME = NAMES[NEON];
 constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 8, UNROLL = 1, GRAIN = 4;
 constexpr int64_t CHUNK = 512, PANEL = 32;
-constexpr bool IN_PLACE = false, FETCHES_TOKENS = true;
+constexpr bool IN_PLACE = false;
 using Vec = float32x4_t;
 using Element = float;
 using Operand = Vec;

@@ -10,7 +10,6 @@
 //   pack, pack_unit      packs units of so many tokens
 //   room_for, packed_stride
 //                        for how many tokens there must be room; elements of each in a chunk that is packed
-//   FETCHES_TOKENS       whether the next chunk of packed tokens is fetched ahead
 //   multiply_strip       multiplies some decoded rows by all tokens
 //
 // A panel of the weight is decoded strip by strip, a chunk of codes of ROWS rows at a time, to the order in which they
@@ -61,7 +60,7 @@ INLINE Ahead tokens_ahead(const Problem& p, Tokens tokens, Rows rows, int64_t ro
     constexpr int64_t CACHED = 1 << 19;  // bytes: half of a large L2 cache
     const int64_t width = packed_stride(p) * int64_t(sizeof(Element));
     bool more = following < p.k, large = tokens.count * chunks(p) * width > CACHED;
-    if (!FETCHES_TOKENS || in_place(p) || !large || !(more || rows.next)) return {nullptr, 0, 0};
+    if (in_place(p) || !large || !(more || rows.next)) return {nullptr, 0, 0};
     int64_t share = ceil_div(tokens.count, ceil_div(rows.count, ROWS));
     int64_t first = smaller(tokens.count, row / ROWS * share), count = smaller(share, tokens.count - first);
     int64_t before = (more ? following / chunk_size(p) : 0) * room_for(tokens.count) + first;

@@ -11,7 +11,7 @@ namespace portable {
 constexpr const char* NAME = NAMES[PORTABLE];
 constexpr int LANES = 4, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 4, UNROLL = 1, GRAIN = 1;
 constexpr int64_t CHUNK = 512, PANEL = 32;
-constexpr bool IN_PLACE = false, FETCHES_TOKENS = true;
+constexpr bool IN_PLACE = false;
 using Vec = float __attribute__((vector_size(LANES * 4)));
 using Element = float;
 using Operand = Vec;

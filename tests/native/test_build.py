@@ -32,8 +32,11 @@ def library_of(environment: dict[str, str]) -> Path:
 
 @compiled
 def test_several_processes_compile_at_once(tmp_path):
+    assert isinstance(FOUND, native.Library)
     cache = tmp_path / "cache"
-    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
+    compiler = fake_compiler(tmp_path, f"sleep 5; cp {FOUND.path}")  # the real one would take three times as long
+    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "CXX": compiler}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     processes = [
         subprocess.Popen([sys.executable, "-c", CHILD + "assert multiply()"], env=environment) for _ in range(3)
     ]

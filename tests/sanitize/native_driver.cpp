@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <vector>
 
 namespace {
@@ -117,17 +118,17 @@ bool looked_up(int level, int64_t type, int64_t n, int64_t k, int64_t rows, int6
     return fp8gemm_lookup(level, 3, &l) == -4;
 }
 
-// All problems at one level; returns how many results are wrong.
-int check(int level) {
+// All problems at one level, or those of the first `most` shapes; returns how many results are wrong.
+int check(int level, int64_t most) {
     const int64_t shapes[][2] = {{1, 1}, {1, 7}, {17, 33}, {33, 64}, {40, 130}, {130, 200}, {5, 1030}, {20, 2100},
                                 {70, 416}};
     const int64_t blocks[][2] = {{1, 1 << 20}, {1 << 20, 1 << 20}, {1, 32}, {128, 128}, {3, 50}};
     const char* name = fp8gemm_level_name(level);
     int wrong = 0;
     for (int64_t type : {BF16, FP16, FP32})
-        for (auto& shape : shapes)
+        for (auto* shape = shapes; shape < shapes + smaller<int64_t>(most, std::size(shapes)); ++shape)
             for (auto& block : blocks) {
-                int64_t n = shape[0], k = shape[1], rows = smaller(block[0], n), cols = smaller(block[1], k);
+                int64_t n = (*shape)[0], k = (*shape)[1], rows = smaller(block[0], n), cols = smaller(block[1], k);
                 cast(level, type, n, k, rows, cols);
                 if (!looked_up(level, type, n, k, rows, cols) && ++wrong)
                     printf("%s, type %d: rows of %d x %d are wrong\n", name, int(type), int(n), int(k));
@@ -151,8 +152,8 @@ void multiply_only(int level, int64_t type, int64_t m, int64_t n, int64_t k, int
 
 }  // namespace
 
-// Without arguments, checks all levels and prints a digest of their results; with one, LEVEL, only that level; with
-// LEVEL TYPE M N K TIMES, only multiplies.
+// Without arguments, checks all levels and prints a digest of their results; with LEVEL, only that level; with
+// LEVEL SHAPES, only the first so many shapes; with LEVEL TYPE M N K TIMES, only multiplies.
 int main(int count, char** arguments) {
     fast_pairs = true;  // so that their kernels are run on any CPU
     int64_t given[7] = {};
@@ -161,7 +162,7 @@ int main(int count, char** arguments) {
     if (given[1] > fp8gemm_level()) return printf("this CPU has no level %d\n", int(given[1])), 2;
     int wrong = 0;
     for (int level = 0; level <= fp8gemm_level(); ++level)
-        if (count == 1 || level == given[1]) wrong += check(level);
+        if (count == 1 || level == given[1]) wrong += check(level, count == 3 ? given[2] : INT64_MAX);
     printf("%016llx\n", (unsigned long long)digest);
     return wrong > 0;
 }

@@ -32,11 +32,9 @@ def library_of(environment: dict[str, str]) -> Path:
 
 @compiled
 def test_several_processes_compile_at_once(tmp_path):
-    assert isinstance(FOUND, native.Library)
     cache = tmp_path / "cache"
-    compiler = fake_compiler(tmp_path, f"sleep 5; cp {FOUND.path}")  # the real one would take three times as long
-    environment = {**os.environ, "FP8GEMM_CACHE": str(cache), "CXX": compiler}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    own = {"FP8GEMM_CACHE": str(cache), "CXX": copying_compiler(tmp_path, seconds=5)}
+    environment = {**os.environ, **own, "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
         subprocess.Popen([sys.executable, "-c", CHILD + "assert multiply()"], env=environment) for _ in range(3)
     ]
@@ -81,6 +79,12 @@ def fake_compiler(directory: Path, action: str) -> str:
     )
     script.chmod(0o755)
     return str(script)
+
+
+def copying_compiler(directory: Path, seconds: int = 0) -> str:
+    """A compiler that takes so long for the library that was found; the real one takes more than ten seconds."""
+    assert isinstance(FOUND, native.Library)
+    return fake_compiler(directory, f"sleep {seconds}; cp {FOUND.path}")
 
 
 def test_each_reason_to_go_without(tmp_path):
@@ -202,8 +206,7 @@ def test_odd_compilers_leave_torch_and_a_reason(tmp_path):
 @compiled
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty", "one bit"])
 def test_a_damaged_library_is_built_again(damage, tmp_path):
-    assert isinstance(FOUND, native.Library)
-    quick = fake_compiler(tmp_path, f"cp {FOUND.path}")  # the real compiler takes seconds for the same
+    quick = copying_compiler(tmp_path)
     assert patched(tmp_path, CXX=quick).startswith("Library")
     (library,) = (tmp_path / "cache").iterdir()
     whole = library.read_bytes()

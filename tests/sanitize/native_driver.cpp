@@ -126,9 +126,9 @@ int check(int level, int64_t most) {
     const char* name = fp8gemm_level_name(level);
     int wrong = 0;
     for (int64_t type : {BF16, FP16, FP32})
-        for (auto* shape = shapes; shape < shapes + smaller<int64_t>(most, std::size(shapes)); ++shape)
+        for (int64_t i = 0; i < smaller<int64_t>(most, std::size(shapes)); ++i)
             for (auto& block : blocks) {
-                int64_t n = (*shape)[0], k = (*shape)[1], rows = smaller(block[0], n), cols = smaller(block[1], k);
+                int64_t n = shapes[i][0], k = shapes[i][1], rows = smaller(block[0], n), cols = smaller(block[1], k);
                 cast(level, type, n, k, rows, cols);
                 if (!looked_up(level, type, n, k, rows, cols) && ++wrong)
                     printf("%s, type %d: rows of %d x %d are wrong\n", name, int(type), int(n), int(k));

@@ -122,7 +122,7 @@ INLINE void add_up(const float* added, const float* const* factors, int64_t toke
         for (int64_t t = 0; t < tokens; ++t) {
             Vec sum = kept ? floats(kept->sums + t * kept->stride + j * LANES) : Vec{};
             for (int i = 0; i < COUNT; ++i) sum += floats(added + (i * 32 + t) * ROWS + j * LANES) * factor[i];
-            memcpy(out.sums + t * out.stride + j * LANES, &sum, sizeof sum);
+            put(out.sums + t * out.stride + j * LANES, sum);
         }
     }
 }

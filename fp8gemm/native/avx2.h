@@ -10,9 +10,9 @@ namespace {
 namespace avx2 {
 
 constexpr const char* NAME = NAMES[AVX2];
-// With several units in a pass, gcc loads more operands at a time than there are registers for.
-constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 1, GRAIN = 1;
-constexpr int64_t CHUNK = 256, PANEL = 128;
+// With more units in a pass, gcc moves sums to memory.
+constexpr int LANES = 8, VECTORS = 2, ROWS = VECTORS * LANES, TOKENS = 6, UNROLL = 2, GRAIN = 1;
+constexpr int64_t CHUNK = 512, PANEL = 128;
 constexpr bool IN_PLACE = true;
 using Vec = __m256;
 using Element = float;

@@ -31,11 +31,10 @@ struct Ahead {
     }
 };
 
-INLINE Vec floats(const float* address) {
-    Vec vector;
-    memcpy(&vector, address, sizeof vector);
-    return vector;
-}
+// Copied with memcpy instead, vectors that are several sums of a tile would not stay in registers.
+using UnalignedVec [[gnu::aligned(4), gnu::may_alias]] = Vec;
+INLINE Vec floats(const float* address) { return *reinterpret_cast<const UnalignedVec*>(address); }
+INLINE void put(float* address, Vec vector) { *reinterpret_cast<UnalignedVec*>(address) = vector; }
 
 // `count` elements of x: bf16 as they are; those of any type as fp32.
 INLINE void copy(const uint8_t* x, int64_t, uint16_t* out, int64_t count) { memcpy(out, x, size_t(count) * 2); }

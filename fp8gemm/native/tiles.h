@@ -105,9 +105,9 @@ NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* 
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) {
                 float* kept = sums + t * PANEL + j * LANES;
-                if (factor) added[t][j] = added[t][j] * FACTOR * floats(factor + j * LANES);
-                if (!first) added[t][j] += floats(kept);
-                memcpy(kept, &added[t][j], sizeof(Vec));
+                Vec sum = added[t][j];
+                if (factor) sum = sum * FACTOR * floats(factor + j * LANES);
+                put(kept, first ? sum : sum + floats(kept));
             }
     }
 }

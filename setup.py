@@ -99,7 +99,7 @@ def compile_carried(source: Path) -> Path | str:
     if isinstance(found, compiler.Unavailable):
         return found.reason
     library = source.with_name(compiler.carried_name(compiler.source_digest(source)))
-    command = (*found.command, *compiler.flags(), *compiler.WHEEL_FLAGS.get(platform.machine(), ()))
+    command = (*found.command, *found.flags, *compiler.WHEEL_FLAGS.get(platform.machine(), ()))
     if (failed := compiler.compile_source(command, source, library)) is not None:
         library.unlink(missing_ok=True)
         return failed.reason

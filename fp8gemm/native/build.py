@@ -25,7 +25,6 @@ from .compiler import (
     compile_source,
     digest,
     find_compiler,
-    flags,
     source_digest,
     turned_off,
 )
@@ -60,7 +59,7 @@ def _build(environment: Mapping[str, str]) -> Built | Unavailable:
     compiler = find_compiler(environment)
     if isinstance(compiler, Unavailable):
         return compiler
-    command = (*compiler.command, *flags())
+    command = (*compiler.command, *compiler.flags)
     # With the C library's version: a home may be shared, and a library built for a newer one does not load on an older.
     system = " ".join((platform.machine(), *platform.libc_ver()))
     key = digest(

@@ -23,6 +23,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
 # Vector sums may use fused multiply-add; loops vectorize since floating-point traps are not observed.
 FLOAT_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 DARWIN_FLAGS = ("-undefined", "dynamic_lookup")
+# Without this optimization clang 16 compiles the kernels; with it, it crashes.
+CLANG_16_FLAGS = ("-mllvm", "-disable-vector-combine")
 # What a wheel adds, by machine, since it is for every CPU: a compiler may be set to assume more than the oldest has.
 WHEEL_FLAGS = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
 COMPILE_SECONDS = 300
@@ -45,6 +47,12 @@ class Compiler:
     def __str__(self) -> str:
         """The first line of the version, such as ``g++ (GCC) 14.2.0``; the command if there is none."""
         return next(iter(self.version.strip().splitlines()), shlex.join(self.command))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What it is given in every compilation on this system."""
+        darwin = DARWIN_FLAGS if sys.platform == "darwin" else ()
+        return FLAGS + FLOAT_FLAGS + darwin + (CLANG_16_FLAGS if "clang version 16." in self.version else ())
 
 
 def turned_off(environment: Mapping[str, str]) -> Unavailable | None:
@@ -74,11 +82,6 @@ def find_compiler(environment: Mapping[str, str]) -> Compiler | Unavailable:
             return Compiler(command, result.stdout)
     origin = "CXX" if named else "PATH"
     return Unavailable(f"no C++ compiler: looked for {', '.join(names)} ({origin}); install one, or set CXX")
-
-
-def flags() -> tuple[str, ...]:
-    """What every compilation is given on this system."""
-    return FLAGS + FLOAT_FLAGS + (DARWIN_FLAGS if sys.platform == "darwin" else ())
 
 
 def compile_source(command: tuple[str, ...], source: Path, library: Path) -> Unavailable | None:

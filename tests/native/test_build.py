@@ -87,6 +87,13 @@ def copying_compiler(directory: Path, seconds: int = 0) -> str:
     return fake_compiler(directory, f"sleep {seconds}; cp {FOUND.path}")
 
 
+def test_clang_16_goes_without_the_optimization_that_crashes_it():
+    plain = Compiler(("c++",), "g++ (Debian 12.2.0-14+deb12u1) 12.2.0").flags
+    assert Compiler(("clang++",), "Debian clang version 15.0.6").flags == plain
+    without = Compiler(("clang++",), "Debian clang version 16.0.6 (15~deb12u1)\nTarget: x86_64-pc-linux-gnu").flags
+    assert without == (*plain, "-mllvm", "-disable-vector-combine")
+
+
 def test_each_reason_to_go_without(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ def _runs(rows: torch.Tensor) -> bool:
 
 
 @implements(FUNCTIONS, F.linear)
-def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
+def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None, **others: Any) -> Any:
     """A shortcut past the dispatcher, where nothing else intercepts the call."""
-    if not isinstance(weight, FP8Weight) or not _is_ours_alone(input, bias):
+    if others or not isinstance(weight, FP8Weight) or not _is_ours_alone(input, bias):
         return NotImplemented
     if getattr(weight, "_is_param", False):
         weight._home.owned = True
@@ -80,18 +81,19 @@ def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None) 
 
 
 @implements(FUNCTIONS, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def _matmul_directly(input: Any, weight: Any) -> Any:
-    if not isinstance(weight, FP8Weight) or weight.dim() != 2 or not _is_ours_alone(input, None):
+def _matmul_directly(input: Any = None, weight: Any = None, **named: Any) -> Any:
+    """As above; a product with named operands, or with ``out``, goes through the dispatcher."""
+    if named or not isinstance(weight, FP8Weight) or weight.dim() != 2 or not _is_ours_alone(input, None):
         return NotImplemented
     return linear(input, weight.turned_around())
 
 
 @implements(FUNCTIONS, torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _transpose(weight: FP8Weight) -> Any:
+def _transpose(input: FP8Weight) -> Any:
     """A shortcut past the dispatcher, which autograd need not see: ``x @ weight.T`` transposes at every call."""
-    if weight.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.plain():
+    if input.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.plain():
         return NotImplemented
-    return weight.turned_around()
+    return input.turned_around()
 
 
 @implements(OPERATIONS, aten.t.default)
@@ -177,12 +179,45 @@ def _bmm(a: Any, b: Any) -> Any:
     return y if y is NotImplemented else y.view(batch, m, -1)
 
 
-@implements(OPERATIONS, aten.baddbmm.default)
-def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(bias, FP8Weight):
-        return NotImplemented
-    y = _bmm(a, b)
-    return y if y is NotImplemented else _plus(bias, y, beta, alpha)
+def _added(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """``beta * bias + alpha * product(a, b)``."""
+
+    def add(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+        y = NotImplemented if isinstance(bias, FP8Weight) else product(a, b)
+        return y if y is NotImplemented else _plus(bias, y, beta, alpha)
+
+    return add
+
+
+_addmv = implements(OPERATIONS, aten.addmv.default)(_added(_mv))
+_baddbmm = implements(OPERATIONS, aten.baddbmm.default)(_added(_bmm))
+
+
+def _writes(product: Callable[..., Any]) -> Callable[..., Any]:
+    """``product``, written to ``out``, or to its first operand if the operation is in place."""
+
+    def write(*operands: Any, out: Any = None, **factors: Any) -> Any:
+        target = operands[0] if out is None else out
+        y = NotImplemented if isinstance(target, FP8Weight) else product(*operands, **factors)
+        if y is NotImplemented or (y.dtype, y.device) != (target.dtype, target.device):
+            return NotImplemented  # torch raises its own error
+        if out is not None and not out.numel():
+            out.resize_(y.shape)
+        return target.copy_(y) if target.shape == y.shape else NotImplemented  # torch resizes with a warning, or raises
+
+    return write
+
+
+for _operations, _product in (
+    ((aten.linear.out,), _linear),
+    ((aten.mm.out,), _mm),
+    ((aten.mv.out,), _mv),
+    ((aten.bmm.out,), _bmm),
+    ((aten.addmm.out, aten.addmm_.default), _addmm),
+    ((aten.addmv.out, aten.addmv_.default), _addmv),
+    ((aten.baddbmm.out, aten.baddbmm_.default), _baddbmm),
+):
+    implements(OPERATIONS, *_operations)(_writes(_product))
 
 
 MOST_GROUPS = 32  # most groups of rows of one matrix that are multiplied one by one

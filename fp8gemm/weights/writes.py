@@ -170,7 +170,7 @@ def _exported(weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @implements(FUNCTIONS, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_)
-def _by_element(weight: Any, *args: Any) -> Any:
+def _by_element(weight: Any, *args: Any, **kwargs: Any) -> Any:
     raise _refusal("apply_, map_ or map2_")
 
 

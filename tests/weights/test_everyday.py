@@ -153,6 +153,13 @@ def test_backward_after_a_write_raises(product: str) -> None:
 
 X = torch.randn(5, K, generator=torch.Generator().manual_seed(8), dtype=torch.float32).bfloat16()
 X3 = X.view(1, 5, K).repeat(2, 1, 1)
+
+
+def _room(*shape: int) -> torch.Tensor:
+    """What a product is written to."""
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
 ONE_PRODUCT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one dimension": lambda w: F.linear(X[0], w),
     "two dimensions": lambda w: F.linear(X, w),
@@ -170,6 +177,17 @@ ONE_PRODUCT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "expanded": lambda w: torch.bmm(X3, w.t().expand(2, -1, -1)),
     "addmm": lambda w: torch.addmm(T[0, :N].float().bfloat16(), X, w.t()),
     "baddbmm": lambda w: torch.matmul(X3, w.t()),
+    "addmv": lambda w: torch.addmv(T[0, :N].float().bfloat16(), w, X[0], alpha=2.0),
+    "names": lambda w: F.linear(input=X, weight=w),
+    "names of mm": lambda w: torch.mm(input=X, mat2=torch.t(input=w)),
+    "names of matmul": lambda w: X3.matmul(other=w.t()),
+    "out of mm": lambda w: torch.mm(X, w.t(), out=_room(5, N)),
+    "out of matmul": lambda w: torch.matmul(X3, w.T, out=_room(0)),
+    "out of mv": lambda w: torch.mv(w, X[0], out=_room(N)),
+    "out of addmm": lambda w: torch.addmm(_room(N) + 1, X, w.t(), beta=0.5, out=_room(N, 5).t()),
+    "out of bmm": lambda w: torch.bmm(X3, w.t().expand(2, -1, -1), out=_room(2, 5, N)),
+    "addmm_": lambda w: (_room(5, N) + 1).addmm_(X, w.t()),
+    "baddbmm_": lambda w: (_room(2, 5, N) + 1).baddbmm_(X3, w.t().expand(2, -1, -1), alpha=2),
 }
 
 
@@ -184,6 +202,16 @@ def test_one_product_and_nothing_dequantized(name: str) -> None:
         wanted = ONE_PRODUCT[name](dense)
         assert y.shape == wanted.shape
         near(y, wanted)
+
+
+def test_what_does_not_fit_is_refused_as_for_a_dense_weight() -> None:
+    weight = matrix("row").weight
+    for room in (torch.zeros(5, N, dtype=torch.float32), torch.zeros(5, N, dtype=torch.bfloat16, device="meta")):
+        for w in (weight, weight.dequantize()):
+            with pytest.raises(RuntimeError):
+                torch.mm(X, w.t(), out=room)
+    with pytest.warns(UserWarning, match="resized"):
+        near(torch.mm(X, weight.t(), out=_room(3)), F.linear(X, weight.dequantize()))
 
 
 def test_parts_are_a_product_each() -> None:

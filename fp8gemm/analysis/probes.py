@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import UnsupportedError
 from ..models.batches import Batch
 from ..models.multiplies import CONVOLUTIONS as CONVOLVING
-from ..models.multiplies import FACTORS, factors_of
+from ..models.multiplies import factors_of, places_of
 from ..models.owners import CONVOLUTIONS, is_plain_linear
 from ..weights import FP8Weight
 from .layers import Layer, PatchedLayer, Unobserved
@@ -189,8 +189,8 @@ def _note_inputs(func: Any, args: tuple[Any, ...], layer: Layer) -> None:
         pairs = [(args[1], args[0], 1)]
     elif func is aten._trilinear.default:
         pairs = [(args[1], args[2], -1)]
-    elif func in FACTORS:
-        first, second = (args[place] for place in FACTORS[func])
+    elif (places := places_of(func)) is not None:
+        first, second = (args[place] for place in places)
         pairs = [(second, first, -1), (first, second, -2 if second.dim() > 1 else -1)]
     else:
         return

@@ -23,13 +23,13 @@ from ..weights import FP8Weight
 from ..weights.convolution import patches
 from ..weights.geometry import Layout, Part, part_of
 from .batches import Batch, evaluating
-from .multiplies import factors_of
+from .multiplies import factors_of, packet_of
 
 aten = torch.ops.aten
 
 # The products whose first factor is multiplied by the transpose of the second, of any dtype.
-_TRANSPOSED = (aten.linear.default,)
-_VECTORS = (aten.mv.default, aten.addmv.default)
+_TRANSPOSED = (aten.linear,)
+_VECTORS = (aten.mv, aten.addmv, aten.addmv_)
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ class Inputs(TorchDispatchMode):
 
     def _note_factors(self, func: Any, a: Any, b: Any, args: tuple[Any, ...]) -> None:
         """``a`` is contracted over its last dimension, ``b`` over its second to last."""
-        if func in _TRANSPOSED:
+        if packet_of(func) in _TRANSPOSED:
             b = b.transpose(-1, -2)
         right, left = self._place(b), self._place(a)
         if (right is None) == (left is None):  # no weight, or nothing else
             return
         if right is not None:
-            ends = args[2] if func is aten._grouped_mm.default and len(args) > 2 else None
+            ends = args[2] if packet_of(func) is aten._grouped_mm and len(args) > 2 else None
             self._note_product(*right, b, a, contracted_first=True, ends=ends)
-        elif left is not None and func not in (aten._grouped_mm.default, aten.dot.default):
-            x = b.unsqueeze(0) if func in _VECTORS else b.transpose(-1, -2)
+        elif left is not None and packet_of(func) not in (aten._grouped_mm, aten.dot):
+            x = b.unsqueeze(0) if packet_of(func) in _VECTORS else b.transpose(-1, -2)
             self._note_product(*left, a, x, contracted_first=False)
 
     def _note_product(

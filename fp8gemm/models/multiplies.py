@@ -11,19 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# The positions of the arguments that are a product's factors. The first factor is contracted over its last dimension,
-# the second over its second to last.
-FACTORS: Mapping[Any, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.matmul.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-    aten.mv.default: (0, 1),
-    aten.addmv.default: (1, 2),
-    aten.dot.default: (0, 1),
-    aten._grouped_mm.default: (0, 1),
-    aten.linear.default: (0, 1),
+# The positions of the arguments that are a product's factors, of any overload: in place, into ``out``, or into another
+# dtype. The first factor is contracted over its last dimension, the second over its second to last.
+_FACTORS: Mapping[Any, tuple[int, int]] = {
+    **dict.fromkeys((aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot, aten._grouped_mm, aten.linear), (0, 1)),
+    **dict.fromkeys((aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_, aten.addmv, aten.addmv_), (1, 2)),
 }
 CONVOLUTIONS = (aten.convolution.default, aten._convolution.default, aten.mkldnn_convolution.default)
 # Operations that run whole layers: each 2-D weight is multiplied once per token of the first operand.
@@ -34,10 +26,20 @@ _LAYERS = (
 )
 
 
+def places_of(func: Any) -> tuple[int, int] | None:
+    """The positions of a matrix product's factors among its arguments; None for other operations."""
+    return _FACTORS.get(packet_of(func))
+
+
+def packet_of(func: Any) -> Any:
+    """All overloads of an operation: ``aten.mm`` for ``aten.mm.out``; None for what has none."""
+    return getattr(func, "overloadpacket", None)
+
+
 def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
     """The operands of an operation that are multiplied as matrices; empty if it is not a product."""
-    if func in FACTORS:
-        return [args[place] for place in FACTORS[func] if place < len(args)]
+    if (places := places_of(func)) is not None:
+        return [args[place] for place in places if place < len(args)]
     if func in CONVOLUTIONS:
         return [args[1]]
     if func is aten._trilinear.default:
@@ -49,8 +51,8 @@ def factors_of(func: Any, args: tuple[Any, ...]) -> list[Any]:
 
 def multiply_adds(func: Any, args: tuple[Any, ...], y: Any) -> int:
     """The number of multiply-adds of an operation, if it is a matrix product or a convolution; else 0."""
-    if func in FACTORS:
-        a = args[FACTORS[func][0]]
+    if (places := places_of(func)) is not None:
+        a = args[places[0]]
         return int(y.numel() * a.shape[-1]) if isinstance(y, torch.Tensor) else 0
     if func in CONVOLUTIONS:
         x, weight = args[0], args[1]

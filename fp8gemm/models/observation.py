@@ -23,7 +23,7 @@ from ..weights import FP8Weight
 from ..weights.geometry import Layout
 from ..weights.report import Coverage
 from .batches import Batch, evaluating
-from .multiplies import factors_of, is_layer, is_view, multiply_adds, tokens
+from .multiplies import factors_of, is_layer, is_view, multiply_adds, packet_of, tokens
 from .owners import Role
 
 aten = torch.ops.aten
@@ -243,7 +243,7 @@ def _contracted(func: Any, place: int, factor: torch.Tensor, parameter: nn.Param
     if factor.dim() < 2 or parameter.dim() not in (2, 3) or not parameter.is_contiguous():
         return None
     # The first factor of a product is contracted over its last dimension, the second over its second to last.
-    axis = factor.dim() - 1 - (0 if func in (aten.linear.default, aten.mv.default) else place)
+    axis = factor.dim() - 1 - (0 if packet_of(func) in (aten.linear, aten.mv) else place)
     step, extent = factor.stride(axis), factor.shape[axis]
     across = factor.stride(2 * factor.dim() - 3 - axis)
     inner = parameter.shape[-1]

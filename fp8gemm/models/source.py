@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from .syntax import arguments_of, in_groups, is_constant, is_method, is_module, last_name, matrix_letters
+from .syntax import arguments_of, in_groups, is_constant, is_method, is_module, last_name, matrix_letters, one_by_one
 
 # Attributes and methods of a tensor that do not read its values.
 _ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize", "nbytes"} | {
@@ -14,9 +14,15 @@ _ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cu
 }
 _SAME = {"to", "type_as", "detach", "data", "float", "half", "bfloat16", "view_as", "requires_grad_", "cuda", "cpu"}
 _TURNED = {"T", "mT", "t"}
+_TURNS = {"t", "transpose", "swapaxes", "permute"}
 _PARTS = {"chunk", "split", "tensor_split"}
-# and the position of their first factor
-_PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+# and their operands, of which the last two are multiplied
+_PRODUCTS = {
+    **{"matmul": ("input", "other"), "mm": ("input", "mat2"), "bmm": ("input", "mat2"), "mv": ("input", "vec")},
+    **dict.fromkeys(("addmm", "addmm_"), ("input", "mat1", "mat2")),
+    **dict.fromkeys(("baddbmm", "baddbmm_"), ("input", "batch1", "batch2")),
+    **dict.fromkeys(("addmv", "addmv_"), ("input", "mat", "vec")),
+}
 _NEUTRAL = {"isinstance", "hasattr", "len", "has_torch_function", "has_torch_function_unary", "id", "type"}
 _ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_forward, and their positions
     **{"in_proj_weight": 5, "out_proj_weight": 11},
@@ -93,10 +99,11 @@ class Method:
 
     def statement(self, node: ast.stmt) -> None:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            weight = self.value(node.value)
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                self.assign(target, weight, node)
+            pairs = one_by_one(targets, node.value)
+            for value, names in [(self.value(value), names) for value, names in pairs]:
+                for target in names:
+                    self.assign(target, value, node)
             return
         if isinstance(node, ast.For) and (weight := self.value(node.iter)) is not None:
             if not weight.several and not weight.stacked:
@@ -164,7 +171,7 @@ class Method:
         """A view, or a cast, of the parameter."""
         if name in _SAME or (name in ("contiguous", "clone") and not weight.turned):
             return weight
-        if name in _TURNED or (name in ("transpose", "swapaxes", "permute") and len(arguments) == 2):
+        if name in _TURNED or (name in _TURNS and len(arguments) == 2):
             return replace(weight, turned=not weight.turned)
         if in_groups(name, arguments) and not (weight.turned or weight.stacked):
             return _Weight(stacked=True, grouped=True)
@@ -221,6 +228,18 @@ class Method:
         elif b is not None:
             self.count(b, node, straight=b.turned)
 
+    def multiplication(self, arguments: dict[int | str, ast.expr], name: str, node: ast.Call) -> None:
+        """A product by its name; what else it takes is a bias, a factor or ``out``."""
+        factors = list(enumerate(_PRODUCTS[name]))[-2:]
+        found = [arguments.pop(place, None) or arguments.pop(keyword, None) for place, keyword in factors]
+        left, right = found
+        if left is not None and right is not None:
+            self.product(left, right, node)
+            found = []
+        for argument in (*found, *arguments.values()):
+            if argument is not None and self.value(argument) is not None:
+                self.other(node)
+
     def count(self, weight: _Weight, node: ast.AST, *, straight: bool) -> None:
         """A product that contracts the last dimension of the parameter, or else the second to last."""
         if weight.grouped and not straight:
@@ -232,16 +251,12 @@ class Method:
         name = last_name(node.func)
         if self.follows(node, name):
             return None
-        if isinstance(node.func, ast.Attribute):
-            owner = self.value(node.func.value) if not is_module(node.func.value) else None
-            if owner is not None and name in _ABOUT:
+        if isinstance(node.func, ast.Attribute) and not is_module(node.func.value):
+            if name in _PRODUCTS:
+                self.multiplication(arguments_of(node, node.func.value), name, node)
                 return None
-            if name in _PRODUCTS and not is_module(node.func.value):
-                factors = [node.func.value, *node.args][_PRODUCTS[name] :]
-                if owner is not None and _PRODUCTS[name]:
-                    self.other(node)
-                if len(factors) >= 2:
-                    self.product(factors[0], factors[1], node)
+            owner = self.value(node.func.value)
+            if owner is not None and name in _ABOUT:
                 return None
             if owner is not None:
                 for argument in node.args:
@@ -259,9 +274,11 @@ class Method:
             self.count(weight, node, straight=not weight.turned)
         elif name == "embedding" and (weight := self.take(arguments, 1, "weight")) is not None:
             self.lookup(weight, node)
-        elif name in _PRODUCTS and len(node.args) >= _PRODUCTS[name] + 2:
-            first = _PRODUCTS[name]
-            self.product(arguments.pop(first), arguments.pop(first + 1), node)
+        elif name in _PRODUCTS:
+            self.multiplication(arguments, name, node)
+            return None
+        elif name in _TURNS and node.args and (weight := self.value(node.args[0])) is not None:
+            return self.derived(weight, name, node.args[1:], node)
         elif name == "einsum" and len(node.args) == 3:
             self.einsum(node, arguments)
         elif name == "multi_head_attention_forward":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Sequence
 
 from ..weights.einsum import letters_of
 
@@ -13,10 +14,19 @@ def is_method(kind: type, name: str) -> bool:
     return inspect.isfunction(inspect.getattr_static(kind, name, None))
 
 
-def arguments_of(node: ast.Call) -> dict[int | str, ast.expr]:
-    """The arguments of a call, by position or keyword."""
-    found: dict[int | str, ast.expr] = dict(enumerate(node.args))
+def arguments_of(node: ast.Call, *before: ast.expr) -> dict[int | str, ast.expr]:
+    """The arguments of a call, by position or keyword; ``before`` come first, such as the owner of a method."""
+    found: dict[int | str, ast.expr] = dict(enumerate((*before, *node.args)))
     return {**found, **{keyword.arg or "**": keyword.value for keyword in node.keywords}}
+
+
+def one_by_one(targets: Sequence[ast.expr], value: ast.expr) -> list[tuple[ast.expr, Sequence[ast.expr]]]:
+    """What is assigned, and to which targets: ``w, b = self.weight, self.bias`` are two values, to one target each."""
+    parts = [node.elts for node in (value, *targets) if isinstance(node, (ast.Tuple, ast.List))]
+    in_step = len(parts) == 1 + len(targets) and len({len(part) for part in parts}) == 1
+    if not in_step or any(isinstance(node, ast.Starred) for part in parts for node in part):
+        return [(value, targets)]
+    return [(first, list(others)) for first, *others in zip(*parts, strict=True)]
 
 
 def last_name(node: ast.expr) -> str:
@@ -25,9 +35,11 @@ def last_name(node: ast.expr) -> str:
 
 
 def is_module(node: ast.expr) -> bool:
-    """Whether this is the name of a torch module, as in ``torch.matmul`` and ``F.linear``."""
+    """Whether this is the name of a torch module, as in ``torch.matmul``, ``F.linear`` and ``torch.ops.aten.mm``."""
     return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (
-        isinstance(node, ast.Attribute) and node.attr in ("functional", "linalg") and is_module(node.value)
+        isinstance(node, ast.Attribute)
+        and node.attr in ("functional", "linalg", "ops", "aten")
+        and is_module(node.value)
     )
 
 

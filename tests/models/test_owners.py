@@ -418,6 +418,41 @@ def test_the_source_is_read_not_guessed() -> None:
     assert "cannot be read" in role_of(unread, "weight").reason
 
 
+class Spelled(nn.Module):
+    """Products as people spell them, each with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("matmul", "mm", "addmm", "method"):
+            setattr(self, name, nn.Parameter(seeded(16, 24) * 0.1, requires_grad=False))
+        for name in ("out", "place", "pair", "turned", "aten"):
+            setattr(self, name, nn.Parameter(seeded(24, 16) * 0.1, requires_grad=False))
+        self.bias = nn.Parameter(torch.zeros(24, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.matmul(input=x, other=self.matmul) + torch.mm(x, mat2=self.mm)
+        y = y + torch.addmm(input=self.bias, mat1=x, mat2=self.addmm) + x.matmul(other=self.method)
+        room = torch.empty(x.shape[0], 24, dtype=x.dtype)
+        y = y + torch.addmm(self.bias, x, self.out.t(), out=room)
+        y = y.addmm_(x, self.place.T)
+        w, bias = self.pair, self.bias
+        return y + F.linear(x, w, bias) + x @ torch.transpose(self.turned, 0, 1) + torch.ops.aten.linear(x, self.aten)
+
+
+def test_products_however_they_are_spelled() -> None:
+    model = Spelled()
+    names = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    observed = enable_fp8_gemm(copy.deepcopy(model), example_inputs=X[0][:5, :16])
+    enable_fp8_gemm(model)
+    for patched in (model, observed):
+        assert {row.name for row in report(patched).converted} == names
+        patched(X[0][:5, :16])
+        found = report(patched)
+        found.check(coverage=1.0)
+        assert found.coverage.total == 5 * 9 * 16 * 24
+        assert all(row.calls == 1 and not row.dequantizations for row in found.converted)
+
+
 def test_bare_parameters_are_watched_not_guessed() -> None:
     model = Bare().eval()
     with pytest.raises(ValueError, match=r"nothing to convert.*example_inputs"):

@@ -15,7 +15,8 @@
 // A panel of the weight is decoded strip by strip, a chunk of codes of ROWS rows at a time, to the order in which they
 // are multiplied, tile by tile. What is complete is stored to out at once. While a strip is multiplied, the codes of
 // the next one are fetched, and a share of the next chunk of the tokens if they are too large to stay in the cache.
-// The constants were measured with AVX512_BF16 on AMD Zen 4, with AVX2, AVX-512 and AMX on Intel Emerald Rapids.
+// The constants were measured with AVX2 on AMD Zen 3, with AVX512_BF16 on AMD Zen 4, with AVX-512 and AMX on Intel
+// Emerald Rapids.
 
 // Panels are smaller where there would be too few for all threads.
 Plan plan(const Problem& p, int64_t tokens, int threads) {

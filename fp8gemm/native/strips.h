@@ -31,7 +31,7 @@ struct Ahead {
     }
 };
 
-// Copied with memcpy instead, vectors that are several sums of a tile would not stay in registers.
+// Copied by memcpy instead, a tile's sums would all be kept in memory by gcc, and copied in parts.
 using UnalignedVec [[gnu::aligned(4), gnu::may_alias]] = Vec;
 INLINE Vec floats(const float* address) { return *reinterpret_cast<const UnalignedVec*>(address); }
 INLINE void put(float* address, Vec vector) { *reinterpret_cast<UnalignedVec*>(address) = vector; }

@@ -81,9 +81,9 @@ def _linear_directly(input: Any, weight: Any, bias: torch.Tensor | None = None, 
 
 
 @implements(FUNCTIONS, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def _matmul_directly(input: Any = None, weight: Any = None, **named: Any) -> Any:
+def _matmul_directly(input: Any = None, weight: Any = None, *others: Any, **named: Any) -> Any:
     """As above; a product with named operands, or with ``out``, goes through the dispatcher."""
-    if named or not isinstance(weight, FP8Weight) or weight.dim() != 2 or not _is_ours_alone(input, None):
+    if others or named or not isinstance(weight, FP8Weight) or weight.dim() != 2 or not _is_ours_alone(input, None):
         return NotImplemented
     return linear(input, weight.turned_around())
 

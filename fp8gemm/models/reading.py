@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .source import Method, Names, Uses
+from .source import Method, Names
+from .uses import Uses
 
 
 def uses(kind: type, parameter: str, *, stacked: bool = False) -> Uses | None:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .syntax import arguments_of, in_groups, is_constant, is_method, is_module, last_name, matrix_letters, one_by_one
+from .syntax import (
+    arguments_of,
+    in_groups,
+    is_constant,
+    is_method,
+    is_module,
+    is_name,
+    last_name,
+    matrix_letters,
+    one_by_one,
+)
+from .uses import Uses
 
 # Attributes and methods of a tensor that do not read its values.
 _ABOUT = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize", "nbytes"} | {
@@ -28,36 +39,6 @@ _ATTENTION: dict[str, int | None] = {  # parameters of F.multi_head_attention_fo
     **{"in_proj_weight": 5, "out_proj_weight": 11},
     **{"q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None},
 }
-
-
-@dataclass
-class Uses:
-    """How a forward uses a parameter, according to its source.
-
-    ``straight`` counts products with it as ``[N, K]``, ``turned`` as ``[K, N]`` (transposed), and ``lookups`` how often
-    its rows are looked up; ``others`` lists all other uses. ``folded`` counts products with a parameter of more
-    dimensions, which is a matrix of its first dimension and the others flattened.
-    """
-
-    straight: int = 0
-    turned: int = 0
-    lookups: int = 0
-    folded: int = 0
-    others: list[str] = field(default_factory=list)
-
-    @property
-    def products(self) -> int:
-        return self.straight + self.turned
-
-    @property
-    def is_factor(self) -> bool:
-        """Whether it is only multiplied by, and always in the same orientation."""
-        return (self.straight > 0) != (self.turned > 0) and not self.lookups and not self.others
-
-    @property
-    def is_table(self) -> bool:
-        """Whether its rows are looked up and it is not used otherwise."""
-        return self.lookups > 0 and not self.products and not self.others
 
 
 @dataclass(frozen=True)
@@ -105,10 +86,8 @@ class Method:
                 for target in names:
                     self.assign(target, value, node)
             return
-        if isinstance(node, ast.For) and (weight := self.value(node.iter)) is not None:
-            if not weight.several and not weight.stacked:
-                self.other(node)
-            self.assign(node.target, _Weight(weight.turned), node)
+        if isinstance(node, ast.For):
+            self.loop(node)
         for part in ast.iter_child_nodes(node):
             if isinstance(part, ast.stmt):
                 self.statement(part)
@@ -119,7 +98,13 @@ class Method:
                     if isinstance(inner, ast.stmt):
                         self.statement(inner)
 
-    def assign(self, target: ast.expr, weight: _Weight | None, node: ast.stmt) -> None:
+    def loop(self, node: ast.For | ast.comprehension) -> None:
+        if (weight := self.value(node.iter)) is not None:
+            if not weight.several and not weight.stacked:
+                self.other(node)
+            self.assign(node.target, _Weight(weight.turned), node)
+
+    def assign(self, target: ast.expr, weight: _Weight | None, node: ast.AST) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
             for one in target.elts:
                 self.assign(one, None if weight is None else _Weight(weight.turned), node)
@@ -160,7 +145,7 @@ class Method:
         return self.names.get(node.id)
 
     def _Attribute(self, node: ast.Attribute) -> _Weight | None:
-        if isinstance(node.value, ast.Name) and node.value.id == self.itself:
+        if is_name(node.value, self.itself):
             return _Weight(stacked=self.reader.stacked) if node.attr == self.reader.parameter else None
         weight = self.value(node.value)
         if weight is None or node.attr in _ABOUT:
@@ -201,6 +186,18 @@ class Method:
         self.consume(node.test)
         found = [self.value(node.body), self.value(node.orelse)]
         return found[0] or found[1]
+
+    def _ListComp(self, node: ast.ListComp | ast.GeneratorExp) -> None:
+        outside = dict(self.names)
+        for generator in node.generators:
+            self.loop(generator)
+            for test in generator.ifs:
+                self.consume(test)
+        if self.value(node.elt) is not None:
+            self.other(node)
+        self.names = outside
+
+    _GeneratorExp = _ListComp
 
     def _NamedExpr(self, node: ast.NamedExpr) -> _Weight | None:
         weight = self.value(node.value)
@@ -267,7 +264,7 @@ class Method:
     def function(self, node: ast.Call, name: str) -> _Weight | None:
         arguments = arguments_of(node)
         if name == "getattr" and len(node.args) >= 2 and is_constant(node.args[1], self.reader.parameter):
-            return _Weight() if isinstance(node.args[0], ast.Name) and node.args[0].id == self.itself else None
+            return _Weight() if is_name(node.args[0], self.itself) else None
         if name == "linear" and (weight := self.take(arguments, 1, "weight")) is not None:
             if weight.stacked:
                 self.other(node)
@@ -327,12 +324,15 @@ class Method:
             return False
         owner = function.value
         above = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
-        itself = isinstance(owner, ast.Name) and owner.id == self.itself
-        if not (above or itself) or (itself and not is_method(self.reader.kind, name)):
+        itself = is_name(owner, self.itself)
+        bases = [kind for kind in self.reader.kind.__mro__ if kind.__name__ == last_name(owner)]
+        named = bases[:1] if node.args and is_name(node.args[0], self.itself) else []  # nn.Linear.forward(self, x)
+        if not (above or itself or named) or (itself and not is_method(self.reader.kind, name)):
             return False
         arguments = [self.value(argument) for argument in node.args]
         others = [self.value(keyword.value) for keyword in node.keywords]
         if any(weight is not None for weight in (*arguments, *others)):
             self.other(node)  # passed on to code that is not followed
-        self.reader.method(name, self.owner if above else self.reader.kind, {}, above=above)
+        after = self.owner if above else named[0] if named else self.reader.kind
+        self.reader.method(name, after, {}, above=above)
         return True

@@ -34,6 +34,10 @@ def last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
 def is_module(node: ast.expr) -> bool:
     """Whether this is the name of a torch module, as in ``torch.matmul``, ``F.linear`` and ``torch.ops.aten.mm``."""
     return (isinstance(node, ast.Name) and node.id in ("torch", "F", "functional", "nn")) or (

@@ -439,6 +439,40 @@ class Spelled(nn.Module):
         return y + F.linear(x, w, bias) + x @ torch.transpose(self.turned, 0, 1) + torch.ops.aten.linear(x, self.aten)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, x) * 2
+
+
+class InParts(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.linear(x, w) for w in self.weight.chunk(2) if len(w)], dim=-1) + self.bias
+
+
+class Summed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(w for w in self.weight.chunk(1)) @ x[0]
+
+
+class Normed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, x) + self.weight.norm()
+
+
+def test_calls_of_a_base_by_its_name_and_comprehensions_are_followed() -> None:
+    model = nn.ModuleDict({kind.__name__: kind(16, 24) for kind in (Doubled, InParts, Summed, Normed)})
+    dense = copy.deepcopy(model)
+    enable_fp8_gemm(model)
+    found = {row.name: row for row in report(model).converted}
+    assert found.keys() == {"Doubled", "InParts"}
+    assert {row.name for row in report(model).kept} == {"Summed", "Normed"}
+    x = seeded(5, 16)
+    for name in found:
+        y, wanted = model[name](x), dense[name](x)
+        assert 0 < (y - wanted).norm() / wanted.norm() < 0.1
+    assert [(row.calls, row.dequantizations) for row in report(model).converted] == [(1, 0), (2, 0)]
+
+
 def test_products_however_they_are_spelled() -> None:
     model = Spelled()
     names = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}

@@ -260,7 +260,8 @@ sys.exit(first_contact.main(["--results", {str(tmp_path)!r}, "--only", "checks,t
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     for _ in range(600):
-        if path.exists() and '"status": "running"' in path.read_text() and (tmp_path / "pid").exists():
+        entry = json.loads(path.read_text())["steps"].get("checks") if path.exists() else None
+        if entry and statuses(entry).get("hangs") == "running" and (tmp_path / "pid").exists():
             break
         time.sleep(0.05)
     process.send_signal(sent)

@@ -289,7 +289,7 @@ def test_a_module_list_of_experts() -> None:
 
 
 def test_stacks_of_unknown_names_wait_for_a_filter() -> None:
-    class Odd(nn.Module):
+    class Read(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.banks = nn.Parameter(torch.randn(3, 32, 16))
@@ -298,6 +298,11 @@ def test_stacks_of_unknown_names_wait_for_a_filter() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([x @ bank.T for bank in self.banks])
 
+    class Odd(Read):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack(list(map(lambda bank: x @ bank.T, self.banks)))  # noqa: C417
+
+    assert {row.name for row in report(enable_fp8_gemm(Read())).converted} == {"banks", "other"}
     plain = Odd()
     model = enable_fp8_gemm(copy.deepcopy(plain))
     assert report(model).kept[0].reason.startswith("a stack of matrices, perhaps not experts")

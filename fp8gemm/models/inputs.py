@@ -115,16 +115,17 @@ class Inputs(TorchDispatchMode):
 
     def _note_factors(self, func: Any, a: Any, b: Any, args: tuple[Any, ...]) -> None:
         """``a`` is contracted over its last dimension, ``b`` over its second to last."""
-        if packet_of(func) in _TRANSPOSED:
+        packet = packet_of(func)
+        if packet in _TRANSPOSED:
             b = b.transpose(-1, -2)
         right, left = self._place(b), self._place(a)
         if (right is None) == (left is None):  # no weight, or nothing else
             return
         if right is not None:
-            ends = args[2] if packet_of(func) is aten._grouped_mm and len(args) > 2 else None
+            ends = args[2] if packet is aten._grouped_mm and len(args) > 2 else None
             self._note_product(*right, b, a, contracted_first=True, ends=ends)
-        elif left is not None and packet_of(func) not in (aten._grouped_mm, aten.dot):
-            x = b.unsqueeze(0) if packet_of(func) in _VECTORS else b.transpose(-1, -2)
+        elif left is not None and packet not in (aten._grouped_mm, aten.dot):
+            x = b.unsqueeze(0) if packet in _VECTORS else b.transpose(-1, -2)
             self._note_product(*left, a, x, contracted_first=False)
 
     def _note_product(

@@ -87,7 +87,7 @@ class Observer(TorchDispatchMode):
         if weights:
             return self.of_fp8(func, args, kwargs, tensors, weights)
         y = func(*args, **kwargs)
-        if func.overloadpacket in (torch.ops.fp8gemm.linear, torch.ops.fp8gemm.grouped):
+        if packet_of(func) in (torch.ops.fp8gemm.linear, torch.ops.fp8gemm.grouped):
             # in a compiled region, or recorded by autograd
             data = next(tensor for tensor in tensors if tensor.dtype in FP8_DTYPES)
             self.fp8[self.name_of(data.data_ptr())] += y.numel() * args[0].shape[-1]

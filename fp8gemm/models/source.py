@@ -226,16 +226,11 @@ class Method:
             self.count(b, node, straight=b.turned)
 
     def multiplication(self, arguments: dict[int | str, ast.expr], name: str, node: ast.Call) -> None:
-        """A product by its name; what else it takes is a bias, a factor or ``out``."""
+        """A product by its name, whose factors are removed from its arguments."""
         factors = list(enumerate(_PRODUCTS[name]))[-2:]
-        found = [arguments.pop(place, None) or arguments.pop(keyword, None) for place, keyword in factors]
-        left, right = found
-        if left is not None and right is not None:
-            self.product(left, right, node)
-            found = []
-        for argument in (*found, *arguments.values()):
-            if argument is not None and self.value(argument) is not None:
-                self.other(node)
+        keys = [key for factor in factors for key in factor if key in arguments]
+        if len(keys) == 2:
+            self.product(arguments.pop(keys[0]), arguments.pop(keys[1]), node)
 
     def count(self, weight: _Weight, node: ast.AST, *, straight: bool) -> None:
         """A product that contracts the last dimension of the parameter, or else the second to last."""
@@ -250,8 +245,7 @@ class Method:
             return None
         if isinstance(node.func, ast.Attribute) and not is_module(node.func.value):
             if name in _PRODUCTS:
-                self.multiplication(arguments_of(node, node.func.value), name, node)
-                return None
+                return self.function(node, name, node.func.value)
             owner = self.value(node.func.value)
             if owner is not None and name in _ABOUT:
                 return None
@@ -261,8 +255,9 @@ class Method:
                 return self.derived(owner, name, node.args, node)
         return self.function(node, name)
 
-    def function(self, node: ast.Call, name: str) -> _Weight | None:
-        arguments = arguments_of(node)
+    def function(self, node: ast.Call, name: str, *before: ast.expr) -> _Weight | None:
+        """A call by the name of its function; for a method, what it is called on comes ``before`` its arguments."""
+        arguments = arguments_of(node, *before)
         if name == "getattr" and len(node.args) >= 2 and is_constant(node.args[1], self.reader.parameter):
             return _Weight() if is_name(node.args[0], self.itself) else None
         if name == "linear" and (weight := self.take(arguments, 1, "weight")) is not None:
@@ -273,7 +268,6 @@ class Method:
             self.lookup(weight, node)
         elif name in _PRODUCTS:
             self.multiplication(arguments, name, node)
-            return None
         elif name in _TURNS and node.args and (weight := self.value(node.args[0])) is not None:
             return self.derived(weight, name, node.args[1:], node)
         elif name == "einsum" and len(node.args) == 3:
@@ -323,16 +317,20 @@ class Method:
         if not isinstance(function, ast.Attribute):
             return False
         owner = function.value
-        above = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
-        itself = is_name(owner, self.itself)
-        bases = [kind for kind in self.reader.kind.__mro__ if kind.__name__ == last_name(owner)]
-        named = bases[:1] if node.args and is_name(node.args[0], self.itself) else []  # nn.Linear.forward(self, x)
-        if not (above or itself or named) or (itself and not is_method(self.reader.kind, name)):
+        above = isinstance(owner, ast.Call) and is_name(owner.func, "super")
+        if above:
+            after: type | None = self.owner
+        elif is_name(owner, self.itself):
+            after = self.reader.kind if is_method(self.reader.kind, name) else None
+        elif node.args and is_name(node.args[0], self.itself):  # nn.Linear.forward(self, x)
+            after = next((kind for kind in self.reader.kind.__mro__ if kind.__name__ == last_name(owner)), None)
+        else:
+            after = None
+        if after is None:
             return False
         arguments = [self.value(argument) for argument in node.args]
         others = [self.value(keyword.value) for keyword in node.keywords]
         if any(weight is not None for weight in (*arguments, *others)):
             self.other(node)  # passed on to code that is not followed
-        after = self.owner if above else named[0] if named else self.reader.kind
         self.reader.method(name, after, {}, above=above)
         return True

@@ -138,19 +138,6 @@ def _mv(a: Any, x: Any) -> Any:
     return linear(x, a) if isinstance(a, FP8Weight) else NotImplemented
 
 
-@implements(OPERATIONS, aten.addmm.default)
-def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(bias, FP8Weight):
-        return NotImplemented
-    if isinstance(b, FP8Weight):
-        if beta == 1 and alpha == 1 and bias.dim() == 1 and bias.shape[0] == b.shape[1] and bias.dtype == b.dtype:
-            return linear(a, b.turned_around(), bias)
-        y = linear(a, b.turned_around())
-    else:
-        y = _left(a, b)
-    return y if y is NotImplemented else _plus(bias, y, beta, alpha)
-
-
 def _plus(bias: torch.Tensor, y: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     y = y if alpha == 1 else alpha * y
     return y if beta == 0 else y + (bias if beta == 1 else beta * bias)
@@ -189,8 +176,17 @@ def _added(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return add
 
 
+_added_to_mm = _added(_mm)
 _addmv = implements(OPERATIONS, aten.addmv.default)(_added(_mv))
 _baddbmm = implements(OPERATIONS, aten.baddbmm.default)(_added(_bmm))
+
+
+@implements(OPERATIONS, aten.addmm.default)
+def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    fits = isinstance(b, FP8Weight) and not isinstance(bias, FP8Weight) and tuple(bias.shape) == (b.shape[1],)
+    if fits and beta == 1 and alpha == 1 and bias.dtype == b.dtype:
+        return linear(a, b.turned_around(), bias)
+    return _added_to_mm(bias, a, b, beta=beta, alpha=alpha)
 
 
 def _writes(product: Callable[..., Any]) -> Callable[..., Any]:

@@ -89,11 +89,11 @@ INLINE __m256i codes_at(const uint8_t* address) {
 }
 
 // Eight rows at a time are transposed in words of two codes: 32 codes of each, in two halves of 16.
-template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out) {
+template <bool NANS> INLINE void decode_strip(const uint8_t* codes, int64_t stride, Element* out) {
     for (int vector = 0; vector < VECTORS; ++vector)
         for (int half = 0; half < 2; ++half) {
             __m256i words[8];
-            for (int i = 0; i < 8; ++i) words[i] = codes_at(group + (vector * 8 + i) * 64 + half * 32);
+            for (int i = 0; i < 8; ++i) words[i] = codes_at(codes + (vector * 8 + i) * stride + half * 32);
             transpose_words(words);
 #pragma GCC unroll 8
             for (int i = 0; i < 8; ++i) {

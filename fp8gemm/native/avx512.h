@@ -80,32 +80,30 @@ INLINE void transpose_words(__m512i a[8]) {
     for (int i = 0; i < 8; ++i) a[i] = b[i];
 }
 
-// 16 codes at each of four addresses. Broadcasts from memory under a mask leave the shuffle unit to the transposition.
-INLINE __m128i codes_at(const uint8_t* address) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(address)); }
-INLINE __m512i quarters(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-    __m512i all = _mm512_mask_broadcast_i32x4(_mm512_castsi128_si512(codes_at(a)), 0x00F0, codes_at(b));
-    return _mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(all, 0x0F00, codes_at(c)), 0xF000, codes_at(d));
-}
-
-// 16 rows at a time are transposed in words of two codes: 32 codes of each, in two halves of 16.
-template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out) {
-    for (int vector = 0; vector < VECTORS; ++vector)
-        for (int half = 0; half < 2; ++half) {
-            __m512i words[8];
-            const uint8_t* from = group + vector * 16 * 64 + half * 32;
-            for (int i = 0; i < 8; ++i)
-                words[i] = quarters(from + i * 64, from + (i + 8) * 64, from + i * 64 + 16, from + (i + 8) * 64 + 16);
-            transpose_words(words);
+// 16 rows at a time: words of two codes, in each 128 bits those of 8 rows, and then of all 16 in each 256.
+template <bool NANS> INLINE void decode_strip(const uint8_t* codes, int64_t stride, Element* out) {
+    const __m512i in_half[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                                _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
+    for (int vector = 0; vector < VECTORS; ++vector) {
+        __m512i a[8], b[8];
+        for (int i = 0; i < 8; ++i) {
+            a[i] = _mm512_loadu_si512(codes + (vector * 16 + i) * stride);
+            b[i] = _mm512_loadu_si512(codes + (vector * 16 + 8 + i) * stride);
+        }
+        transpose_words(a), transpose_words(b);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
                 Element* to = out + (half * 32 + 2 * i) * ROWS + vector * 16;
-                __m512i first = first_codes<NANS>(words[i]), second = second_codes<NANS>(words[i]);
+                __m512i words = _mm512_permutex2var_epi64(a[i], in_half[half], b[i]);
+                __m512i first = first_codes<NANS>(words), second = second_codes<NANS>(words);
                 _mm512_storeu_ps(to, lower(first));
                 _mm512_storeu_ps(to + ROWS, lower(second));
                 _mm512_storeu_ps(to + 16 * ROWS, upper(first));
                 _mm512_storeu_ps(to + 17 * ROWS, upper(second));
             }
-        }
+    }
 }
 
 constexpr int CODES = 64, FEW = 8;

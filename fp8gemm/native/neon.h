@@ -82,15 +82,15 @@ INLINE void transpose_codes(int8x16_t a[8]) {
 
 // 16 codes of each row are transposed at a time, bytes as they are. In the strip, each unit of four along k has its
 // four vectors of the first four rows, and then those of the other rows.
-template <bool NANS> INLINE void decode_strip(const uint8_t* group, Element* out) {
+template <bool NANS> INLINE void decode_strip(const uint8_t* codes, int64_t stride, Element* out) {
     for (int quarter = 0; quarter < 4; ++quarter, out += 16 * ROWS) {
-        int8x16_t codes[8];
-        for (int i = 0; i < 8; ++i) codes[i] = codes_at(group + i * 64 + quarter * 16);
-        transpose_codes(codes);
+        int8x16_t rows[8];
+        for (int i = 0; i < 8; ++i) rows[i] = codes_at(codes + i * stride + quarter * 16);
+        transpose_codes(rows);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             Element* to = out + i / GRAIN * GRAIN * ROWS + i % GRAIN * LANES;
-            float16x8_t first = halves<NANS>(vget_low_s8(codes[i])), second = halves<NANS>(vget_high_s8(codes[i]));
+            float16x8_t first = halves<NANS>(vget_low_s8(rows[i])), second = halves<NANS>(vget_high_s8(rows[i]));
             vst1q_f32(to, lower(first));
             vst1q_f32(to + GRAIN * LANES, upper(first));
             vst1q_f32(to + 8 * ROWS, lower(second));

@@ -1,7 +1,7 @@
 // Products of many tokens. This is included once per instruction set, inside its namespace, after strips.h. The
 // namespace defines:
 //
-//   decode_strip         64 codes of ROWS rows -> a decoded weight [64 / GRAIN][ROWS][GRAIN]
+//   decode_strip         64 codes of each of ROWS rows, `stride` apart -> a decoded weight [64 / GRAIN][ROWS][GRAIN]
 //   DECODES_NANS         whether it decodes NaN without being told
 //   PANEL                the most rows of a panel
 //   RESTART              elements along k after which sums start from zero
@@ -29,16 +29,18 @@ Plan plan(const Problem& p, int64_t tokens, int threads) {
 
 // Decodes `count` codes of `rows` rows, followed by zeros up to a multiple of 64 codes and of ROWS rows.
 INLINE void decode(const uint8_t* codes, int64_t stride, int64_t rows, int64_t count, bool nans, Element* out) {
+    alignas(64) uint8_t padded[ROWS * 64];
     for (int64_t k = 0; k < count; k += 64, out += 64 * ROWS) {
-        alignas(64) uint8_t group[ROWS * 64];
-        if (rows >= ROWS && count - k >= 64)
-            for (int64_t r = 0; r < ROWS; ++r) memcpy(group + r * 64, codes + r * stride + k, 64);
-        else {
-            memset(group, 0, sizeof group);
+        const uint8_t* from = codes + k;
+        int64_t from_stride = stride;
+        if (rows < ROWS || count - k < 64) {
+            memset(padded, 0, sizeof padded);
             for (int64_t r = 0; r < smaller<int64_t>(rows, ROWS); ++r)
-                memcpy(group + r * 64, codes + r * stride + k, size_t(smaller<int64_t>(64, count - k)));
+                memcpy(padded + r * 64, from + r * stride, size_t(smaller<int64_t>(64, count - k)));
+            from = padded, from_stride = 64;
         }
-        nans && !DECODES_NANS ? decode_strip<!DECODES_NANS>(group, out) : decode_strip<false>(group, out);
+        nans && !DECODES_NANS ? decode_strip<!DECODES_NANS>(from, from_stride, out)
+                              : decode_strip<false>(from, from_stride, out);
     }
 }
 

@@ -33,9 +33,9 @@ INLINE void store(uint8_t* out, int64_t type, Vec y) {
 
 constexpr float FACTOR = 1.0f;
 constexpr bool DECODES_NANS = true;
-template <bool> INLINE void decode_strip(const uint8_t* group, Element* out) {
+template <bool> INLINE void decode_strip(const uint8_t* codes, int64_t stride, Element* out) {
     for (int k = 0; k < 64; ++k)
-        for (int r = 0; r < ROWS; ++r) out[k * ROWS + r] = tables.fp32[group[r * 64 + k]];
+        for (int r = 0; r < ROWS; ++r) out[k * ROWS + r] = tables.fp32[codes[r * stride + k]];
 }
 
 constexpr int CODES = 2 * LANES, FEW = 2, IN_ORDER = LANES;

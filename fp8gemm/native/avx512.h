@@ -61,18 +61,18 @@ template <bool NANS> INLINE __m512i first_codes(__m512i words) {
 }
 template <bool NANS> INLINE __m512i second_codes(__m512i words) { return halves<NANS>(_mm512_srai_epi16(words, 1)); }
 
+// 4 vectors of 8 words in each 128 bits -> 4 vectors of two words from each, the first words of all before the second.
+INLINE void transpose_four(__m512i a[4]) {
+    const __m512i first = _mm512_unpacklo_epi16(a[0], a[1]), second = _mm512_unpackhi_epi16(a[0], a[1]);
+    const __m512i third = _mm512_unpacklo_epi16(a[2], a[3]), fourth = _mm512_unpackhi_epi16(a[2], a[3]);
+    a[0] = _mm512_unpacklo_epi32(first, third), a[1] = _mm512_unpackhi_epi32(first, third);
+    a[2] = _mm512_unpacklo_epi32(second, fourth), a[3] = _mm512_unpackhi_epi32(second, fourth);
+}
+
 // 8 vectors of 8 words in each 128 bits -> 8 vectors of one word from each.
 INLINE void transpose_words(__m512i a[8]) {
     __m512i b[8];
-    for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            a[i + 2 * j] = _mm512_unpacklo_epi32(b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm512_unpackhi_epi32(b[i + j], b[i + j + 2]);
-        }
+    transpose_four(a), transpose_four(a + 4);
     for (int i = 0; i < 4; ++i) {
         b[2 * i] = _mm512_unpacklo_epi64(a[i], a[i + 4]);
         b[2 * i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 4]);

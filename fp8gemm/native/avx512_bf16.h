@@ -36,27 +36,12 @@ INLINE void store(uint8_t* out, int64_t type, Vec y) {
 // pairs of bf16: those of the lower and of the upper 8 bytes of each 16.
 constexpr float FACTOR = 1.0f;
 constexpr bool DECODES_NANS = true;
-struct Magnitudes {
-    __m512i upper[2], lower[2];
-
-    INLINE Magnitudes() {
-        for (int i = 0; i < 2; ++i) {
-            upper[i] = _mm512_load_si512(tables.upper + i * 64);
-            lower[i] = _mm512_load_si512(tables.lower + i * 64);
-        }
-    }
-    // Where registers are free; gcc would load each again for every use.
-    INLINE void keep() {
-        KEEP(upper[0]);
-        KEEP(upper[1]);
-        KEEP(lower[0]);
-        KEEP(lower[1]);
-    }
-};
-INLINE void decode_register(__m512i code, Operand* out, const Magnitudes& magnitudes = {}) {
+INLINE void decode_register(__m512i code, Operand* out) {
     KEEP(code);  // it is used three times; gcc would load it as often
-    __m512i upper = _mm512_permutex2var_epi8(magnitudes.upper[0], code, magnitudes.upper[1]);
-    __m512i lower = _mm512_permutex2var_epi8(magnitudes.lower[0], code, magnitudes.lower[1]);
+    const __m512i upper0 = _mm512_load_si512(tables.upper), upper1 = _mm512_load_si512(tables.upper + 64);
+    const __m512i lower0 = _mm512_load_si512(tables.lower), lower1 = _mm512_load_si512(tables.lower + 64);
+    __m512i upper = _mm512_permutex2var_epi8(upper0, code, upper1);
+    __m512i lower = _mm512_permutex2var_epi8(lower0, code, lower1);
     upper = _mm512_ternarylogic_epi64(upper, code, _mm512_set1_epi8(char(0x80)), 0xF8);  // upper | code & sign
     out[0] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
     out[1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
@@ -69,19 +54,9 @@ INLINE __m512i codes_at(const uint8_t* a, const uint8_t* b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-// 4 vectors of 8 words in each 128 bits -> 4 vectors of two words from each, the first words of all before the second.
-INLINE void transpose_words(__m512i a[4]) {
-    const __m512i first = _mm512_unpacklo_epi16(a[0], a[1]), second = _mm512_unpackhi_epi16(a[0], a[1]);
-    const __m512i third = _mm512_unpacklo_epi16(a[2], a[3]), fourth = _mm512_unpackhi_epi16(a[2], a[3]);
-    a[0] = _mm512_unpacklo_epi32(first, third), a[1] = _mm512_unpackhi_epi32(first, third);
-    a[2] = _mm512_unpacklo_epi32(second, fourth), a[3] = _mm512_unpackhi_epi32(second, fourth);
-}
-
 // 16 rows at a time: their codes become vectors of 16 codes of rows i, i + 4, i + 8 and i + 12, and then of two words
 // of two codes of each row, which decoding separates.
 template <bool> INLINE void decode_strip(const uint8_t* codes, int64_t stride, Element* out) {
-    Magnitudes magnitudes;
-    magnitudes.keep();
     for (int half = 0; half < 2; ++half, codes += 16 * stride, out += LANES * GRAIN) {
         __m512i quarters[4][4];
 #pragma GCC unroll 4
@@ -96,11 +71,11 @@ template <bool> INLINE void decode_strip(const uint8_t* codes, int64_t stride, E
         }
 #pragma GCC unroll 4
         for (int quarter = 0; quarter < 4; ++quarter) {
-            transpose_words(quarters[quarter]);
+            avx512::transpose_four(quarters[quarter]);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 Operand values[2];
-                decode_register(quarters[quarter][i], values, magnitudes);
+                decode_register(quarters[quarter][i], values);
                 Element* to = out + (quarter * 8 + i * 2) * ROWS * GRAIN;
                 _mm512_storeu_si512(to, (__m512i)values[0]);
                 _mm512_storeu_si512(to + ROWS * GRAIN, (__m512i)values[1]);

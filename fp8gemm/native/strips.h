@@ -80,7 +80,6 @@ struct Ending {
         else for (int64_t r = 0; r < rows; ++r) bias[r] = -0.0f;
     }
     INLINE Vec of(const float* sums, int64_t row) const {
-        const float factor = FACTOR == 1.0f ? 1.0f : this->factor;  // known to the compiler, it costs nothing
         return floats(sums) * factor * floats(scale + row) + floats(bias + row);
     }
 };

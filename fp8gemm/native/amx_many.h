@@ -91,19 +91,19 @@ template <int TILES> INLINE void store_sums(float* sums, int64_t height, int64_t
     if (TILES > 1) _tile_stored(3, sums + height * stride + LANES, stride * 4);
 }
 
-// Adds `steps` of x times w to the sums in tiles.
+// Adds `steps` of x times w to the sums in tiles. Tokens are loaded so that w stays in the L1 cache.
 template <int TILES>
-INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Ahead& codes, Ahead& ahead) {
+INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Next& next, Ahead& out) {
     for (int64_t step = 0; step < steps; ++step, x.first += x.step, x.second += x.step, w += WEIGHTS) {
-        codes.fetch(), ahead.fetch();
+        next.fetch(), out.fetch<true>();
         _tile_loadd(6, w, LINE);
         _tile_loadd(7, w + LANES * GRAIN, LINE);
         const Element *a = x.first, *b = x.second;
         for (int64_t part = 0; part < x.parts; ++part, a += x.part, b += x.part) {
-            _tile_loadd(4, a, x.row);
+            _tile_stream_loadd(4, a, x.row);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            if (TILES > 1) _tile_loadd(5, b, x.row);
+            if (TILES > 1) _tile_stream_loadd(5, b, x.row);
             if (TILES > 1) _tile_dpbf16ps(2, 5, 6);
             if (TILES > 1) _tile_dpbf16ps(3, 5, 7);
         }
@@ -130,7 +130,7 @@ INLINE void add_up(const float* added, const float* const* factors, int64_t toke
 // Multiplies a strip by one or two tiles of tokens. Each segment is multiplied by its factors if `scaled`. Sums start
 // from zero in each chunk, so that less is lost by rounding.
 template <int TILES>
-NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums, Place out, Ahead& codes,
+NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums, Place out, Next& next,
                              Ahead& ahead) {
     constexpr int SEVERAL = 4;  // segments: sums are loaded and stored once for all
     auto steps_of = [](const Segment* segment) { return ceil_div(segment->units * GRAIN, STEP); };
@@ -140,7 +140,7 @@ NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums
         int64_t steps = 0;
         for (const Segment* segment = strip.segments; segment < strip.end; ++segment) steps += steps_of(segment);
         amx::zero_sums();
-        multiply_steps<TILES>(x, w, steps, codes, ahead);
+        multiply_steps<TILES>(x, w, steps, next, ahead);
         if (strip.first) return store_sums<TILES>(out.sums, x.height, out.stride);
         float ones[ROWS];
         for (float& one : ones) one = 1.0f;
@@ -155,7 +155,7 @@ NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums
         for (; count < SEVERAL && segment < strip.end; ++count, ++segment) {
             int64_t steps = steps_of(segment);
             amx::zero_sums();
-            multiply_steps<TILES>(x, w, steps, codes, ahead);
+            multiply_steps<TILES>(x, w, steps, next, ahead);
             store_sums<TILES>(added[count], x.height, ROWS);
             factors[count] = strip.factors + segment->factor * PANEL;
             x.first += steps * x.step, x.second += steps * x.step, w += steps * WEIGHTS;
@@ -206,32 +206,31 @@ INLINE void finish_bf16(const Problem& p, const Ending& ending, int64_t first, c
     }
 }
 
-// Multiplies a strip by all tokens' elements from `chunk` on. What is stored is fetched before.
+// Multiplies a strip by all tokens' elements from `chunk` on. Where sums are stored is fetched while they are added up:
+// there are more such lines than can be on their way at a time.
 INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const Strip& strip, const Ending& ending,
-                           Ahead codes, Ahead ahead) {
+                           Next next) {
     int64_t height = height_of(tokens.count), tiles = ceil_div(tokens.count, height), steps = 0;
     int64_t out_stride = p.out_stride * size_of(p.out_type);
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
-        steps += ceil_div(segment->units * GRAIN, STEP) * ceil_div(tiles, 2);
-    codes.spread(steps), ahead.spread(steps);
+        steps += ceil_div(segment->units * GRAIN, STEP);
+    next.spread(steps * ceil_div(tiles, 2));
     // For few tokens it is cheaper to multiply the sums of long blocks than the weight.
     bool scaled = strip.factors;
     if (scaled && (tokens.count > 64 || p.cols < 64) && folds(strip)) fold(strip), scaled = false;
     alignas(64) float complete[32 * ROWS];
     for (int64_t tile = 0; tile < tiles; tile += 2) {
-        int64_t second = smaller(tile + 1, tiles - 1), count = second - tile + 1;
-        uint8_t* outs[2] = {};
-        for (int64_t i = 0; strip.out && i < count; ++i) {
-            outs[i] = strip.out + first_of(tokens.count, tile + i) * out_stride;
-            fetch_out(p, strip, outs[i], height);
-        }
+        int64_t second = smaller(tile + 1, tiles - 1), first = first_of(tokens.count, tile);
+        Ahead ahead = out_ahead(p, strip, first, first_of(tokens.count, second) + height - first);
+        ahead.spread(steps);
         const Place sums = {strip.sums + tile * height * PANEL, PANEL}, out = {complete, ROWS};
-        (count > 1 ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,
-                                                            sums, strip.out ? out : sums, codes, ahead);
-        for (int64_t i = 0; strip.out && i < count; ++i) {
-            const float* of_tile = complete + i * height * ROWS;
-            if (p.out_type == BF16 && strip.rows == ROWS) finish_bf16(p, ending, strip.row, of_tile, height, outs[i]);
-            else finish(p, ending, strip.row, of_tile, ROWS, height, strip.rows, outs[i]);
+        (second > tile ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,
+                                                                sums, strip.out ? out : sums, next, ahead);
+        for (int64_t i = tile; strip.out && i <= second; ++i) {
+            const float* of_tile = complete + (i - tile) * height * ROWS;
+            uint8_t* to = strip.out + first_of(tokens.count, i) * out_stride;
+            if (p.out_type == BF16 && strip.rows == ROWS) finish_bf16(p, ending, strip.row, of_tile, height, to);
+            else finish(p, ending, strip.row, of_tile, ROWS, height, strip.rows, to);
         }
     }
 }

@@ -27,6 +27,13 @@ INLINE int64_t size_of(int64_t type) { return type == FP32 ? 4 : 2; }
 // The number of bf16 whose sum is a number of this type: each holds 8 of its 8, 11 or 24 significant bits.
 INLINE int64_t parts(int64_t type) { return type == BF16 ? 1 : type == FP16 ? 2 : 3; }
 
+// A constant made where it is used: compilers would keep it in a register, of which loops before need all.
+INLINE float fresh(float constant) {
+    uint32_t bits = bits_of(constant);
+    asm volatile("" : "+r"(bits));
+    return float_of(bits);
+}
+
 INLINE float from_bf16(uint16_t half) { return float_of(uint32_t(half) << 16); }
 
 // An fp16's magnitude shifted into an fp32 is too small by 2^112; the product is exact, for subnormals as well.

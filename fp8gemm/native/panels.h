@@ -105,8 +105,8 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
             uint8_t* out = following < p.k ? nullptr : p.out_row(tokens.start) + first * size_of(p.out_type);
             const float* scales = vary ? factors + row : nullptr;
             Strip strip = {w, segments, end, scales, sums + row, row, here, chunk == 0, out};
-            multiply_strip(p, tokens, chunk, strip, ending, codes_ahead(p, rows, row, chunk, count, following),
-                           tokens_ahead(p, tokens, rows, row, following));
+            multiply_strip(p, tokens, chunk, strip, ending, {codes_ahead(p, rows, row, chunk, count, following),
+                                                             tokens_ahead(p, tokens, rows, row, following)});
         }
     }
 }

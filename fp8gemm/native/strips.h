@@ -13,22 +13,30 @@ constexpr int64_t MOST_ROWS = 512;  // of a panel
 INLINE int64_t chunks(const Problem& p) { return larger<int64_t>(1, ceil_div(p.k, CHUNK)); }
 INLINE int64_t chunk_size(const Problem& p) { return larger<int64_t>(64, round_up(ceil_div(p.k, chunks(p)), 64)); }
 
-// Lines that come next, `left` of rows of `width` bytes, of which `burst` are fetched at a time.
+// Lines that will be used next, `left` of rows of `width` bytes, of which `burst` are fetched at a time.
 struct Ahead {
     const uint8_t* row;
     int64_t stride, width, left = 0, burst = 0, column = 0;
 
-    // All will have been fetched after `times` calls of fetch.
+    // All will have been fetched after `times` calls of fetch, and at most a burst of what follows.
     INLINE void spread(int64_t times) { burst = ceil_div(left, larger<int64_t>(times, 1)); }
-    INLINE void fetch() {
-        int64_t lines = smaller(burst, left);
-        left -= lines;
-        for (; lines > 0; --lines) {
-            __builtin_prefetch(row + column, 0, 2);
+    template <bool TO_STORE = false> INLINE void fetch() {
+        if (left <= 0) return;
+        left -= burst;
+        for (int64_t lines = burst; lines > 0; --lines) {
+            TO_STORE ? __builtin_prefetch(row + column, 1) : __builtin_prefetch(row + column, 0, 2);
             column += 64;
             if (column >= width) column = 0, row += stride;
         }
     }
+};
+
+// What comes after a strip, fetched while it is multiplied.
+struct Next {
+    Ahead codes, tokens;
+
+    INLINE void spread(int64_t times) { codes.spread(times), tokens.spread(times); }
+    INLINE void fetch() { codes.fetch(), tokens.fetch(); }
 };
 
 // Copied by memcpy instead, a tile's sums would all be kept in memory by gcc, and copied in parts.
@@ -59,12 +67,11 @@ struct Strip {
     uint8_t* out;
 };
 
-// Fetches where the strip's sums with some tokens will be stored.
-INLINE void fetch_out(const Problem& p, const Strip& strip, const uint8_t* out, int64_t tokens) {
-    const int64_t stride = p.out_stride * size_of(p.out_type);
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t byte = 0; byte < strip.rows * size_of(p.out_type); byte += 64)
-            __builtin_prefetch(out + t * stride + byte, 1);
+// Where the strip's sums with some tokens will be stored; nowhere before the last chunk.
+INLINE Ahead out_ahead(const Problem& p, const Strip& strip, int64_t token, int64_t tokens) {
+    if (!strip.out) return {nullptr, 0, 0};
+    const int64_t stride = p.out_stride * size_of(p.out_type), width = strip.rows * size_of(p.out_type);
+    return {strip.out + token * stride, stride, width, tokens * ceil_div(width, 64)};
 }
 
 // What the sums of each row become: times factor and scale, plus bias. Where there is none, it is -0, which changes no

@@ -88,25 +88,26 @@ INLINE void multiply_units(const Element*& w, Cursor<COUNT>& x, Vec (&added)[COU
 // each `burst` of units.
 template <int COUNT>
 NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* segment, const Segment* end,
-                            const float* factors, bool first, float* sums, int64_t burst, Ahead& codes, Ahead& ahead) {
+                            const float* factors, bool first, float* sums, int64_t burst, Next& next) {
     Cursor<COUNT> x(elements);
     for (; segment < end; ++segment, first = false) {
         Vec added[COUNT][VECTORS];
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) added[t][j] = Vec{};
         for (int64_t left = segment->units; left > 0; left -= burst) {
-            codes.fetch(), ahead.fetch();
+            next.fetch();
             int64_t units = smaller(left, burst);
             for (; units >= UNROLL; units -= UNROLL) multiply_units<UNROLL>(w, x, added);
             for (; units > 0; --units) multiply_units<1>(w, x, added);
         }
         const float* factor = factors ? factors + segment->factor * PANEL : nullptr;
+        const float unit = fresh(FACTOR);
 #pragma GCC unroll 16
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) {
                 float* kept = sums + t * PANEL + j * LANES;
                 Vec sum = added[t][j];
-                if (factor) sum = sum * FACTOR * floats(factor + j * LANES);
+                if (factor) sum = sum * unit * floats(factor + j * LANES);
                 put(kept, first ? sum : sum + floats(kept));
             }
     }
@@ -140,24 +141,25 @@ INLINE Elements elements(const Problem& p, Tokens tokens, int64_t chunk) {
 
 // Multiplies a strip by all tokens' elements from `chunk` on. What is stored is fetched before.
 INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const Strip& strip, const Ending& ending,
-                           Ahead codes, Ahead ahead) {
+                           Next next) {
     const Elements x = elements(p, all, chunk);
     int64_t tokens = all.count, tiles = ceil_div(tokens, TOKENS), units = 0, bursts = 0;
     int64_t out_stride = p.out_stride * size_of(p.out_type);
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment) units += tiles * segment->units;
     // As seldom as about eight lines at a time allow.
-    int64_t lines = larger<int64_t>(1, codes.left + ahead.left);
+    int64_t lines = larger<int64_t>(1, next.codes.left + next.tokens.left);
     const int64_t burst = larger<int64_t>(16, smaller<int64_t>(64, 8 * units / lines / UNROLL * UNROLL));
     for (const Segment* segment = strip.segments; segment < strip.end; ++segment)
         bursts += tiles * ceil_div(segment->units, burst);
-    codes.spread(bursts), ahead.spread(bursts);
+    next.spread(bursts);
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens * (tile + 1) / tiles;
         float* sums = strip.sums + token * PANEL;
-        uint8_t* out = strip.out ? strip.out + token * out_stride : nullptr;
-        if (out) fetch_out(p, strip, out, stop - token);
+        Ahead out = out_ahead(p, strip, token, stop - token);
+        out.spread(1), out.fetch<true>();
         multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
-                                 strip.first, sums, burst, codes, ahead);
-        if (out) finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, out);
+                                 strip.first, sums, burst, next);
+        if (strip.out)
+            finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, strip.out + token * out_stride);
     }
 }

@@ -209,6 +209,7 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _mm512_cmpeq_epi16_mask emulated::cmpeq_epi16_mask
@@ -231,5 +232,6 @@ inline void tile_dpbf16ps(int sums, int a, int b) {
 #define _tile_release emulated::tile_release
 #define _tile_zero emulated::tile_zero
 #define _tile_loadd emulated::tile_loadd
+#define _tile_stream_loadd emulated::tile_loadd
 #define _tile_stored emulated::tile_stored
 #define _tile_dpbf16ps emulated::tile_dpbf16ps

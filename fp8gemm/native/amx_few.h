@@ -24,8 +24,8 @@ INLINE void multiply(const uint8_t* a, const uint8_t* b, int64_t stride, int64_t
         if (COLUMNS > 1) _tile_loadd(3, c + c_stride + TILE, 64);
     } else amx::zero_sums();
     for (int64_t step = 0; step < steps; ++step, a += TILE, b += TILE) {
-        _tile_loadd(6, b, 64);
-        if (COLUMNS > 1) _tile_loadd(7, b + stride, 64);
+        _tile_stream_loadd(6, b, 64);
+        if (COLUMNS > 1) _tile_stream_loadd(7, b + stride, 64);
         _tile_loadd(4, a, 64);
         _tile_loadd(5, a + stride, 64);
         _tile_dpbf16ps(0, 4, 6);

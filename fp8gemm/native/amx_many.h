@@ -19,7 +19,7 @@ using avx512_bf16::Element, avx512_bf16::Vec;
 
 constexpr const char* NAME = NAMES[AMX];
 constexpr int LANES = 16, VECTORS = 2, ROWS = VECTORS * LANES, GRAIN = 2;
-constexpr int64_t CHUNK = 1024, PANEL = 256, RESTART = CHUNK;
+constexpr int64_t CHUNK = 512, PANEL = 256, RESTART = CHUNK;
 constexpr bool DECODES_NANS = true;
 constexpr float FACTOR = 1.0f;
 
@@ -36,14 +36,17 @@ INLINE int64_t first_of(int64_t tokens, int64_t tile) {
 INLINE int64_t pack_unit(int64_t tokens) { return height_of(tokens); }
 INLINE int64_t room_for(int64_t tokens) { return round_up(tokens, height_of(tokens)); }
 INLINE int64_t packed_stride(const Problem& p) { return chunk_size(p) * parts(p.x_type); }
-// Not if each token has pages of its own.
-INLINE bool in_place(const Problem& p) { return p.x_type == BF16 && p.k % STEP == 0 && p.x_stride <= 1024; }
+// Tiles that lie in one piece are loaded faster, which a copy is worth: unless there are few rows to multiply it by, and
+// it would take much of the L2 cache or each block along k is loaded for itself. Tokens far apart, or in few sets of the
+// caches, are always copied.
+INLINE bool in_place(const Problem& p) {
+    bool apart = p.x_stride >= 4096 || p.x_stride % 1024 == 0, large = p.m * p.k >= 1 << 18;
+    return p.x_type == BF16 && p.k % STEP == 0 && p.n < 1024 && (large || p.scales_vary_along_k()) && !apart;
+}
 
-// If they are packed, or their sums kept from chunk to chunk, so few that all is in the cache; else a megabyte, half of
-// a large L2 cache.
+// So few that they and sums that are kept from chunk to chunk stay in the L2 cache.
 int64_t block_tokens(const Problem& p) {
-    bool kept = !in_place(p) || chunks(p) > 1;
-    return kept ? 256 / parts(p.x_type) : smaller<int64_t>(1024, (1 << 19) / larger<int64_t>(512, p.x_stride));
+    return (chunks(p) > 1 ? 256 : in_place(p) ? 1024 : 512) / parts(p.x_type);
 }
 
 // The packed elements of a tile's tokens, from the chunk that begins at `chunk` on.
@@ -60,7 +63,10 @@ void pack(const Problem& p, Tokens tokens, int64_t first, int64_t last) {
             for (int64_t t = 0; t < height; ++t) {
                 const uint8_t* x = p.x_row(tokens.start + first_of(tokens.count, tile) + t);
                 Element* out = packed(p, tokens, chunk, tile) + t * STEP;
-                for (int64_t k = chunk; k < smaller(chunk + size, p.k); k += STEP, out += height * STEP) {
+                int64_t k = chunk, end = smaller(chunk + size, p.k), whole = p.x_type == BF16 ? end - STEP : -1;
+                for (; k <= whole; k += STEP, out += height * STEP)
+                    _mm512_storeu_si512(out, _mm512_loadu_si512(x + k * 2));
+                for (; k < end; k += STEP, out += height * STEP) {
                     __m512i several[3];
                     amx::split(x + k * size_of(p.x_type), p.x_type, p.k - k, several);
                     for (int64_t i = 0; i < width; ++i) _mm512_storeu_si512(out + i * size * height, several[i]);
@@ -112,6 +118,11 @@ INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Next& next, 
 
 // Where the sums of a strip are, and where they are stored: in a panel until they are complete.
 struct Place { float* sums; int64_t stride; };
+
+INLINE Ahead sums_ahead(const float* sums, int64_t tokens) {
+    const int64_t bytes = tokens * ROWS * 4;
+    return {reinterpret_cast<const uint8_t*>(sums), 0, bytes, bytes / 64};
+}
 
 // Adds several segments' own sums [COUNT][2 x 16][ROWS], times their factors, to what is `kept` unless that is null.
 template <int COUNT>
@@ -206,8 +217,8 @@ INLINE void finish_bf16(const Problem& p, const Ending& ending, int64_t first, c
     }
 }
 
-// Multiplies a strip by all tokens' elements from `chunk` on. Where sums are stored is fetched while they are added up:
-// there are more such lines than can be on their way at a time.
+// Multiplies a strip by all tokens' elements from `chunk` on. What sums are added to, or where they are stored, is
+// fetched while they are added up: there are more such lines than can be on their way at a time.
 INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const Strip& strip, const Ending& ending,
                            Next next) {
     int64_t height = height_of(tokens.count), tiles = ceil_div(tokens.count, height), steps = 0;
@@ -221,9 +232,11 @@ INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const
     alignas(64) float complete[32 * ROWS];
     for (int64_t tile = 0; tile < tiles; tile += 2) {
         int64_t second = smaller(tile + 1, tiles - 1), first = first_of(tokens.count, tile);
-        Ahead ahead = out_ahead(p, strip, first, first_of(tokens.count, second) + height - first);
+        const Place sums = {strip.sums + tile * height * ROWS, ROWS}, out = {complete, ROWS};
+        Ahead ahead = strip.first || strip.out
+                          ? out_ahead(p, strip, first, first_of(tokens.count, second) + height - first)
+                          : sums_ahead(sums.sums, (second - tile + 1) * height);
         ahead.spread(steps);
-        const Place sums = {strip.sums + tile * height * PANEL, PANEL}, out = {complete, ROWS};
         (second > tile ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,
                                                                 sums, strip.out ? out : sums, next, ahead);
         for (int64_t i = tile; strip.out && i <= second; ++i) {

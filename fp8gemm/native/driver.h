@@ -34,12 +34,14 @@ bool suits_amx(const Problem& p) {
     return p.k >= 32 && (p.m > DOTS[p.x_type] || p.cols < smaller<int64_t>(p.k, 64));
 }
 
-// The weight is decoded more slowly for amx_many, but its tokens and sums are not transposed. Measured on 2 cores of an
-// Intel Emerald Rapids, November 2026.
+// The weight is decoded more slowly for amx_many, but its tokens and sums are not transposed; amx_few loads all tokens
+// for few rows, again and again once they do not fit in the L2 cache. Measured on 2 cores of Intel Granite Rapids and
+// Emerald Rapids, November 2026.
 const Kernel* choose_amx(const Problem& p) {
+    const int64_t columns = p.m * parts(p.x_type);
     bool narrow = p.k <= (p.scales_vary_along_k() ? 512 : 1024) && 16 * p.m > p.k;
-    bool many = p.x_type == FP32 || (p.x_type == FP16 && p.m >= 128) || narrow;
-    return many ? &amx_many::kernel : &amx_few::kernel;
+    bool large = p.m > 64 || (columns > 48 && columns * p.k > 3 << 18);
+    return p.x_type == FP32 || narrow || large ? &amx_many::kernel : &amx_few::kernel;
 }
 #endif
 

@@ -15,8 +15,8 @@
 // A panel of the weight is decoded strip by strip, a chunk of codes of ROWS rows at a time, to the order in which they
 // are multiplied, tile by tile. What is complete is stored to out at once. While a strip is multiplied, the codes of
 // the next one are fetched, and a share of the next chunk of the tokens if they are too large to stay in the cache.
-// The constants were measured with AVX2 on AMD Zen 3, with AVX512_BF16 on AMD Zen 4, with AVX-512 and AMX on Intel
-// Emerald Rapids.
+// The constants were measured with AVX2 on AMD Zen 3, with AVX512_BF16 on AMD Zen 4, with AVX-512 on Intel Emerald
+// Rapids, with AMX on Intel Granite Rapids.
 
 // Panels are smaller where there would be too few for all threads.
 Plan plan(const Problem& p, int64_t tokens, int threads) {
@@ -83,7 +83,7 @@ INLINE Ahead codes_ahead(const Problem& p, Rows rows, int64_t row, int64_t chunk
     return next;
 }
 
-// Scratch: a decoded strip, sums [tokens][PANEL], factors [blocks of a chunk][PANEL].
+// Scratch: a decoded strip, sums [strips][tokens][ROWS], factors [blocks of a chunk][PANEL].
 void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
     Element* w = reinterpret_cast<Element*>(scratch);
     float *sums = reinterpret_cast<float*>(w + CHUNK * ROWS), *factors = sums + room_for(tokens.count) * PANEL;
@@ -104,7 +104,9 @@ void panel(const Problem& p, Tokens tokens, Rows rows, uint8_t* scratch) {
             decode(p.data_row(first) + chunk, p.data_stride, here, count, p.nans, w);
             uint8_t* out = following < p.k ? nullptr : p.out_row(tokens.start) + first * size_of(p.out_type);
             const float* scales = vary ? factors + row : nullptr;
-            Strip strip = {w, segments, end, scales, sums + row, row, here, chunk == 0, out};
+            // Sums that are not kept until the next chunk all have the same, cached place.
+            float* strip_sums = size < p.k ? sums + row * room_for(tokens.count) : sums;
+            Strip strip = {w, segments, end, scales, strip_sums, row, here, chunk == 0, out};
             multiply_strip(p, tokens, chunk, strip, ending, {codes_ahead(p, rows, row, chunk, count, following),
                                                              tokens_ahead(p, tokens, rows, row, following)});
         }

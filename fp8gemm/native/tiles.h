@@ -83,7 +83,7 @@ INLINE void multiply_units(const Element*& w, Cursor<COUNT>& x, Vec (&added)[COU
     w += UNITS * ROWS * GRAIN, x.advance(UNITS);
 }
 
-// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][PANEL], segment by segment; `factors`, unless
+// Adds w, Weights [units][VECTORS], times x [COUNT] to sums [COUNT][ROWS], segment by segment; `factors`, unless
 // null, multiply what each adds. The first segment's sums replace what is in memory if `first`. Lines are fetched after
 // each `burst` of units.
 template <int COUNT>
@@ -105,7 +105,7 @@ NOINLINE void multiply_tile(Elements elements, const Element* w, const Segment* 
 #pragma GCC unroll 16
         for (int t = 0; t < COUNT; ++t)
             for (int j = 0; j < VECTORS; ++j) {
-                float* kept = sums + t * PANEL + j * LANES;
+                float* kept = sums + t * ROWS + j * LANES;
                 Vec sum = added[t][j];
                 if (factor) sum = sum * unit * floats(factor + j * LANES);
                 put(kept, first ? sum : sum + floats(kept));
@@ -154,12 +154,12 @@ INLINE void multiply_strip(const Problem& p, Tokens all, int64_t chunk, const St
     next.spread(bursts);
     for (int64_t tile = 0, token = 0, stop; tile < tiles; ++tile, token = stop) {
         stop = tokens * (tile + 1) / tiles;
-        float* sums = strip.sums + token * PANEL;
+        float* sums = strip.sums + token * ROWS;
         Ahead out = out_ahead(p, strip, token, stop - token);
         out.spread(1), out.fetch<true>();
         multiply_tile_of<TOKENS>(stop - token, x.from(token), strip.w, strip.segments, strip.end, strip.factors,
                                  strip.first, sums, burst, next);
         if (strip.out)
-            finish(p, ending, strip.row, sums, PANEL, stop - token, strip.rows, strip.out + token * out_stride);
+            finish(p, ending, strip.row, sums, ROWS, stop - token, strip.rows, strip.out + token * out_stride);
     }
 }

@@ -36,8 +36,9 @@ INLINE int64_t first_of(int64_t tokens, int64_t tile) {
 INLINE int64_t pack_unit(int64_t tokens) { return height_of(tokens); }
 INLINE int64_t room_for(int64_t tokens) { return round_up(tokens, height_of(tokens)); }
 INLINE int64_t packed_stride(const Problem& p) { return chunk_size(p) * parts(p.x_type); }
-// Tiles that lie in one piece are loaded faster, which a copy is worth, and that threads wait for it, unless there are few
-// rows to multiply it by. Tokens far apart, or in few sets of the caches, are always copied.
+
+// Tiles that lie in one piece are loaded faster. That is worth a copy, for which threads wait, unless there are few rows
+// to multiply it by. Tokens far apart, or in few sets of the caches, are always copied.
 INLINE bool in_place(const Problem& p) {
     bool apart = p.x_stride >= 4096 || p.x_stride % 1024 == 0;
     return p.x_type == BF16 && p.k % STEP == 0 && p.n < 1024 && !apart;

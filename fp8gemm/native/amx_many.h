@@ -89,19 +89,19 @@ INLINE Pair pair_of(const Problem& p, Tokens tokens, int64_t chunk, int64_t tile
     return {x(tile), x(second), p.x_stride * 2, STEP, 0, 1, height};
 }
 
-// Sums [tokens][ROWS] of one or two tiles of tokens to memory, `stride` apart.
-template <int TILES> INLINE void store_sums(float* sums, int64_t height, int64_t stride) {
-    _tile_stored(0, sums, stride * 4);
-    _tile_stored(1, sums + LANES, stride * 4);
-    if (TILES > 1) _tile_stored(2, sums + height * stride, stride * 4);
-    if (TILES > 1) _tile_stored(3, sums + height * stride + LANES, stride * 4);
+// Sums [tokens][ROWS] of one or two tiles of tokens to memory.
+template <int TILES> INLINE void store_sums(float* sums, int64_t height) {
+    _tile_stored(0, sums, ROWS * 4);
+    _tile_stored(1, sums + LANES, ROWS * 4);
+    if (TILES > 1) _tile_stored(2, sums + height * ROWS, ROWS * 4);
+    if (TILES > 1) _tile_stored(3, sums + height * ROWS + LANES, ROWS * 4);
 }
 
 // Adds `steps` of x times w to the sums in tiles. Tokens are loaded so that w stays in the L1 cache.
 template <int TILES>
-INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Next& next, Ahead& out) {
+INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Next& next, Ahead& ahead) {
     for (int64_t step = 0; step < steps; ++step, x.first += x.step, x.second += x.step, w += WEIGHTS) {
-        next.fetch(), out.fetch<true>();
+        next.fetch(), ahead.fetch<true>();
         _tile_loadd(6, w, LINE);
         _tile_loadd(7, w + LANES * GRAIN, LINE);
         const Element *a = x.first, *b = x.second;
@@ -116,9 +116,6 @@ INLINE void multiply_steps(Pair x, const Element* w, int64_t steps, Next& next, 
     }
 }
 
-// Where the sums of a strip are, and where they are stored: in a panel until they are complete.
-struct Place { float* sums; int64_t stride; };
-
 INLINE Ahead sums_ahead(const float* sums, int64_t tokens) {
     const int64_t bytes = tokens * ROWS * 4;
     return {reinterpret_cast<const uint8_t*>(sums), 0, bytes, bytes / 64};
@@ -126,22 +123,22 @@ INLINE Ahead sums_ahead(const float* sums, int64_t tokens) {
 
 // Adds several segments' own sums [COUNT][2 x 16][ROWS], times their factors, to what is `kept` unless that is null.
 template <int COUNT>
-INLINE void add_up(const float* added, const float* const* factors, int64_t tokens, const Place* kept, Place out) {
+INLINE void add_up(const float* added, const float* const* factors, int64_t tokens, const float* kept, float* out) {
     for (int j = 0; j < VECTORS; ++j) {
         Vec factor[COUNT];
         for (int i = 0; i < COUNT; ++i) factor[i] = floats(factors[i] + j * LANES);
         for (int64_t t = 0; t < tokens; ++t) {
-            Vec sum = kept ? floats(kept->sums + t * kept->stride + j * LANES) : Vec{};
+            Vec sum = kept ? floats(kept + t * ROWS + j * LANES) : Vec{};
             for (int i = 0; i < COUNT; ++i) sum += floats(added + (i * 32 + t) * ROWS + j * LANES) * factor[i];
-            put(out.sums + t * out.stride + j * LANES, sum);
+            put(out + t * ROWS + j * LANES, sum);
         }
     }
 }
 
 // Multiplies a strip by one or two tiles of tokens. Each segment is multiplied by its factors if `scaled`. Sums start
-// from zero in each chunk, so that less is lost by rounding.
+// from zero in each chunk, so that less is lost by rounding; to `out` go those and what `sums` were before.
 template <int TILES>
-NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums, Place out, Next& next,
+NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, const float* sums, float* out, Next& next,
                              Ahead& ahead) {
     constexpr int SEVERAL = 4;  // segments: sums are loaded and stored once for all
     auto steps_of = [](const Segment* segment) { return ceil_div(segment->units * GRAIN, STEP); };
@@ -152,22 +149,22 @@ NOINLINE void multiply_tiles(Pair x, const Strip& strip, bool scaled, Place sums
         for (const Segment* segment = strip.segments; segment < strip.end; ++segment) steps += steps_of(segment);
         amx::zero_sums();
         multiply_steps<TILES>(x, w, steps, next, ahead);
-        if (strip.first) return store_sums<TILES>(out.sums, x.height, out.stride);
+        if (strip.first) return store_sums<TILES>(out, x.height);
         float ones[ROWS];
         for (float& one : ones) one = 1.0f;
         const float* factors[] = {ones};
-        store_sums<TILES>(added[0], x.height, ROWS);
-        return add_up<1>(added[0], factors, TILES * x.height, &sums, out);
+        store_sums<TILES>(added[0], x.height);
+        return add_up<1>(added[0], factors, TILES * x.height, sums, out);
     }
-    const Place* kept = strip.first ? nullptr : &sums;
-    for (const Segment* segment = strip.segments; segment < strip.end; kept = &out) {
+    const float* kept = strip.first ? nullptr : sums;
+    for (const Segment* segment = strip.segments; segment < strip.end; kept = out) {
         const float* factors[SEVERAL];
         int count = 0;
         for (; count < SEVERAL && segment < strip.end; ++count, ++segment) {
             int64_t steps = steps_of(segment);
             amx::zero_sums();
             multiply_steps<TILES>(x, w, steps, next, ahead);
-            store_sums<TILES>(added[count], x.height, ROWS);
+            store_sums<TILES>(added[count], x.height);
             factors[count] = strip.factors + segment->factor * PANEL;
             x.first += steps * x.step, x.second += steps * x.step, w += steps * WEIGHTS;
         }
@@ -232,13 +229,13 @@ INLINE void multiply_strip(const Problem& p, Tokens tokens, int64_t chunk, const
     alignas(64) float complete[32 * ROWS];
     for (int64_t tile = 0; tile < tiles; tile += 2) {
         int64_t second = smaller(tile + 1, tiles - 1), first = first_of(tokens.count, tile);
-        const Place sums = {strip.sums + tile * height * ROWS, ROWS}, out = {complete, ROWS};
+        float* sums = strip.sums + tile * height * ROWS;
         Ahead ahead = strip.first || strip.out
                           ? out_ahead(p, strip, first, first_of(tokens.count, second) + height - first)
-                          : sums_ahead(sums.sums, (second - tile + 1) * height);
+                          : sums_ahead(sums, (second - tile + 1) * height);
         ahead.spread(steps);
         (second > tile ? multiply_tiles<2> : multiply_tiles<1>)(pair_of(p, tokens, chunk, tile, second), strip, scaled,
-                                                                sums, strip.out ? out : sums, next, ahead);
+                                                                sums, strip.out ? complete : sums, next, ahead);
         for (int64_t i = tile; strip.out && i <= second; ++i) {
             const float* of_tile = complete + (i - tile) * height * ROWS;
             uint8_t* to = strip.out + first_of(tokens.count, i) * out_stride;
